@@ -1,0 +1,93 @@
+"""What every engine is: the six graphs of MIGE with named inputs and outputs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = Any  # NumPy on the CPU, torch on CUDA; both follow the array API
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output: its name, its element type, and its axes; a letter or name stands for the same size everywhere.
+
+    N pictures referred to in the batch, M any number of pictures, B samples, R rows (B x guidance branches), L tokens,
+    D text width, Q tokens a picture, h x w latent size, rh x rw latent size of references, f VAE factor, c latent
+    channels, p ViT side.
+    """
+
+    name: str
+    dtype: Literal["float32", "int64", "bool"]
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+
+_CROSS_KV = Port("cross_kv", "float32", ("2", "depth", "R", "heads", "L", "head_dim"))
+
+GRAPHS: dict[str, Graph] = {
+    "vae_encoder": Graph(
+        (Port("pixels_vae", "float32", ("M", "3", "f*h", "f*w")),),
+        (Port("latent_mean", "float32", ("M", "c", "h", "w")), Port("latent_logvar", "float32", ("M", "c", "h", "w"))),
+    ),
+    "image_encoder": Graph(
+        (Port("pixels_vit", "float32", ("N", "3", "p", "p")), Port("ref_latents", "float32", ("N", "c", "rh", "rw"))),
+        (Port("image_tokens", "float32", ("N", "Q", "D")),),
+    ),
+    "text_encoder": Graph(
+        (
+            Port("token_ids", "int64", ("B", "L")),
+            Port("image_tokens", "float32", ("N", "Q", "D")),
+            Port("slot_index", "int64", ("B", "L")),
+            Port("text_mask", "bool", ("B", "L")),
+        ),
+        (Port("text_states", "float32", ("B", "L", "D")),),
+    ),
+    "conditioner": Graph(
+        (Port("text_states", "float32", ("R", "L", "D")), Port("has_text", "bool", ("R",))),
+        (_CROSS_KV,),
+    ),
+    "denoiser": Graph(
+        (
+            Port("latents", "float32", ("R", "c", "h", "w")),
+            Port("source", "float32", ("R", "c", "h", "w")),
+            Port("timestep", "float32", ("R",)),
+            _CROSS_KV,
+            Port("text_mask", "bool", ("R", "L")),
+        ),
+        (Port("prediction", "float32", ("R", "c", "h", "w")),),
+    ),
+    "vae_decoder": Graph(
+        (Port("latents", "float32", ("B", "c", "h", "w")),),
+        (Port("pixels", "float32", ("B", "3", "f*h", "f*w")),),
+    ),
+}
+
+
+class Engine(Protocol):
+    """The six graphs of one model, opened by one runtime on one device."""
+
+    name: str
+    device: str
+
+    def array(self, values: NDArray[Any]) -> Array:
+        """values as this engine takes them, on its device."""
+        ...
+
+    def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run one graph; inputs and outputs by the names of GRAPHS[graph]. Tensors that one graph hands to another
+        (image_tokens, text_states, cross_kv) may be of the engine's own precision."""
+        ...
+
+
+def to_numpy(values: Array) -> NDArray[Any]:
+    """An engine's array as a NumPy array of the same type, copied from the device if need be."""
+    return values if isinstance(values, np.ndarray) else values.cpu().numpy()

@@ -1,0 +1,305 @@
+"""The command `mige-rt`. Each command parses, calls one function, and prints; heavy imports stay inside."""
+
+import json
+import math
+import secrets
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mige_rt.errors import InputError
+
+if TYPE_CHECKING:
+    from mige_rt.pipeline import MigePipeline, Resolved, Settings
+
+PATH = click.Path(path_type=Path)
+AT_ONCE = 4  # pictures of --num-images made together
+
+
+class _Commands(click.Group):
+    """Turns what the user can mend into one sentence and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            raise click.UsageError(str(error)) from error
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(package_name="mige-rt")
+def main() -> None:
+    """MIGE: put the thing in a picture into a new scene, change a picture as told, or both at once."""
+
+
+@contextmanager
+def _progress(total_name: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr; the function given takes a description, what is done, and the total."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(total_name, total=None)
+
+        def advance(description: str, done: int, total: int) -> None:
+            bar.update(task, description=description, completed=done, total=total)
+
+        yield advance
+
+
+class _Scale(click.ParamType):
+    name = "scale"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is no number", param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not finite; give a number such as 5", param, ctx)
+        return number
+
+
+class _Size(click.ParamType):
+    name = "N|WxH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        parts = str(value).lower().split("x")
+        if len(parts) > 2 or not all(part.isascii() and part.isdigit() for part in parts):
+            self.fail(f"{value!r} is no size; give pixels as 512, or as 768x512 (width x height)", param, ctx)
+        return int(parts[0]), int(parts[-1])
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One line of a batch, or the one request of the command line: what to make, and which files to write."""
+
+    request: "Resolved"
+    outs: list[Path]
+
+
+def _numbered(out: Path, number: int) -> list[Path]:
+    """out itself, or for several pictures out-1.png, out-2.png, ..."""
+    return [out] if number == 1 else [out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(number)]
+
+
+def _job(fields: dict[str, Any], folder: Path, outs: list[Path], seed: int, scope: Any, task: Any) -> _Job:
+    """Opens a request's pictures (paths relative to folder) and finds out what it asks for."""
+    from mige_rt.pictures import check_output, open_picture
+    from mige_rt.pipeline import Request, resolve
+
+    for out in outs:
+        check_output(out)
+    images = tuple(open_picture(folder / path) for path in fields.get("images") or ())
+    source = open_picture(folder / fields["source"]) if fields.get("source") else None
+    request = Request(fields["prompt"], images, source, seed, fields.get("task") or task)
+    return _Job(resolve(request, scope), outs)
+
+
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "prompt": (str,),
+    "images": (list, type(None)),
+    "source": (str, type(None)),
+    "target": (str, type(None)),
+    "task": (str, type(None)),
+    "seed": (int, type(None)),
+    "id": (str, int, type(None)),
+}
+
+
+def _read_line(line: str) -> dict[str, Any]:
+    """One line of a batch file. Raises InputError when it is no request."""
+    from mige_rt.instruction import PREFIXES
+
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"not a JSON object ({error})") from error
+    if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
+        raise InputError('expected an object with a "prompt", such as {"prompt": "...", "images": ["a.png"]}')
+    for name, value in fields.items():
+        if name not in _FIELDS:
+            raise InputError(f"unknown field {name!r}; known are {', '.join(_FIELDS)}")
+        if not isinstance(value, _FIELDS[name]) or isinstance(value, bool):
+            raise InputError(f"{name} is {value!r}, which is of the wrong type")
+    if not all(isinstance(path, str) for path in fields.get("images") or ()):
+        raise InputError(f"images is {fields['images']!r}; expected a list of paths")
+    if fields.get("task") not in (None, *PREFIXES):
+        raise InputError(f"task is {fields['task']!r}; expected one of {', '.join(PREFIXES)}")
+    return fields
+
+
+@main.command()
+@click.option("--prompt", help="what to make; <imagehere> stands for a picture, in the order of --image")
+@click.option("--image", "images", type=PATH, multiple=True, help="a picture for the next <imagehere>; may be repeated")
+@click.option("--source", type=PATH, help="the picture to edit; without it, a new picture is made")
+@click.option("--out", type=PATH, default=Path("out.png"), show_default=True, help=".png, .jpg or .webp")
+@click.option(
+    "--batch", type=PATH, help="a file of JSON lines with prompt, images, source, task, seed, id; out-ID.png each"
+)
+@click.option(
+    "--num-images", type=click.IntRange(1, 64), default=1, show_default=True, help="out-1.png, out-2.png, ..."
+)
+@click.option("--seed", type=click.IntRange(0), help="of the first picture; drawn and printed if not given")
+@click.option("--steps", type=int, help="of the solver; at least 2  [default: the model's for the task]")
+@click.option("--text-scale", type=_Scale(), help="how strongly the words count  [default: the model's for the task]")
+@click.option(
+    "--source-scale", type=_Scale(), help="how strongly the source counts  [default: the model's for the task]"
+)
+@click.option("--size", type=_Size(), help="of the picture in pixels  [default: the model's trained size]")
+@click.option(
+    "--fit",
+    type=click.Choice(["crop", "pad", "aspect"]),
+    help="how a picture of another shape is fitted: cut to it (crop), black bars (pad), or the result takes the source's "
+    "shape (aspect)  [default: crop; references of a new picture are padded]",
+)
+@click.option(
+    "--edit-scope",
+    type=click.Choice(["local", "global"]),
+    default="local",
+    show_default=True,
+    help="how a prompt without <imagehere> is completed: 'in' the picture, or 'of' it",
+)
+@click.option("--task", type=click.Choice(["subject", "edit", "compose"]), help="[default: read off the pictures]")
+@click.option("--model", type=PATH, help="a model folder  [default: the model that comes with mige-rt]")
+@click.option("--engine", type=click.Choice(["auto", "pytorch"]), default="auto", show_default=True)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1")
+@click.option("--precision", type=click.Choice(["auto", "fp32", "fp16", "bf16"]), default="auto", show_default=True)
+def run(
+    prompt: str | None,
+    images: tuple[Path, ...],
+    source: Path | None,
+    out: Path,
+    batch: Path | None,
+    num_images: int,
+    seed: int | None,
+    steps: int | None,
+    text_scale: float | None,
+    source_scale: float | None,
+    size: tuple[int, int] | None,
+    fit: Any,
+    edit_scope: str,
+    task: str | None,
+    model: Path | None,
+    engine: str,
+    device: str,
+    precision: Any,
+) -> None:
+    """Make a picture, or edit one.
+
+    \b
+      mige-rt run --prompt "a <imagehere> beside a <imagehere>" --image cat.png --image dog.png
+      mige-rt run --prompt "make the background blue" --source scene.png
+      mige-rt run --prompt "replace the cat in <imagehere> with <imagehere>" --source scene.png \\
+          --image scene.png --image dog.png
+
+    Transparent parts of a picture are put on white; of an animated one the first frame is taken. The written paths go
+    to stdout, everything else to stderr. One bad line of a batch does not stop the others: the exit code is then 1.
+    """
+    from mige_rt.pipeline import Settings
+
+    if (prompt is None) == (batch is None):
+        raise InputError("give either --prompt or --batch")
+    if batch is not None and (images or source):
+        raise InputError("--image and --source stand in the lines of the --batch file; leave them out here")
+    if seed is None:
+        seed = secrets.randbelow(2**31)
+        click.echo(f"seed {seed}", err=True)
+    failures = 0
+    jobs: list[_Job] = []
+    if prompt is not None:
+        fields = {"prompt": prompt, "images": list(images), "source": source}
+        jobs.append(_job(fields, Path(), _numbered(out, num_images), seed, edit_scope, task))
+    elif batch is not None:
+        for number, line in enumerate(_lines(batch)):
+            try:
+                fields = _read_line(line)
+                own = fields.get("seed")
+                name = fields.get("id") if fields.get("id") is not None else number + 1
+                path = out.with_name(f"{out.stem}-{name}{out.suffix}")
+                seed_here = seed + number * num_images if own is None else own
+                jobs.append(_job(fields, batch.parent, _numbered(path, num_images), seed_here, edit_scope, task))
+            except InputError as error:
+                failures += 1
+                click.echo(f"{batch} line {number + 1}: {error}", err=True)
+    settings = Settings(steps, text_scale, source_scale, size, fit)
+    if jobs:
+        pipe = _open(model, engine, device, precision)
+        for job in jobs:
+            try:
+                _make(pipe, job, settings, str(model or "the shipped default"))
+            except InputError as error:
+                if batch is None:
+                    raise
+                failures += 1
+                click.echo(f"{job.outs[0]}: {error}", err=True)
+    if failures:
+        sys.exit(1)
+
+
+def _lines(batch: Path) -> list[str]:
+    try:
+        lines = [line for line in batch.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{batch} cannot be read as a text file of JSON lines: {error}") from error
+    if not lines:
+        raise InputError(f"{batch} holds no line; one JSON object a line is expected")
+    return lines
+
+
+def _open(model: Path | None, engine: str, device: str, precision: Any) -> "MigePipeline":
+    from mige_rt.bundle import DEFAULT_MODEL
+    from mige_rt.pipeline import MigePipeline
+
+    if model is None:
+        click.echo("using the small default model; --model names another", err=True)
+    return MigePipeline.from_pretrained(model or DEFAULT_MODEL, engine, device, precision)
+
+
+def _make(pipe: "MigePipeline", job: _Job, settings: "Settings", model: str) -> None:
+    """Makes and writes a job's pictures, AT_ONCE at a time."""
+    from dataclasses import asdict, replace
+
+    from mige_rt.pictures import save_picture
+
+    said: set[str] = set()
+
+    def warn(sentence: str) -> None:
+        if sentence not in said:
+            said.add(sentence)
+            click.echo(f"warning: {sentence}", err=True)
+
+    request = job.request
+    settings = pipe.complete(settings, request.task)
+    info = {"prompt": request.prompt, "model": model, "task": request.task, "engine": pipe.engine.name}
+    info |= {name: str(value) for name, value in asdict(settings).items() if value is not None}
+    for first in range(0, len(job.outs), AT_ONCE):
+        outs = job.outs[first : first + AT_ONCE]
+        batch = [replace(request, seed=request.seed + first + i) for i in range(len(outs))]
+        with _progress("steps") as advance:
+            pictures = pipe.make(batch, settings, lambda done, total: advance("steps", done, total), warn)
+        for one, out, picture in zip(batch, outs, pictures, strict=True):
+            save_picture(picture, out, {**info, "seed": str(one.seed)})
+            click.echo(out)
+
+
+@main.command()
+@click.option("--ckpt", type=PATH, required=True, help="the published model.pth, or a folder that holds it")
+@click.option("--out", type=PATH, required=True, help="the model folder to make")
+@click.option("--vae", type=PATH, help="the folder sd-vae-ft-ema  [default: beside the checkpoint]")
+@click.option("--tokenizer", type=PATH, help="the folder t5-v1_1-xxl  [default: beside the checkpoint]")
+def convert(ckpt: Path, out: Path, vae: Path | None, tokenizer: Path | None) -> None:
+    """Turn published weights into a model folder that `mige-rt run --model` opens."""
+    try:
+        from trainer.checkpoint import convert as convert_checkpoint
+    except ImportError as error:
+        raise InputError("converting needs torch; install it with: pip install 'mige-rt[torch]'") from error
+    with _progress("convert") as advance:
+        convert_checkpoint(ckpt, out, vae, tokenizer, advance)
+    click.echo(out)

@@ -1,0 +1,347 @@
+"""Compares every stage of our model, and whole samplings, with the recorded outputs of the published implementation.
+
+    python tests/reference/check.py DIR [--salt TEXT] [--backend pytorch]
+
+DIR holds `golden.npz` (outputs), `golden.json` (sizes and cases) and `keys_reduced.json` (the weights' keys and
+shapes). Weights and inputs are made up by the rule in `made_up.py`. Prints a table; the exit code is 0 when all agree,
+1 when a stage's relative RMS error is above 1e-5 or that of final latents above 1e-4, 2 when DIR cannot be used.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from made_up import normal, weight
+
+from mige_rt.denoise import denoise
+from mige_rt.errors import InputError
+from mige_rt.guidance import Branch, branches
+from mige_rt.instruction import collate, count_placeholders, encode_prompt
+from mige_rt.sampler import dpm_solver_pp_2m
+from trainer.checkpoint import empty_model, fill
+from trainer.model.config import PRESETS, ModelConfig, TextConfig
+from trainer.model.dit import sincos_positions
+from trainer.model.mige import Mige
+from trainer.published import check_published, our_shapes, our_tensor
+
+STAGE_LIMIT, LATENTS_LIMIT = 1e-5, 1e-4  # relative RMS errors in float32
+TIMESTEP = 500.25  # at which the denoiser's stages were recorded
+STAGES = re.compile(r"ln_vision|qformer|ffm|proj|length|mixed|t5|t_block|block\d+|dit|sample\d+")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case of `golden.json`."""
+
+    prompt: str
+    references: int
+    has_source: bool
+    text_scale: float
+    source_scale: float | None  # None: subject-driven, two guidance branches instead of three
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """One output of the published implementation; of a large one only every `step`-th number was kept."""
+
+    case: str  # empty for what belongs to no case
+    stage: str
+    values: NDArray[Any]
+    step: int
+    shape: tuple[int, ...] | None  # None where it was not recorded
+
+    def compare(self, ours: NDArray[Any]) -> "Comparison":
+        """The relative RMS error; infinite when the shapes differ."""
+        expected, kept = self.values.ravel().astype(np.float64), ours.ravel()[:: self.step]
+        if kept.size != expected.size or (self.shape is not None and self.shape != ours.shape):
+            error = math.inf
+        else:
+            error = float(np.linalg.norm(kept - expected) / (np.linalg.norm(expected) or 1.0))
+        return Comparison(self.case, self.stage, ours.shape, error)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One line of the report."""
+
+    case: str
+    stage: str
+    shape: tuple[int, ...]
+    error: float
+
+    @property
+    def agrees(self) -> bool:
+        if self.stage == "length":
+            return self.error == 0
+        return self.error <= (LATENTS_LIMIT if self.stage.startswith("sample") else STAGE_LIMIT)  # false for NaN
+
+
+@dataclass(frozen=True)
+class Golden:
+    """What a folder holds."""
+
+    config: ModelConfig
+    cases: dict[str, Case]
+    recorded: list[Recorded]
+    shapes: dict[str, list[int]]  # of the published weights, by their keys
+    salt: str
+
+
+def read_golden(folder: Path) -> Golden:
+    """Raises InputError when a file is missing, damaged or of another form."""
+    try:
+        data = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
+        shapes = json.loads((folder / "keys_reduced.json").read_text(encoding="utf-8"))
+        cases = {name: _case(case) for name, case in data["cases"].items()}
+        with np.load(folder / "golden.npz", allow_pickle=False) as arrays:
+            recorded = _recorded(dict(arrays), cases)
+        return Golden(_config(data["config"]), cases, recorded, shapes, str(data.get("salt", "")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{folder} holds no golden set that can be read ({type(error).__name__}: {error}); "
+            "golden.npz, golden.json and keys_reduced.json are expected there"
+        ) from error
+
+
+def _case(case: dict[str, Any]) -> Case:
+    return Case(
+        prompt=case["prompt"],
+        references=int(case["n"]),
+        has_source=bool(case["source"]),
+        text_scale=float(case["y"]),
+        source_scale=None if case["state"] == "subject" else float(case["s"]),
+    )
+
+
+def _config(sizes: dict[str, Any]) -> ModelConfig:
+    reduced, t5 = PRESETS["reduced"], sizes["t5"]
+    return dataclasses.replace(
+        reduced,
+        vision=dataclasses.replace(reduced.vision, depth=sizes["vit_depth"]),
+        qformer=dataclasses.replace(reduced.qformer, depth=sizes["qformer_layers"]),
+        text=TextConfig(
+            vocabulary=t5["vocab_size"],
+            width=t5["d_model"],
+            head_width=t5["d_kv"],
+            mlp=t5["d_ff"],
+            depth=t5["num_layers"],
+            heads=t5["num_heads"],
+        ),
+        dit=dataclasses.replace(
+            reduced.dit,
+            width=sizes["hidden"],
+            depth=sizes["dit_depth"],
+            heads=sizes["heads"],
+            mlp=4 * sizes["hidden"],
+        ),
+        max_tokens=sizes["max_len"],
+    )
+
+
+def _recorded(arrays: dict[str, NDArray[Any]], cases: dict[str, Case]) -> list[Recorded]:
+    """Raises ValueError for a name that stands for no stage of a case, so that nothing is passed over in silence."""
+    recorded = []
+    for name, values in arrays.items():
+        if name.endswith((".shape", ".stats", ".step")):
+            continue
+        whole = name.removesuffix(".strided")
+        case, _, stage = whole.rpartition(".")
+        if (case not in cases or not STAGES.fullmatch(stage)) and whole != "pos_embed":
+            raise ValueError(f"{name} is no known stage of the cases {', '.join(cases)}")
+        step = int(arrays[f"{whole}.step"]) if name != whole else 1
+        if f"{whole}.shape" in arrays:
+            shape = tuple(arrays[f"{whole}.shape"].tolist())
+        else:
+            shape = values.shape if name == whole else None
+        recorded.append(Recorded(case, stage, values, step, shape))
+    return recorded
+
+
+def made_up_model(golden: Golden, salt: str) -> Mige:
+    """The model with made-up weights, read as a published checkpoint is; its VAE is left without weights.
+
+    Raises InputError when the keys and shapes are not those of the sizes in `golden.json`.
+    """
+    state = {key: torch.from_numpy(weight(key, shape, salt)) for key, shape in golden.shapes.items()}
+    check_published(state, "keys_reduced.json", golden.config)
+    model = empty_model(golden.config)
+    fill(model, {name: our_tensor(state, name) for name in our_shapes(golden.config)})
+    return model.eval()
+
+
+@contextmanager
+def outputs_of(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Collects the outputs of modules while the product's own code calls them."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(stage: str, output: Any) -> None:
+        outputs[stage] = getattr(output, "last_hidden_state", output)
+
+    handles = [
+        module.register_forward_hook(lambda _module, _inputs, output, stage=stage: keep(stage, output))
+        for stage, module in modules.items()
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class PyTorchStages:
+    """One case through the PyTorch modules. Prompts are tokenised byte by byte: id = byte + 3."""
+
+    def __init__(self, model: Mige, name: str, case: Case) -> None:
+        self.model, self.name, self.case = model, name, case
+        config = model.config
+        side = config.dit.trained_grid * config.dit.patch
+        self.latent_shape = (config.vae.channels, side, side)
+        self.source = self._normal("source", self.latent_shape)[None] if case.has_source else None
+
+    def run(self, wanted: list[str]) -> dict[str, NDArray[Any]]:
+        """The wanted stages and others that come with them. Raises InputError for a case that cannot be run."""
+        with torch.inference_mode():
+            stages = self._encode()
+            if any(stage == "t_block" or stage == "dit" or stage.startswith("block") for stage in wanted):
+                stages |= self._predict()
+            for stage in wanted:
+                if stage.startswith("sample"):
+                    stages[stage] = self._sample(int(stage.removeprefix("sample")))
+        return {stage: output.numpy() for stage, output in stages.items()}
+
+    def _normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return torch.from_numpy(normal(f"{self.name}.{name}", shape))
+
+    def _encode(self) -> dict[str, Tensor]:
+        encoder, text_encoder = self.model.image_encoder, self.model.text_encoder
+        config, count = self.model.config, self.case.references
+        rows = max(count, 1)  # without a picture, one dummy row
+        pixel_shape = (3, config.vision.side, config.vision.side)
+        if count:
+            pixels = torch.stack([self._normal(f"ref_clip.{i}", pixel_shape) for i in range(count)])
+            latents = torch.stack([self._normal(f"ref_vae.{i}", self.latent_shape) for i in range(count)])
+        else:
+            pixels, latents = torch.zeros(rows, *pixel_shape), torch.zeros(rows, *self.latent_shape)
+        parts = {
+            "ln_vision": encoder.vision.post_layernorm,
+            "qformer": encoder.qformer,
+            "ffm": encoder.fusion,
+            "proj": encoder.projection,
+        }
+        with outputs_of(parts) as outputs:
+            image_tokens = encoder(pixels, latents)
+
+        # Several placeholders and one picture: they all stand for it, as in editing.
+        pictures = [0] * count_placeholders(self.case.prompt) if count == 1 else list(range(count))
+        encoded = encode_prompt(
+            self.case.prompt,
+            pictures,
+            lambda text: [byte + 3 for byte in text.encode()],
+            config.qformer.queries,
+            config.max_tokens,
+        )
+        token_ids, slot_index, text_mask = map(torch.from_numpy, collate([encoded]))
+        self.text_mask = text_mask
+        self.text_states = text_encoder(token_ids, image_tokens, slot_index, text_mask)
+        return {stage: output[:count] for stage, output in outputs.items()} | {
+            "length": text_mask.sum(),
+            "mixed": text_encoder.mix(token_ids, image_tokens, slot_index),
+            "t5": self.text_states,
+        }
+
+    def _conditions(self, rows: list[Branch]) -> tuple[Tensor, Tensor]:
+        """cross_kv and text_mask of the branches, for one sample"""
+        has_text = torch.tensor([row.text for row in rows])
+        cross_kv = self.model.conditioner(self.text_states.expand(len(rows), -1, -1), has_text)
+        return cross_kv, self.text_mask.expand(len(rows), -1)
+
+    def _predict(self) -> dict[str, Tensor]:
+        denoiser = self.model.denoiser
+        # Scales of which none cancels a branch: the recorded batch holds them all.
+        rows = branches(3.0, None if self.case.source_scale is None else 2.0)
+        noise = self._normal("noise", (1, *self.latent_shape))
+        blank = torch.zeros_like(noise)
+        source = torch.cat([self.source if row.source and self.source is not None else blank for row in rows])
+        blocks = {f"block{i}": block for i, block in enumerate(denoiser.blocks)}
+        with outputs_of({"t_block": denoiser.t_block, **blocks}) as outputs:
+            latents, timestep = noise.expand(len(rows), -1, -1, -1), torch.full((len(rows),), TIMESTEP)
+            prediction = denoiser.predict(latents, source, timestep, *self._conditions(rows))
+        return {**outputs, "t_block": outputs["t_block"][:1], "dit": prediction}
+
+    def _sample(self, steps: int) -> Tensor:
+        rows = branches(self.case.text_scale, self.case.source_scale)
+        noise = self._normal("noise", (1, *self.latent_shape))
+        cross_kv, text_mask = self._conditions(rows)
+        source = torch.zeros_like(noise) if self.source is None else self.source
+        table = dpm_solver_pp_2m(steps, self.model.config.prediction)
+        return denoise(self.model.denoiser, noise, source, cross_kv, text_mask, rows, table)
+
+
+BACKENDS = {"pytorch": PyTorchStages}
+
+
+def run_check(folder: Path, salt: str | None = None, backend: str = "pytorch") -> Iterator[Comparison]:
+    """Compares all that is recorded in a folder. Raises InputError when it cannot be used.
+
+    salt None: the golden set's own.
+    """
+    golden = read_golden(folder)
+    model = made_up_model(golden, golden.salt if salt is None else salt)
+    grid, width = golden.config.dit.trained_grid, golden.config.dit.width
+    for case in ["", *golden.cases]:
+        recorded = [output for output in golden.recorded if output.case == case]
+        if case:
+            ours = BACKENDS[backend](model, case, golden.cases[case]).run([output.stage for output in recorded])
+        else:
+            ours = {"pos_embed": sincos_positions(grid, grid, width, grid)[None].numpy()}
+        for output in recorded:
+            if output.stage not in ours:
+                raise InputError(f"{case} has the stage {output.stage}, which a model of these sizes does not")
+            yield output.compare(ours[output.stage])
+
+
+def report(comparisons: list[Comparison]) -> Table:
+    table = Table("case", "stage", "shape", "relative RMS error", "verdict")
+    for line in comparisons:
+        shape = " x ".join(map(str, line.shape)) or "number"
+        verdict = "[green]agrees" if line.agrees else "[red]DIFFERS"
+        table.add_row(line.case or "-", line.stage, shape, f"{line.error:.1e}", verdict)
+    return table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="DIR", type=Path, help="golden.npz, golden.json and keys_reduced.json")
+    parser.add_argument("--salt", help="stands before every weight's name when it is hashed; default: golden.json's")
+    parser.add_argument("--backend", choices=BACKENDS, default="pytorch", help="what runs the stages")
+    options = parser.parse_args(arguments)
+    try:
+        with Console(stderr=True).status("computing"):
+            comparisons = list(run_check(options.folder, options.salt, options.backend))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    Console().print(report(comparisons))
+    return 0 if all(line.agrees for line in comparisons) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""`python -m trainer STAGE --config FILE --world DIR --state DIR`: the stages that make a model, in order."""
+
+from pathlib import Path
+
+import click
+
+from mige_rt.errors import InputError
+from trainer.settings import load_settings
+
+HERE = Path(__file__).parent
+
+
+@click.command(help=__doc__)
+@click.argument("stage", type=click.Choice(["vae", "vit", "features", "mige", "ship"]))
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    default=HERE / "configs" / "tiny.toml",
+    show_default="the default model's",
+)
+@click.option(
+    "--world", type=click.Path(path_type=Path), required=True, help="folder made by python -m trainer.world.fetch"
+)
+@click.option(
+    "--state", type=click.Path(path_type=Path), required=True, help="folder for states, logs, previews; resumed from"
+)
+def main(stage: str, config: Path, world: Path, state: Path) -> None:
+    from trainer.model.config import PRESETS
+    from trainer.world.concepts import load_concepts
+
+    try:
+        settings = load_settings(config)
+        if settings.model not in PRESETS:
+            raise InputError(f"{config}: model is {settings.model!r}, expected one of {', '.join(PRESETS)}")
+        model, concepts = PRESETS[settings.model], [c for c in load_concepts(world) if not c.held_out]
+        if stage == "vae":
+            from trainer.vae import train_vae
+
+            train_vae(model, settings.vae, concepts, state)
+        elif stage == "vit":
+            from trainer.vit import train_vit
+
+            train_vit(model, settings.vit, concepts, state)
+        elif stage == "features":
+            from trainer.features import compute_features
+
+            compute_features(model, settings.features, concepts, state)
+        elif stage == "mige":
+            from trainer.mige import train_mige
+
+            train_mige(model, settings.mige, state)
+        else:
+            from trainer.ship import ship
+
+            click.echo(ship(model, state))
+    except InputError as error:
+        raise click.UsageError(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()

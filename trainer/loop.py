@@ -1,0 +1,120 @@
+"""The training loop that every stage shares: optimiser, schedule, moving average, log, and a state to resume from."""
+
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from trainer.settings import StageSettings
+
+LOG_EVERY = 50  # steps
+SAVE_EVERY = 300.0  # seconds
+
+
+def rate_at(step: int, settings: StageSettings) -> float:
+    """The share of the full learning rate at a step: warm-up, constant, a linear fall to a tenth."""
+    warm = min(1.0, (step + 1) / max(1, settings.warmup))
+    left = (settings.steps - step) / max(1, settings.decay)
+    return warm * (0.1 + 0.9 * min(1.0, max(0.0, left)))
+
+
+def save_whole(data: Any, path: Path) -> None:
+    """torch.save under a temporary name, then renamed, so that a killed run leaves the previous file."""
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    torch.save(data, partial)
+    os.replace(partial, path)
+
+
+def train(
+    name: str,
+    module: nn.Module,
+    loss: Callable[[nn.Module, Any], tuple[Tensor, dict[str, float]]],
+    batches: Callable[[int, int, int], Iterator[Any]],
+    settings: StageSettings,
+    folder: Path,
+    preview: Callable[[nn.Module, int], None] | None = None,
+    preview_every: int = 1000,
+) -> nn.Module:
+    """Train module's parameters that require gradients; returns the moving average of its weights.
+
+    loss(module, batch) gives the loss and figures for the log. batches(step, rank, ranks) gives the batches from a step
+    on, this process's share of them, the same ones whenever it is asked. The state (weights, average, optimiser, step,
+    hours) is kept in folder/state.pt and resumed from there; folder/log.jsonl has one line each LOG_EVERY steps.
+    preview(averaged module, step) runs each preview_every steps. Runs under `accelerate launch` on many GPUs.
+    """
+    accelerator = Accelerator()
+    folder.mkdir(parents=True, exist_ok=True)
+    state_path = folder / "state.pt"
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(
+        parameters, lr=settings.rate, eps=settings.epsilon, weight_decay=settings.weight_decay, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate_at(step, settings))
+    module.to(accelerator.device)
+    average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
+    first, hours = 0, 0.0
+    if state_path.is_file():
+        state = torch.load(state_path, map_location=accelerator.device, weights_only=True)
+        module.load_state_dict(state["module"])
+        average.load_state_dict(state["average"])
+        optimiser.load_state_dict(state["optimiser"])
+        first, hours = state["step"], state["hours"]
+        schedule.last_epoch = first
+        schedule._update_lr() if hasattr(schedule, "_update_lr") else schedule.step(first)
+    prepared, optimiser = accelerator.prepare(module, optimiser)
+
+    def save(step: int) -> None:
+        if accelerator.is_main_process:
+            content = {
+                "module": module.state_dict(),
+                "average": average.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "step": step,
+                "hours": hours + (time.monotonic() - started) / 3600,
+            }
+            save_whole(content, state_path)
+
+    started = saved = time.monotonic()
+    sums: dict[str, float] = defaultdict(float)
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
+    stream = batches(first, accelerator.process_index, accelerator.num_processes)
+    with (
+        Progress(*columns, disable=not accelerator.is_main_process) as progress,
+        (folder / "log.jsonl").open("a") as log,
+    ):
+        task = progress.add_task(name, total=settings.steps, completed=first)
+        for step in range(first, settings.steps):
+            value, figures = loss(prepared, next(stream))
+            accelerator.backward(value)
+            norm = accelerator.clip_grad_norm_(parameters, settings.clip)
+            optimiser.step()
+            optimiser.zero_grad()
+            schedule.step()
+            average.update_parameters(module)
+            for key, figure in {"loss": value.item(), "norm": float(norm or 0), **figures}.items():
+                sums[key] += figure
+                sums[f"{key} n"] += 1
+            if (step + 1) % LOG_EVERY == 0 and accelerator.is_main_process:
+                means = {k: round(v / sums[f"{k} n"], 5) for k, v in sums.items() if not k.endswith(" n")}
+                spent = hours + (time.monotonic() - started) / 3600
+                samples = (step + 1) * settings.batch * accelerator.num_processes
+                log.write(json.dumps({"step": step + 1, "samples": samples, "hours": round(spent, 4), **means}) + "\n")
+                log.flush()
+                progress.update(task, completed=step + 1, description=f"{name} loss {means['loss']:.4f}")
+                sums.clear()
+            if preview is not None and (step + 1) % preview_every == 0 and accelerator.is_main_process:
+                preview(average.module, step + 1)
+            if time.monotonic() - saved > SAVE_EVERY:
+                save(step + 1)
+                saved = time.monotonic()
+    save(settings.steps)
+    return average.module

@@ -1,0 +1,104 @@
+"""Stage 4: MIGE itself, all but the two image encoders, jointly (paper, section 4.1)."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_model
+from torch import Tensor, nn
+
+from mige_rt.sampler import TRAIN_STEPS
+from trainer.features import Batch, FeatureStore
+from trainer.loop import train
+from trainer.model.config import ModelConfig
+from trainer.model.mige import Mige
+from trainer.model.vae import VAEDecoder, VAEEncoder
+from trainer.objective import add_noise, objective
+from trainer.settings import StageSettings
+from trainer.world.tasks import KINDS
+
+DROP = 0.05  # chance to drop the text, the same to drop the source, the same to drop both
+
+
+def initialise(model: Mige) -> None:
+    """The DiT's starting weights (DiT, Peebles & Xie, 2023): gates, cross-attention and output start at zero, so each
+    block starts as the identity; and the source channels start at zero (MIGE's paper, section 4.1)."""
+    denoiser, conditioner = model.denoiser, model.conditioner
+    for module in [*denoiser.modules(), *conditioner.modules()]:
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    embedder = denoiser.x_embedder.proj
+    nn.init.xavier_uniform_(embedder.weight.data.view(embedder.weight.shape[0], -1))
+    embedder.weight.data[:, model.config.vae.channels :] = 0
+    for layer in (denoiser.t_embedder.mlp[0], denoiser.t_embedder.mlp[2], denoiser.t_block[1]):
+        nn.init.normal_(layer.weight, std=0.02)
+    for layer in (*(block.cross_attn.proj for block in denoiser.blocks), denoiser.final_layer.linear):
+        nn.init.zeros_(layer.weight)
+
+
+class TrainedPart(nn.Module):
+    """What this stage trains, and the frozen ViT beside it: a prediction from a batch of features."""
+
+    def __init__(self, model: Mige) -> None:
+        super().__init__()
+        self.config = model.config
+        self.image_encoder, self.text_encoder = model.image_encoder, model.text_encoder
+        self.conditioner, self.denoiser = model.conditioner, model.denoiser
+        vision = self.image_encoder.vision
+        for frozen in (vision.embeddings, vision.encoder):
+            frozen.requires_grad_(False)
+
+    def forward(self, batch: Batch, noisy: Tensor, source: Tensor, timestep: Tensor, has_text: Tensor) -> Tensor:
+        """noisy, source [B,c,h,w]; timestep int64 [B]; has_text bool [B] -> the denoiser's output, [B,c or 2c,h,w]"""
+        image_tokens = self.image_encoder.tokens(batch.vit, batch.ref_latents)
+        states = self.text_encoder(batch.token_ids, image_tokens, batch.slot_index, batch.text_mask)
+        cross_kv = self.conditioner(states, has_text)
+        return self.denoiser.predict(noisy, source, timestep.float(), cross_kv, batch.text_mask)
+
+
+def _batches(store: FeatureStore, settings: StageSettings, step: int, rank: int, ranks: int) -> Iterator[Batch]:
+    while True:
+        rng = np.random.default_rng([settings.seed, step, rank])
+        yield store.batch(rng.integers(len(store), size=settings.batch))
+        step += 1
+
+
+def _loss(config: ModelConfig, module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    number = len(batch.target)
+    timestep, noise = torch.randint(TRAIN_STEPS, (number,)), torch.randn_like(batch.target)
+    draw = torch.rand(number)
+    without_text, without_source = draw < 2 * DROP, (draw > DROP) & (draw < 3 * DROP)  # both between DROP and 2 * DROP
+    source = batch.source * ~without_source[:, None, None, None]
+    output = module(batch, add_noise(batch.target, noise, timestep), source, timestep, ~without_text)
+    losses = objective(config, output, batch.target, noise, timestep)
+    kept = (~without_text & ~without_source).numpy()
+    figures = {}
+    for index, kind in enumerate(KINDS):
+        of_kind = losses.detach().numpy()[(batch.kinds == index) & kept]
+        if len(of_kind):
+            figures[kind] = float(of_kind.mean())
+    return losses.mean(), figures
+
+
+def assemble(config: ModelConfig, state: Path) -> Mige:
+    """A model with the trained VAE and ViT of a state folder; the rest at its starting weights."""
+    model = Mige(config)
+    vae = AutoencoderKL.from_pretrained(state / "vae" / "trained")
+    model.vae_encoder, model.vae_decoder = VAEEncoder(vae), VAEDecoder(vae)
+    norm = {k: v.clone() for k, v in model.image_encoder.vision.post_layernorm.state_dict().items()}
+    load_model(model.image_encoder.vision, state / "vit" / "trained.safetensors")
+    model.image_encoder.vision.post_layernorm.load_state_dict(norm)
+    initialise(model)
+    return model
+
+
+def train_mige(config: ModelConfig, settings: StageSettings, state: Path) -> None:
+    """Train on the features of a state folder; the state, with the moving average of the weights, is in state/mige."""
+    torch.manual_seed(settings.seed)
+    module = TrainedPart(assemble(config, state))
+    store = FeatureStore(state / "features", config)
+    train("mige", module, partial(_loss, config), partial(_batches, store, settings), settings, state / "mige")

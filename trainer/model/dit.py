@@ -1,0 +1,203 @@
+"""The diffusion transformer of PixArt-alpha (Chen et al., 2023), split into what runs once and what runs every step.
+
+R rows, c latent channels, h x w latent size, T = gh * gw patches, L text tokens, D text width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.model.config import ModelConfig
+
+
+def sincos_positions(gh: int, gw: int, width: int, trained_grid: int, device: torch.device | None = None) -> Tensor:
+    """Fixed positions, [gh*gw, width]: first half for x, then y; each sin | cos.
+
+    At other sizes than the trained grid, indices are stretched by trained_grid / max(gh, gw) along both axes, so that
+    the longer side spans what it spanned in training.
+    """
+    stretch = trained_grid / max(gh, gw)
+    quarter = width // 4
+    omega = torch.exp(torch.arange(quarter, dtype=torch.float32, device=device) * (-math.log(10000.0) / quarter))
+    x = torch.arange(gw, dtype=torch.float32, device=device)[:, None] * stretch * omega  # [gw, width/4]
+    y = torch.arange(gh, dtype=torch.float32, device=device)[:, None] * stretch * omega  # [gh, width/4]
+    x = torch.cat([x.sin(), x.cos()], dim=-1)[None, :, :].expand(gh, -1, -1)
+    y = torch.cat([y.sin(), y.cos()], dim=-1)[:, None, :].expand(-1, gw, -1)
+    return torch.cat([x, y], dim=-1).reshape(gh * gw, width)
+
+
+class PatchEmbedder(nn.Module):
+    """Latents to patch tokens; shared by the denoiser and the feature fusion (paper, section 3.2)."""
+
+    def __init__(self, channels: int, width: int, patch: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """[R,2c,h,w] -> [R,T,width]"""
+        return self.proj(latents).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids of a timestep, which may be a fraction, through a small MLP."""
+
+    def __init__(self, width: int, frequencies: int = 256) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        """[R] -> [R,width]"""
+        half = self.frequencies // 2
+        omega = torch.exp(torch.arange(half, dtype=torch.float32, device=timestep.device) * (-math.log(10000.0) / half))
+        angle = timestep.float()[:, None] * omega
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+
+
+class MLP(nn.Module):
+    """Two linear layers around a tanh-approximated GELU."""
+
+    def __init__(self, width_in: int, hidden: int, width_out: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width_in, hidden)
+        self.fc2 = nn.Linear(hidden, width_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, tokens, width = x.shape
+        q, k, v = self.qkv(x).reshape(rows, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)  # [R,heads,T,head_dim]
+        return self.proj(x.transpose(1, 2).reshape(rows, tokens, width))
+
+
+class CrossAttention(nn.Module):
+    """Attention to keys and values that the conditioner made before the loop."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_linear = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """x [R,T,width]; k, v [R,heads,L,head_dim]; mask [R,1,1,L], true where there is a token"""
+        rows, tokens, width = x.shape
+        q = self.q_linear(x).reshape(rows, tokens, self.heads, width // self.heads).transpose(1, 2)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(x.transpose(1, 2).reshape(rows, tokens, width))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, MLP; adaLN-single: one table a block on top of a modulation all blocks share."""
+
+    def __init__(self, width: int, heads: int, mlp: int) -> None:
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
+        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.attn = SelfAttention(width, heads)
+        self.cross_attn = CrossAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.mlp = MLP(width, mlp, width)
+
+    def forward(self, x: Tensor, modulation: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """x [R,T,width]; modulation [R,6,width]"""
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = (
+            self.scale_shift_table[None] + modulation
+        ).chunk(6, dim=1)  # each [R,1,width]
+        x = x + gate_attn * self.attn(self.norm1(x) * (1 + scale_attn) + shift_attn)
+        x = x + self.cross_attn(x, k, v, mask)
+        return x + gate_mlp * self.mlp(self.norm2(x) * (1 + scale_mlp) + shift_mlp)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(width, out)
+        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x [R,T,width], t [R,width] -> [R,T,out]"""
+        shift, scale = (self.scale_shift_table[None] + t[:, None]).chunk(2, dim=1)
+        return self.linear(self.norm_final(x) * (1 + scale) + shift)
+
+
+class Conditioner(nn.Module):
+    """The graph `conditioner`: caption projection and every block's cross-attention keys and values, once a prompt."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dit = config.dit
+        self.heads = dit.heads
+        # The null text: drawn once and never trained.
+        self.register_buffer("y_embedding", torch.randn(config.max_tokens, config.text.width) / config.text.width**0.5)
+        self.y_proj = MLP(config.text.width, dit.width, dit.width)
+        self.kv_linears = nn.ModuleList(nn.Linear(dit.width, 2 * dit.width) for _ in range(dit.depth))
+
+    y_embedding: Tensor
+
+    def forward(self, text_states: Tensor, has_text: Tensor) -> Tensor:
+        """text_states [R,L,D], has_text bool [R] -> cross_kv [2,depth,R,heads,L,head_dim]
+
+        Rows without text see the null table's first L rows instead. L is at most the model's max_tokens.
+        """
+        rows, length, _ = text_states.shape
+        null = self.y_embedding[None, :length].to(text_states.dtype)
+        y = self.y_proj(torch.where(has_text[:, None, None], text_states, null))  # [R,L,width]
+        layers = [
+            linear(y).reshape(rows, length, 2, self.heads, -1).permute(2, 0, 3, 1, 4) for linear in self.kv_linears
+        ]
+        return torch.stack(layers, dim=1)
+
+
+class Denoiser(nn.Module):
+    """The graph `denoiser`: one prediction of the diffusion transformer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dit = config.dit
+        channels = config.vae.channels
+        self.config = config
+        self.x_embedder = PatchEmbedder(2 * channels, dit.width, dit.patch)
+        self.t_embedder = TimestepEmbedder(dit.width)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(dit.width, 6 * dit.width))
+        self.blocks = nn.ModuleList(Block(dit.width, dit.heads, dit.mlp) for _ in range(dit.depth))
+        out = channels * (2 if config.learned_variance else 1)
+        self.final_layer = FinalLayer(dit.width, dit.patch**2 * out)
+
+    def predict(self, latents: Tensor, source: Tensor, timestep: Tensor, cross_kv: Tensor, text_mask: Tensor) -> Tensor:
+        """Like `forward`, with the variance channels behind the prediction where the model learns them: [R,c or 2c,h,w]."""
+        dit = self.config.dit
+        rows, _, h, w = latents.shape
+        gh, gw = h // dit.patch, w // dit.patch
+        dtype = self.x_embedder.proj.weight.dtype
+        x = self.x_embedder(torch.cat([latents, source], dim=1).to(dtype))  # [R,T,width]
+        x = x + sincos_positions(gh, gw, dit.width, dit.trained_grid, x.device).to(dtype)
+        t = self.t_embedder(timestep)  # [R,width]
+        modulation = self.t_block(t).reshape(rows, 6, dit.width)
+        mask = text_mask[:, None, None, :]
+        for i, block in enumerate(self.blocks):
+            x = block(x, modulation, cross_kv[0, i], cross_kv[1, i], mask)
+        x = self.final_layer(x, t)  # [R,T,patch*patch*out]
+        x = x.reshape(rows, gh, gw, dit.patch, dit.patch, -1)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(rows, -1, h, w).float()
+
+    def forward(self, latents: Tensor, source: Tensor, timestep: Tensor, cross_kv: Tensor, text_mask: Tensor) -> Tensor:
+        """latents, source float32 [R,c,h,w] (scaled); timestep float32 [R], 0 to 1000; cross_kv from the conditioner;
+        text_mask bool [R,L] -> prediction float32 [R,c,h,w]
+
+        h and w are multiples of the patch. Without a source picture, source is zero.
+        """
+        return self.predict(latents, source, timestep, cross_kv, text_mask)[:, : self.config.vae.channels]

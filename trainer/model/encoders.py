@@ -1,0 +1,144 @@
+"""MIGE's multimodal encoder (paper, section 3.2): pictures to tokens, and words and picture tokens to one sequence.
+
+N pictures, Q query tokens a picture, D text width, B samples, L tokens.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    Blip2QFormerConfig,
+    Blip2QFormerModel,
+    Blip2VisionConfig,
+    Blip2VisionModel,
+    T5Config,
+    T5EncoderModel,
+)
+
+from trainer.model.config import ModelConfig
+from trainer.model.dit import PatchEmbedder
+
+
+class FeatureFusion(nn.Module):
+    """Adds the VAE's visual features to the Q-Former's semantic ones by cross-attention (paper, section 3.2)."""
+
+    def __init__(self, width: int, visual_width: int, heads: int) -> None:
+        super().__init__()
+        self.q_proj_1 = nn.Linear(width, width, bias=False)
+        self.k_proj_1 = nn.Sequential(nn.Linear(visual_width, width), nn.GELU(), nn.Linear(width, width))
+        self.v_proj_1 = nn.Sequential(nn.Linear(visual_width, width), nn.GELU(), nn.Linear(width, width))
+        self.ln_q_1 = nn.LayerNorm(width, eps=1e-6)
+        self.ln_k_1 = nn.LayerNorm(width, eps=1e-6)
+        self.ln_v_1 = nn.LayerNorm(width, eps=1e-6)
+        self.clip_attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = nn.Linear(width, width)
+        self.ln_out = nn.LayerNorm(width, eps=1e-6)
+        nn.init.zeros_(self.mlp.weight)  # training starts from the semantic features alone
+        nn.init.zeros_(self.mlp.bias)
+
+    def forward(self, semantic: Tensor, visual: Tensor) -> Tensor:
+        """semantic [N,Q,width], visual [N,T,visual_width] -> [N,Q,width]"""
+        q = self.ln_q_1(self.q_proj_1(semantic))
+        k = self.ln_k_1(self.k_proj_1(visual))
+        v = self.ln_v_1(self.v_proj_1(visual))
+        attended, _ = self.clip_attn(q, k, v, need_weights=False)
+        return self.ln_out(self.mlp(attended) + semantic)
+
+
+class ImageEncoder(nn.Module):
+    """The graph `image_encoder`: a picture to the Q tokens that stand for it in the instruction."""
+
+    def __init__(self, config: ModelConfig, patch_embedder: PatchEmbedder) -> None:
+        """patch_embedder is the denoiser's own: the two share their weights."""
+        super().__init__()
+        vit, qformer = config.vision, config.qformer
+        self.vision = Blip2VisionModel(
+            Blip2VisionConfig(
+                hidden_size=vit.width,
+                intermediate_size=vit.mlp,
+                num_hidden_layers=vit.depth,
+                num_attention_heads=vit.heads,
+                image_size=vit.side,
+                patch_size=vit.patch,
+                layer_norm_eps=1e-6,
+                attn_implementation="eager",
+            )
+        )
+        self.vision.post_layernorm.eps = 1e-5  # BLIP-2's ln_vision, unlike the norms inside the ViT
+        self.query_tokens = nn.Parameter(torch.randn(1, qformer.queries, qformer.width) * 0.02)
+        self.qformer = Blip2QFormerModel(
+            Blip2QFormerConfig(
+                hidden_size=qformer.width,
+                num_hidden_layers=qformer.depth,
+                num_attention_heads=qformer.heads,
+                intermediate_size=qformer.mlp,
+                encoder_hidden_size=vit.width,
+                cross_attention_frequency=2,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+                attn_implementation="eager",
+            )
+        )
+        self.patch_embedder = patch_embedder
+        self.fusion = FeatureFusion(qformer.width, config.dit.width, qformer.fusion_heads)
+        self.projection = nn.Linear(qformer.width, config.text.width)
+
+    def vit(self, pixels_vit: Tensor) -> Tensor:
+        """pixels_vit [N,3,p,p] -> the frozen ViT's features before ln_vision, [N,1+patches,ViT width]"""
+        dtype = self.vision.embeddings.patch_embedding.weight.dtype
+        return self.vision.encoder(inputs_embeds=self.vision.embeddings(pixels_vit.to(dtype))).last_hidden_state
+
+    def visual_features(self, ref_latents: Tensor) -> Tensor:
+        """ref_latents [N,c,rh,rw], unscaled -> [N,T,DiT width]; the source channels of the embedder see zeros."""
+        latents = ref_latents.to(self.patch_embedder.proj.weight.dtype)
+        return self.patch_embedder(F.pad(latents, (0, 0, 0, 0, 0, latents.shape[1])))
+
+    def query(self, vision: Tensor) -> Tensor:
+        """vision [N,1+patches,ViT width], after ln_vision -> the Q-Former's output, [N,Q,Q-Former width]"""
+        queries = self.query_tokens.expand(vision.shape[0], -1, -1)
+        return self.qformer(query_embeds=queries, encoder_hidden_states=vision).last_hidden_state
+
+    def tokens(self, vit_features: Tensor, ref_latents: Tensor) -> Tensor:
+        """Like `forward`, from the ViT's features, which training computes once."""
+        semantic = self.query(self.vision.post_layernorm(vit_features))
+        return self.projection(self.fusion(semantic, self.visual_features(ref_latents)))
+
+    def forward(self, pixels_vit: Tensor, ref_latents: Tensor) -> Tensor:
+        """pixels_vit [N,3,p,p]; ref_latents [N,c,rh,rw], the VAE's, unscaled -> image_tokens [N,Q,D]"""
+        return self.tokens(self.vit(pixels_vit), ref_latents)
+
+
+class TextEncoder(nn.Module):
+    """The graph `text_encoder`: token embeddings with picture tokens in their slots, through T5's encoder."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        text = config.text
+        self.t5 = T5EncoderModel(
+            T5Config(
+                vocab_size=text.vocabulary,
+                d_model=text.width,
+                d_kv=text.head_width,
+                d_ff=text.mlp,
+                num_layers=text.depth,
+                num_heads=text.heads,
+                feed_forward_proj="gated-gelu",
+                dropout_rate=0.0,
+                attn_implementation="eager",
+            )
+        )
+
+    def mix(self, token_ids: Tensor, image_tokens: Tensor, slot_index: Tensor) -> Tensor:
+        """The sequence that enters T5, [B,L,D]: rows of image_tokens where slot_index points to one, words elsewhere."""
+        words = self.t5.get_input_embeddings()(token_ids)  # [B,L,D]
+        rows = image_tokens.reshape(-1, image_tokens.shape[-1]).to(words.dtype)  # [N*Q,D]
+        return torch.where(slot_index[..., None] >= 0, rows[slot_index.clamp(min=0)], words)
+
+    def forward(self, token_ids: Tensor, image_tokens: Tensor, slot_index: Tensor, text_mask: Tensor) -> Tensor:
+        """token_ids int64 [B,L]; image_tokens [N,Q,D]; slot_index int64 [B,L], -1 at words; text_mask bool [B,L]
+        -> text_states [B,L,D]
+
+        A batch without any picture passes one dummy picture's tokens.
+        """
+        mixed = self.mix(token_ids, image_tokens, slot_index)
+        return self.t5(inputs_embeds=mixed, attention_mask=text_mask).last_hidden_state

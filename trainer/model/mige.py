@@ -1,0 +1,25 @@
+"""MIGE assembled: the six modules by the names of their graphs."""
+
+from torch import nn
+
+from trainer.model.config import ModelConfig
+from trainer.model.dit import Conditioner, Denoiser
+from trainer.model.encoders import ImageEncoder, TextEncoder
+from trainer.model.vae import VAEDecoder, VAEEncoder, make_vae
+
+GRAPHS = ("vae_encoder", "image_encoder", "text_encoder", "conditioner", "denoiser", "vae_decoder")
+
+
+class Mige(nn.Module):
+    """The six modules; `getattr(model, graph)` for graph in GRAPHS. Weights are random until a checkpoint is loaded."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        vae = make_vae(config.vae)
+        self.vae_encoder = VAEEncoder(vae)
+        self.vae_decoder = VAEDecoder(vae)
+        self.denoiser = Denoiser(config)
+        self.conditioner = Conditioner(config)
+        self.image_encoder = ImageEncoder(config, self.denoiser.x_embedder)
+        self.text_encoder = TextEncoder(config)

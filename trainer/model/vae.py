@@ -1,0 +1,42 @@
+"""The graphs `vae_encoder` and `vae_decoder`: diffusers' AutoencoderKL in two halves. Latents here are unscaled."""
+
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from trainer.model.config import VAEConfig
+
+
+def make_vae(config: VAEConfig) -> AutoencoderKL:
+    levels = len(config.widths)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=config.widths,
+        layers_per_block=config.layers,
+        latent_channels=config.channels,
+        norm_num_groups=config.groups,
+        mid_block_add_attention=config.attention,
+        scaling_factor=config.scale,
+    )
+
+
+class VAEEncoder(nn.Module):
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
+
+    def forward(self, pixels_vae: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels_vae float32 [M,3,f*h,f*w] in [-1,1] -> latent_mean, latent_logvar, float32 [M,c,h,w]"""
+        moments = self.quant_conv(self.encoder(pixels_vae.to(self.quant_conv.weight.dtype))).float()
+        mean, logvar = moments.chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)
+
+
+class VAEDecoder(nn.Module):
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """latents float32 [B,c,h,w], unscaled -> pixels float32 [B,3,f*h,f*w], about [-1,1]"""
+        return self.decoder(self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype))).float()

@@ -1,0 +1,67 @@
+"""A training config file: TOML, one table a stage, read into frozen dataclasses."""
+
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mige_rt.errors import InputError
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """How one stage is optimised. Rates warm up linearly, stay constant, and fall linearly to a tenth at the end."""
+
+    steps: int
+    batch: int
+    rate: float  # AdamW's learning rate
+    warmup: int  # steps
+    decay: int  # steps at the end over which the rate falls
+    weight_decay: float
+    epsilon: float  # AdamW's
+    clip: float  # the gradient's norm
+    ema: float  # decay of the weights' moving average, per step
+    seed: int  # of the world's samples, and of every draw in training
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    """The scenes whose latents and ViT features are computed once for training."""
+
+    shards: int
+    shard_samples: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    model: str  # a preset's name
+    vae: StageSettings
+    vit: StageSettings
+    features: FeatureSettings
+    mige: StageSettings
+
+
+def _table(kind: type[Any], data: dict[str, Any], where: str) -> Any:
+    names = {field.name: field.type for field in fields(kind)}
+    wrong = [f"unknown {name}" for name in data if name not in names] + [f"missing {n}" for n in names if n not in data]
+    for name, expected in names.items():
+        value = data.get(name)
+        if value is not None and type(value) is not expected and not (expected is float and type(value) is int):
+            wrong.append(f"{name} is {value!r}, expected {getattr(expected, '__name__', expected)}")
+    if wrong:
+        raise InputError(f"{where}: {'; '.join(wrong)}")
+    return kind(**data)
+
+
+def load_settings(path: Path) -> TrainingSettings:
+    """Read a config file. Raises InputError that names every field that is missing, unknown or of a wrong type."""
+    try:
+        data = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path} cannot be read as a TOML file: {error}") from error
+    stages = {"vae": StageSettings, "vit": StageSettings, "features": FeatureSettings, "mige": StageSettings}
+    for name, kind in stages.items():
+        if isinstance(data.get(name), dict):
+            data[name] = _table(kind, data[name], f"{path} [{name}]")
+    return _table(TrainingSettings, data, str(path))

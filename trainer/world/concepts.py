@@ -1,0 +1,91 @@
+"""The things of the small world: what each is called, and its pictures in two drawing styles."""
+
+import json
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mige_rt.errors import InputError
+
+CATEGORIES = ("Animals & Nature", "Food & Drink", "Objects", "Travel & Places", "Activities")
+LEFT_OUT = ("time", "sky & weather", "place-map", "place-geographic")  # clock faces, moons: no objects to move about
+SPRITE_SIDE = 96  # a little more than the largest a subject gets in a 128 px scene
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One thing: its English name and its cut-out pictures. noto is None where that style lacks it."""
+
+    code: str
+    name: str
+    fluent: Path
+    noto: Path | None
+
+    @property
+    def held_out(self) -> bool:
+        """One concept in ten is kept for evaluation; decided by its code point, so that it never changes."""
+        return zlib.crc32(self.code.encode()) % 10 == 0
+
+
+def load_concepts(root: Path) -> list[Concept]:
+    """The concepts in a folder made by `python -m trainer.world.fetch`, in order of code point.
+
+    Raises InputError if the folder is not one.
+    """
+    index = root / "emoji.json"
+    if not index.is_file():
+        raise InputError(
+            f"{root} holds no emoji.json; make the folder with: python -m trainer.world.fetch --out {root}"
+        )
+    fluent = {path.stem.lower().replace("-fe0f", ""): path for path in (root / "fluent").glob("*.webp")}
+    noto = {path.stem.lower().replace("-fe0f", ""): path for path in (root / "noto").glob("*.png")}
+    concepts = []
+    for entry in json.loads(index.read_text()):
+        if entry["category"] not in CATEGORIES or entry["subcategory"] in LEFT_OUT:
+            continue
+        code = entry["unified"].lower().replace("-fe0f", "")
+        if code in fluent:
+            name = (entry["name"] or entry["short_name"]).lower().replace("_", " ")
+            concepts.append(Concept(code, name, fluent[code], noto.get(code)))
+    if not concepts:
+        raise InputError(f"{root} holds no picture that emoji.json names; fetch it again")
+    return sorted(concepts, key=lambda concept: concept.code)
+
+
+@lru_cache(maxsize=4096)
+def sprite(path: Path) -> Image.Image:
+    """A concept's picture, cut to its visible box and put in the middle of a square RGBA of SPRITE_SIDE pixels."""
+    with Image.open(path) as file:
+        picture = file.convert("RGBA")
+    box = picture.getchannel("A").point(lambda a: 255 if a > 8 else 0).getbbox() or (0, 0, *picture.size)
+    picture = picture.crop(box)
+    scale = SPRITE_SIDE / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    square = Image.new("RGBA", (SPRITE_SIDE, SPRITE_SIDE))
+    square.paste(
+        picture.resize(size, Image.Resampling.LANCZOS), ((SPRITE_SIDE - size[0]) // 2, (SPRITE_SIDE - size[1]) // 2)
+    )
+    return square
+
+
+def paste(scene: np.ndarray, path: Path, centre: tuple[float, float], size: int, flip: bool = False) -> np.ndarray:
+    """Draw a sprite of `size` pixels onto scene, uint8 [side,side,3], in place; returns its mask, bool [side,side]."""
+    picture = sprite(path).resize(
+        (size, size), Image.Resampling.BOX if size * 2 <= SPRITE_SIDE else Image.Resampling.BILINEAR
+    )
+    if flip:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    side = scene.shape[0]
+    left, top = round(centre[0] - size / 2), round(centre[1] - size / 2)
+    x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + size, side), min(top + size, side)
+    pixels = np.asarray(picture)[y0 - top : y1 - top, x0 - left : x1 - left].astype(np.float32)
+    alpha = pixels[..., 3:] / 255
+    patch = scene[y0:y1, x0:x1]
+    patch[...] = np.rint(patch * (1 - alpha) + pixels[..., :3] * alpha).astype(np.uint8)
+    mask = np.zeros(scene.shape[:2], bool)
+    mask[y0:y1, x0:x1] = alpha[..., 0] > 0.5
+    return mask

@@ -1,0 +1,67 @@
+"""Fetch the world's pictures from the npm registry: `python -m trainer.world.fetch --out DIR`."""
+
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from pathlib import Path
+
+import click
+
+FLUENT = "@lobehub/fluent-emoji-3d@1.1.0"  # MIT; 256x256 WebP with alpha
+NOTO = "emoji-datasource-google@16.0.0"  # data MIT, pictures Apache-2.0; 64x64 PNG with alpha
+
+
+def _unpack(package: str, out: Path, wanted: dict[str, str]) -> None:
+    """Extract the members of an npm package whose path starts with a key of `wanted` into that key's folder of out."""
+    with tempfile.TemporaryDirectory() as scratch:
+        packed = subprocess.run(
+            ["npm", "pack", "--silent", package], cwd=scratch, check=True, capture_output=True, text=True
+        )
+        with tarfile.open(Path(scratch) / packed.stdout.split()[-1]) as archive:
+            for member in archive:
+                prefix = next((p for p in wanted if member.name.startswith(p)), None)
+                content = archive.extractfile(member) if prefix is not None else None
+                if prefix is None or content is None:
+                    continue
+                target = out / wanted[prefix] / Path(member.name).name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content.read())
+
+
+def fetch(out: Path) -> None:
+    """Fill `out` with fluent/*.webp, noto/*.png, emoji.json and the licences. Needs the `npm` client.
+
+    Raises FileExistsError if out exists, subprocess.CalledProcessError if npm fails.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists already; remove it or name another folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    try:
+        _unpack(FLUENT, partial, {"package/assets/": "fluent", "package/README": "licences/fluent"})
+        _unpack(
+            NOTO,
+            partial,
+            {"package/img/google/64/": "noto", "package/emoji.json": "", "package/LICENSE": "licences/noto"},
+        )
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@click.command(help=__doc__)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="folder to make")
+def main(out: Path) -> None:
+    try:
+        fetch(out)
+    except (FileExistsError, FileNotFoundError) as error:
+        raise click.UsageError(f"{error}" if isinstance(error, FileExistsError) else "npm was not found") from error
+    except subprocess.CalledProcessError as error:
+        raise click.ClickException(f"npm could not fetch {error.cmd[-1]}: {error.stderr.strip()}") from error
+    click.echo(out)
+
+
+if __name__ == "__main__":
+    main()
