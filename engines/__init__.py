@@ -26,4 +26,4 @@ def open_engine(folder: Path, engine: str, device: str, precision: Precision | L
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if precision == "auto":
         precision = "fp32" if device == "cpu" else "bf16"
-    return PyTorchEngine(folder, device, precision)
+    return PyTorchEngine.open(folder, device, precision)

@@ -10,16 +10,28 @@ from numpy.typing import NDArray
 from engines.interface import GRAPHS, Array, Precision
 from mige_rt.errors import InputError
 from trainer.checkpoint import load_model
+from trainer.model.mige import Mige
 
 _DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+# Handed from graph to graph in the engine's own precision, unlike the rest.
+_INNER = {"image_tokens", "text_states", "cross_kv"}
+
+
 class PyTorchEngine:
-    """Takes and gives NumPy arrays on the CPU, without copies, and torch tensors on CUDA."""
+    """Takes and gives NumPy arrays on the CPU, without copies where the precision is fp32, and torch tensors on CUDA."""
 
     name = "pytorch"
 
-    def __init__(self, folder: Path, device: str = "cpu", precision: Precision = "fp32") -> None:
+    def __init__(self, model: Mige, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        """model is on the device and of the dtype already."""
+        self.model = model.eval()
+        self.device = device
+        self.dtype = dtype
+
+    @classmethod
+    def open(cls, folder: Path, device: str = "cpu", precision: Precision = "fp32") -> "PyTorchEngine":
         """Open a model folder.
 
         Raises InputError when the folder is no model folder, the device is not there, or the precision is not one of
@@ -27,20 +39,32 @@ class PyTorchEngine:
         """
         if precision not in _DTYPES:
             raise InputError(f"the pytorch engine has no precision {precision!r}; expected one of {', '.join(_DTYPES)}")
-        if device != "cpu" and not (device.split(":")[0] == "cuda" and torch.cuda.is_available()):
-            raise InputError(f"there is no device {device!r} for PyTorch here; use --device cpu")
-        self.device = device
-        self.model = load_model(folder, dtype=_DTYPES[precision], device=device).eval()
+        _check_device(device)
+        return cls(load_model(folder, dtype=_DTYPES[precision], device=device), device, _DTYPES[precision])
 
     def array(self, values: NDArray[Any]) -> Array:
         return values if self.device == "cpu" else torch.from_numpy(values).to(self.device)
 
     @torch.inference_mode()
     def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        ports = GRAPHS[graph].inputs
-        on_cpu = self.device == "cpu"
-        tensors = [torch.as_tensor(inputs[port.name]) for port in ports]
+        tensors = []
+        for port in GRAPHS[graph].inputs:
+            tensor = torch.as_tensor(inputs[port.name])
+            tensors.append(tensor.to(self.dtype) if port.name in _INNER else tensor)
         outputs = getattr(self.model, graph)(*tensors)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        names = [port.name for port in GRAPHS[graph].outputs]
-        return {n: (o.numpy() if on_cpu else o) for n, o in zip(names, outputs, strict=True)}
+        named = zip(GRAPHS[graph].outputs, outputs if isinstance(outputs, tuple) else (outputs,), strict=True)
+        # NumPy has no bfloat16.
+        return {port.name: out.float().numpy() if self.device == "cpu" else out for port, out in named}
+
+
+def _check_device(device: str) -> None:
+    try:
+        parsed = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"{device!r} is no device; expected cpu, cuda or cuda:N") from error
+    if parsed.type == "cpu":
+        return
+    if parsed.type != "cuda" or (parsed.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"there is no device {device!r} here: PyTorch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )

@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 
 
 @click.command(help=__doc__)
-@click.argument("stage", type=click.Choice(["vae", "vit", "features", "mige", "ship"]))
+@click.argument("stage", type=click.Choice(["vae", "vit", "features", "mige", "save"]))
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
@@ -48,11 +48,11 @@ def main(stage: str, config: Path, world: Path, state: Path) -> None:
         elif stage == "mige":
             from trainer.mige import train_mige
 
-            train_mige(model, settings.mige, state)
+            train_mige(model, settings.mige, concepts, state)
         else:
-            from trainer.ship import ship
+            from trainer.save import save
 
-            click.echo(ship(model, state))
+            click.echo(save(model, state))
     except InputError as error:
         raise click.UsageError(str(error)) from error
 

@@ -134,7 +134,7 @@ def load_model(
                     f"{path} cannot be read ({error}): a whole safetensors file is expected; convert or download the "
                     "model again"
                 ) from error
-            for key in list(file.keys()):
+            for key in map(str, file.keys()):
                 where[expected.get(key, key)] = file
         count, listed = differences(
             {name: tuple(file.get_slice(_stored_name(name)).get_shape()) for name, file in where.items()},
@@ -272,6 +272,8 @@ def _write(
         content = {"schema": SCHEMA, "model": config.to_json(), "source": source}
         # Last, so that a folder without all its weights is no model folder under any name.
         (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for path in folder.rglob("*.safetensors"):  # safetensors keeps them from other users, whatever the umask says
+            path.chmod((folder / "config.json").stat().st_mode)
     except (OSError, SafetensorError) as error:
         raise InputError(f"the model could not be written to {folder.parent} ({error})") from error
 

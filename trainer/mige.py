@@ -1,6 +1,7 @@
 """Stage 4: MIGE itself, all but the two image encoders, jointly (paper, section 4.1)."""
 
 from collections.abc import Iterator
+from copy import copy
 from functools import partial
 from pathlib import Path
 
@@ -10,16 +11,24 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
+from engines.pytorch import PyTorchEngine
+from mige_rt.instruction import load_tokenizer
+from mige_rt.pipeline import MigePipeline, Settings
 from mige_rt.sampler import TRAIN_STEPS
+from trainer.checkpoint import COMPONENTS
 from trainer.features import Batch, FeatureStore
 from trainer.loop import train
-from trainer.model.config import ModelConfig
+from mige_rt.config import ModelConfig
 from trainer.model.mige import Mige
 from trainer.model.vae import VAEDecoder, VAEEncoder
 from trainer.objective import add_noise, objective
+from trainer.preview import answer, first_of_each_kind, grid
 from trainer.settings import StageSettings
+from trainer.world.concepts import Concept
 from trainer.world.tasks import KINDS
 
+PREVIEW_EVERY = 1000  # steps
+PREVIEW_SEED = 10**6  # of a series of the world that training never sees
 DROP = 0.05  # chance to drop the text, the same to drop the source, the same to drop both
 
 
@@ -51,6 +60,12 @@ class TrainedPart(nn.Module):
         vision = self.image_encoder.vision
         for frozen in (vision.embeddings, vision.encoder):
             frozen.requires_grad_(False)
+
+    def with_vae(self, other: Mige) -> Mige:
+        """A whole model that shares this part's weights and another's VAE."""
+        whole = copy(other)
+        whole._modules = {**other._modules, **{name: self._modules[name] for name in COMPONENTS}}
+        return whole
 
     def forward(self, batch: Batch, noisy: Tensor, source: Tensor, timestep: Tensor, has_text: Tensor) -> Tensor:
         """noisy, source [B,c,h,w]; timestep int64 [B]; has_text bool [B] -> the denoiser's output, [B,c or 2c,h,w]"""
@@ -96,9 +111,21 @@ def assemble(config: ModelConfig, state: Path) -> Mige:
     return model
 
 
-def train_mige(config: ModelConfig, settings: StageSettings, state: Path) -> None:
-    """Train on the features of a state folder; the state, with the moving average of the weights, is in state/mige."""
+def train_mige(config: ModelConfig, settings: StageSettings, concepts: list[Concept], state: Path) -> None:
+    """Train on the features of a state folder; the state, with the moving average of the weights, and previews are in
+    state/mige. Raises InputError when the features are not there."""
     torch.manual_seed(settings.seed)
-    module = TrainedPart(assemble(config, state))
+    folder = state / "mige"
     store = FeatureStore(state / "features", config)
-    train("mige", module, partial(_loss, config), partial(_batches, store, settings), settings, state / "mige")
+    model = assemble(config, state)
+    samples = first_of_each_kind(concepts, config.size, PREVIEW_SEED, 4)
+    tokenize = load_tokenizer(state / "features" / "tokenizer.json")
+
+    def preview(average: nn.Module, step: int) -> None:
+        assert isinstance(average, TrainedPart)
+        pipe = MigePipeline(config, tokenize, PyTorchEngine(average.with_vae(model)))
+        grid(samples, answer(pipe, samples, Settings()), folder / f"preview-{step:06d}.png")
+
+    module = TrainedPart(model)
+    batches = partial(_batches, store, settings)
+    train("mige", module, partial(_loss, config), batches, settings, folder, preview, PREVIEW_EVERY)
