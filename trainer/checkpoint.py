@@ -43,7 +43,8 @@ def convert(
     on_progress: Progress | None = None,
     config: ModelConfig | None = None,
 ) -> None:
-    """Make the model folder `out` from the published layout; weights keep the dtype they are stored in.
+    """Make the model folder `out` from the published layout; weights keep the dtype they are stored in (the VAE's are
+    float32).
 
     `ckpt` is `model.pth`, or a folder that holds it; `vae` and `tokenizer` are folders, by default those beside it.
     `config` gives the sizes of a checkpoint that has none of the published ones. Memory stays near one shard's size:
@@ -148,21 +149,6 @@ def load_model(
         fill(model, {name: _placed(where[name].get_tensor(_stored_name(name)), dtype, device) for name in wanted})
     for graph in sorted(graphs):
         _require_real(graph, getattr(model, graph))
-    return model.eval()
-
-
-def load_published(
-    state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> Mige:
-    """The model with the weights of a published state dict, in evaluation mode; its VAE stays on the meta device.
-
-    Raises InputError when the keys are not exactly those of a published size.
-    """
-    model = empty_model(published.check_published(state, "the state dict"))
-    names = [name for name in distinct_tensors(model) if not name.startswith("vae_")]
-    fill(model, {name: _placed(our_tensor(state, name), dtype, device) for name in names})
-    for component in COMPONENTS:
-        _require_real(component, getattr(model, component))
     return model.eval()
 
 

@@ -86,13 +86,15 @@ def train(
     started = saved = time.monotonic()
     sums: dict[str, float] = defaultdict(float)
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
-    stream = batches(first, accelerator.process_index, accelerator.num_processes)
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    stream = batches(first, rank, ranks)
     with (
         Progress(*columns, disable=not accelerator.is_main_process) as progress,
         (folder / "log.jsonl").open("a") as log,
     ):
         task = progress.add_task(name, total=settings.steps, completed=first)
         for step in range(first, settings.steps):
+            torch.manual_seed(settings.seed * 10**9 + step * ranks + rank)  # resumed runs draw the same
             value, figures = loss(prepared, next(stream))
             accelerator.backward(value)
             norm = accelerator.clip_grad_norm_(parameters, settings.clip)
@@ -106,7 +108,7 @@ def train(
             if (step + 1) % LOG_EVERY == 0 and accelerator.is_main_process:
                 means = {k: round(v / sums[f"{k} n"], 5) for k, v in sums.items() if not k.endswith(" n")}
                 spent = hours + (time.monotonic() - started) / 3600
-                samples = (step + 1) * settings.batch * accelerator.num_processes
+                samples = (step + 1) * settings.batch * ranks
                 log.write(json.dumps({"step": step + 1, "samples": samples, "hours": round(spent, 4), **means}) + "\n")
                 log.flush()
                 progress.update(task, completed=step + 1, description=f"{name} loss {means['loss']:.4f}")

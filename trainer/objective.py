@@ -1,6 +1,6 @@
 """What training minimises: the error of the prediction and, where it is learned, the variational bound of the variance.
 
-Improved DDPM (Nichol & Dhariwal, 2021): B samples, c latent channels, timesteps 0 to 999. The schedule is the sampler's.
+Improved DDPM (Nichol & Dhariwal, 2021). B samples, c latent channels; timesteps 0 to 999 of the sampler's schedule.
 """
 
 import math

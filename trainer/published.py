@@ -176,12 +176,10 @@ def check_published(state: Mapping[str, Any], what: str, config: ModelConfig | N
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The state dict of a published `model.pth`, memory-mapped; nothing pickled in it is ever run.
 
-    Raises InputError when the file is missing, truncated, no torch checkpoint, holds Python objects other than tensors,
+    Raises InputError when the file is truncated, is no torch checkpoint, holds Python objects other than tensors,
     or has no state dict.
     """
     expected = 'MIGE\'s model.pth, {"state_dict": {key: tensor}} written by torch.save, is expected'
-    if not path.is_file():
-        raise InputError(f"no checkpoint at {path}: {expected}")
     if not zipfile.is_zipfile(path):
         size = path.stat().st_size
         raise InputError(
@@ -217,8 +215,10 @@ def find_checkpoint(given: Path) -> Path:
 
     Raises InputError when there is none, or no telling which.
     """
-    if not given.is_dir():
+    if given.is_file():
         return given
+    if not given.exists():
+        raise InputError(f"no checkpoint at {given}: MIGE's model.pth, or a folder that holds it, is expected there")
     for pattern in ("model.pth", "*/model.pth", "*.pth", "*/*.pth"):
         found = sorted(given.glob(pattern))
         if len(found) > 1:
@@ -261,9 +261,10 @@ def read_tokenizer(given: Path) -> Tokenizer:
 
 
 def read_vae(folder: Path) -> tuple[VAEConfig, dict[str, Tensor]]:
-    """Sizes and weights (by the names in `make_vae`) of an AutoencoderKL in diffusers' layout.
+    """Sizes and weights (by the names in `make_vae`, float32) of an AutoencoderKL in diffusers' layout.
 
-    Also reads `.bin` files, if of tensors alone, and attention weights by their names before diffusers 0.15.
+    Also reads `.bin` files, if of tensors alone, and the attention's weights by their old names (query, key, value,
+    proj_attn).
 
     Raises InputError when the folder holds no such VAE, or one with parts that ours does not have.
     """

@@ -20,7 +20,11 @@ class Elementwise:
     def __call__(self, *, latents: Any, source: Any, timestep: Any, cross_kv: Any, text_mask: Any) -> Any:
         self.calls.append({"latents": latents, "source": source, "timestep": timestep})
         text = (cross_kv[0, 0, :, 0, :, 0] * text_mask).sum(1)  # [R]
-        return 0.3 * latents + 0.2 * source + (text + timestep * 1e-3)[:, None, None, None] * latents / (1 + latents * latents)
+        return (
+            0.3 * latents
+            + 0.2 * source
+            + (text + timestep * 1e-3)[:, None, None, None] * latents / (1 + latents * latents)
+        )
 
 
 def conditions(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -41,11 +45,19 @@ def run(scales: tuple[float, float | None], seeds: list[int], steps: int = 6) ->
 def test_numpy_and_torch_give_the_same_latents(scales: tuple[float, float | None]) -> None:
     rows = branches(*scales)
     noise, source = draw_noise([1, 2], SHAPE), draw_noise([3, 4], SHAPE)
-    arrays = (noise, None if scales[1] is None else source, *conditions(2 * len(rows)))
-    tensors = [None if array is None else torch.from_numpy(array) for array in arrays]
+    given = None if scales[1] is None else source
+    cross_kv, text_mask = conditions(2 * len(rows))
     table = dpm_solver_pp_2m(12, "epsilon")
-    from_numpy = denoise(Elementwise(), *arrays, rows, table)
-    from_torch = denoise(Elementwise(), *tensors, rows, table)
+    from_numpy = denoise(Elementwise(), noise, given, cross_kv, text_mask, rows, table)
+    from_torch = denoise(
+        Elementwise(),
+        torch.from_numpy(noise),
+        None if given is None else torch.from_numpy(given),
+        torch.from_numpy(cross_kv),
+        torch.from_numpy(text_mask),
+        rows,
+        table,
+    )
     assert isinstance(from_numpy, np.ndarray) and from_numpy.dtype == np.float32
     assert np.isfinite(from_numpy).all()
     assert isinstance(from_torch, torch.Tensor) and from_torch.dtype == torch.float32

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def error(steps: int) -> float:
 def test_the_solver_converges_to_the_exact_solution_at_second_order() -> None:
     errors = [error(steps) for steps in (100, 200, 400, 800)]
     assert errors[-1] < 1e-3
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in pairwise(errors):
         assert 3.5 < coarse / fine < 4.7
 
 

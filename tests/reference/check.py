@@ -108,11 +108,12 @@ def read_golden(folder: Path) -> Golden:
     """Raises InputError when a file is missing, damaged or of another form."""
     try:
         data = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
-        shapes = json.loads((folder / "keys_reduced.json").read_text(encoding="utf-8"))
+        keys = json.loads((folder / "keys_reduced.json").read_text(encoding="utf-8"))
+        shapes = {key: [int(length) for length in shape] for key, shape in keys.items()}
         cases = {name: _case(case) for name, case in data["cases"].items()}
         with np.load(folder / "golden.npz", allow_pickle=False) as arrays:
             recorded = _recorded(dict(arrays), cases)
-        return Golden(_config(data["config"]), cases, recorded, shapes, str(data.get("salt", "")))
+        return Golden(read_config(data["config"]), cases, recorded, shapes, str(data.get("salt", "")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(
             f"{folder} holds no golden set that can be read ({type(error).__name__}: {error}); "
@@ -122,7 +123,7 @@ def read_golden(folder: Path) -> Golden:
 
 def _case(case: dict[str, Any]) -> Case:
     return Case(
-        prompt=case["prompt"],
+        prompt=str(case["prompt"]),
         references=int(case["n"]),
         has_source=bool(case["source"]),
         text_scale=float(case["y"]),
@@ -130,9 +131,10 @@ def _case(case: dict[str, Any]) -> Case:
     )
 
 
-def _config(sizes: dict[str, Any]) -> ModelConfig:
+def read_config(sizes: dict[str, Any]) -> ModelConfig:
+    """The configuration of the sizes in `golden.json`; the others are those of the preset `reduced`."""
     reduced, t5 = PRESETS["reduced"], sizes["t5"]
-    return dataclasses.replace(
+    config = dataclasses.replace(
         reduced,
         vision=dataclasses.replace(reduced.vision, depth=sizes["vit_depth"]),
         qformer=dataclasses.replace(reduced.qformer, depth=sizes["qformer_layers"]),
@@ -153,6 +155,7 @@ def _config(sizes: dict[str, Any]) -> ModelConfig:
         ),
         max_tokens=sizes["max_len"],
     )
+    return ModelConfig.from_json(config.to_json())  # for its checks
 
 
 def _recorded(arrays: dict[str, NDArray[Any]], cases: dict[str, Case]) -> list[Recorded]:

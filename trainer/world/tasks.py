@@ -28,7 +28,8 @@ class Sample:
     """One training or evaluation sample; pictures are uint8 [side,side,3].
 
     prompt: the caption without the task's prefix. images: in placeholder order; where one is the source, it is the very
-    same array. changed: bool [side,side], the pixels that the edit may change (all, for generation).
+    same array. changed: bool [side,side], the pixels in which the ground truth differs from the source (all, for
+    generation).
     """
 
     kind: str
@@ -51,6 +52,10 @@ def _multimodal(rng: np.random.Generator, plain: list[str], multimodal: list[str
     return rewrite_instruction(_pick(rng, plain), "local" if rng.random() < 0.7 else "global")
 
 
+def _changed(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    return np.any(source != target, axis=-1)
+
+
 def _naming(rng: np.random.Generator, scene: Scene, index: int) -> str:
     """Words for one subject of a scene: its name, or where it stands."""
     subject = scene.subjects[index]
@@ -63,7 +68,7 @@ def recolour(rng: np.random.Generator, concepts: list[Concept], side: int) -> Sa
     scene = random_scene(rng, concepts, int(rng.integers(1, 3)))
     colour = _pick(rng, [c for c in COLOURS if c != scene.background.colour])
     after = replace(scene, background=replace(scene.background, colour=colour))
-    source, masks = draw_scene(scene, side)
+    source, target = draw_scene(scene, side)[0], draw_scene(after, side)[0]
     prompt = _multimodal(
         rng,
         [
@@ -75,21 +80,21 @@ def recolour(rng: np.random.Generator, concepts: list[Concept], side: int) -> Sa
         ],
         [f"make the background of <imagehere> {colour}", f"change the background in <imagehere> to {colour}"],
     )
-    return Sample("recolour", "edit", prompt, [source], source, draw_scene(after, side)[0], ~np.any(masks, axis=0))
+    return Sample("recolour", "edit", prompt, [source], source, target, _changed(source, target))
 
 
 def remove(rng: np.random.Generator, concepts: list[Concept], side: int) -> Sample:
     scene = random_scene(rng, concepts, int(rng.integers(1, 4)))
     index = int(rng.integers(len(scene.subjects)))
     after = replace(scene, subjects=tuple(s for i, s in enumerate(scene.subjects) if i != index))
-    source, masks = draw_scene(scene, side)
+    source, target = draw_scene(scene, side)[0], draw_scene(after, side)[0]
     what = _naming(rng, scene, index)
     prompt = _multimodal(
         rng,
         [f"remove {what}", f"delete {what}", f"erase {what} from the picture", f"take {what} away"],
         [f"remove {what} from <imagehere>", f"erase {what} in <imagehere>"],
     )
-    return Sample("remove", "edit", prompt, [source], source, draw_scene(after, side)[0], masks[index])
+    return Sample("remove", "edit", prompt, [source], source, target, _changed(source, target))
 
 
 def add(rng: np.random.Generator, concepts: list[Concept], side: int) -> Sample:
@@ -98,8 +103,7 @@ def add(rng: np.random.Generator, concepts: list[Concept], side: int) -> Sample:
     places = random_places(rng, number + 1)
     subjects = tuple(random_subject(rng, c, p) for c, p in zip(chosen, places, strict=True))
     scene = Scene(random_background(rng), subjects[:-1])
-    source, _ = draw_scene(scene, side)
-    target, masks = draw_scene(replace(scene, subjects=subjects), side)
+    source, target = draw_scene(scene, side)[0], draw_scene(replace(scene, subjects=subjects), side)[0]
     reference, place = draw_reference(rng, chosen[-1], subjects[-1].flip, side), places[-1]
     if rng.random() < 0.5:
         images = [reference, source]
@@ -114,7 +118,7 @@ def add(rng: np.random.Generator, concepts: list[Concept], side: int) -> Sample:
     else:
         images = [source, reference]
         prompt = _pick(rng, [f"in <imagehere> add <imagehere> {place}", f"add to <imagehere> a <imagehere> {place}"])
-    return Sample("add", "compose", prompt, images, source, target, masks[-1])
+    return Sample("add", "compose", prompt, images, source, target, _changed(source, target))
 
 
 def replace_subject(rng: np.random.Generator, concepts: list[Concept], side: int) -> Sample:
@@ -126,8 +130,7 @@ def replace_subject(rng: np.random.Generator, concepts: list[Concept], side: int
     while new.code in present:
         new = concepts[rng.integers(len(concepts))]
     subjects = tuple(replace(s, concept=new) if i == index else s for i, s in enumerate(scene.subjects))
-    source, before = draw_scene(scene, side)
-    target, after = draw_scene(replace(scene, subjects=subjects), side)
+    source, target = draw_scene(scene, side)[0], draw_scene(replace(scene, subjects=subjects), side)[0]
     reference, what = draw_reference(rng, new, old.flip, side), _naming(rng, scene, index)
     if rng.random() < 0.75:
         images = [source, reference]
@@ -142,7 +145,7 @@ def replace_subject(rng: np.random.Generator, concepts: list[Concept], side: int
     else:
         images = [reference, source]
         prompt = f"put <imagehere> in place of {what} in <imagehere>"
-    return Sample("replace", "compose", prompt, images, source, target, before[index] | after[index])
+    return Sample("replace", "compose", prompt, images, source, target, _changed(source, target))
 
 
 def generate(rng: np.random.Generator, concepts: list[Concept], side: int) -> Sample:
@@ -158,7 +161,7 @@ def generate(rng: np.random.Generator, concepts: list[Concept], side: int) -> Sa
         subjects = (random_subject(rng, first, "on the left"), random_subject(rng, second, "on the right"))
         relation = _pick(rng, ["beside", "next to", "and", "to the left of"])
         prompt = f"a <imagehere> {relation} a <imagehere> {ground}"
-    target, _ = draw_scene(Scene(background, subjects), side)
+    target = draw_scene(Scene(background, subjects), side)[0]
     images = [draw_reference(rng, subject.concept, subject.flip, side) for subject in subjects]
     return Sample("generate", "subject", prompt, images, None, target, np.ones((side, side), bool))
 

@@ -1,0 +1,48 @@
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mige_rt.pipeline import MigePipeline
+from trainer.world.concepts import Concept, load_concepts
+from trainer.world.tasks import KINDS, Sample, make_sample
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def concepts() -> list[Concept]:
+    """Twelve concepts of the small world, two of them held out."""
+    return load_concepts(DATA / "world")
+
+
+@pytest.fixture(scope="session")
+def pipe() -> MigePipeline:
+    """The shipped default model."""
+    return MigePipeline.from_pretrained()
+
+
+@pytest.fixture(scope="session")
+def samples(concepts: list[Concept]) -> dict[str, Sample]:
+    """The first sample of every kind of task."""
+    found: dict[str, Sample] = {}
+    index = 0
+    while len(found) < len(KINDS):
+        sample = make_sample(0, index, concepts, 64)
+        found.setdefault(sample.kind, sample)
+        index += 1
+    return found
+
+
+@pytest.fixture
+def scene(samples: dict[str, Sample]) -> Image.Image:
+    """A 64 x 64 scene to edit."""
+    source = samples["replace"].source
+    assert source is not None
+    return Image.fromarray(source)
+
+
+@pytest.fixture
+def reference(samples: dict[str, Sample]) -> Image.Image:
+    """A 64 x 64 picture of one thing."""
+    return Image.fromarray(samples["generate"].images[0])
