@@ -13,7 +13,7 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 @dataclass(frozen=True)
 class Port:
-    """One input or output: its name, its element type, and its axes; a letter or name stands for the same size everywhere.
+    """One input or output: its name, its element type, and its axes; a name stands for the same size everywhere.
 
     N pictures referred to in the batch, M any number of pictures, B samples, R rows (B x guidance branches), L tokens,
     D text width, Q tokens a picture, h x w latent size, rh x rw latent size of references, f VAE factor, c latent

@@ -20,7 +20,7 @@ _INNER = {"image_tokens", "text_states", "cross_kv"}
 
 
 class PyTorchEngine:
-    """Takes and gives NumPy arrays on the CPU, without copies where the precision is fp32, and torch tensors on CUDA."""
+    """Takes and gives NumPy arrays on the CPU (without copies if the precision is fp32), torch tensors on CUDA."""
 
     name = "pytorch"
 
@@ -66,5 +66,6 @@ def _check_device(device: str) -> None:
         return
     if parsed.type != "cuda" or (parsed.index or 0) >= torch.cuda.device_count():
         raise InputError(
-            f"there is no device {device!r} here: PyTorch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
+            f"there is no device {device!r} here: PyTorch sees {torch.cuda.device_count()} CUDA devices; "
+            "use --device cpu"
         )

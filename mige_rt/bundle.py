@@ -7,25 +7,24 @@ from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
 
 DEFAULT_MODEL = Path(__file__).parent / "models" / "tiny"
-SCHEMA = 1  # of config.json
+SCHEMA = 1  # of config.json; a reader refuses newer ones
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The configuration of a model folder.
-
-    Raises InputError when the folder is none, was made by a newer mige-rt, or its configuration is not one of MIGE.
-    """
+    """The sizes of a model folder. Raises InputError when it is no model folder, or of a newer schema than ours."""
     path = folder / "config.json"
-    if not path.is_file():
+    expected = "a model folder, as `mige-rt convert` writes from published weights, is expected"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} is no model folder ({error}): {expected}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("schema"), int) or "model" not in content:
+        raise InputError(f"{path} is not of a model folder: {expected}")
+    if content["schema"] > SCHEMA:
         raise InputError(
-            f"{folder} is not a model folder: it has no config.json; make one from published weights with: "
-            "mige-rt convert --ckpt model.pth --out FOLDER"
+            f"{path} has schema {content['schema']}, this version of mige-rt reads {SCHEMA}: upgrade mige-rt"
         )
     try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}; copy or convert the model again") from error
-    schema = data.get("schema") if isinstance(data, dict) else None
-    if schema != SCHEMA:
-        raise InputError(f"{path} has schema {schema!r}, this mige-rt reads {SCHEMA}; update mige-rt or convert again")
-    return ModelConfig.from_json(data.get("model"))
+        return ModelConfig.from_json(content["model"])
+    except InputError as error:
+        raise InputError(f"{path}: {error}; convert or download the model again") from error

@@ -140,9 +140,7 @@ def _read_line(line: str) -> dict[str, Any]:
 @click.option("--image", "images", type=PATH, multiple=True, help="a picture for the next <imagehere>; may be repeated")
 @click.option("--source", type=PATH, help="the picture to edit; without it, a new picture is made")
 @click.option("--out", type=PATH, default=Path("out.png"), show_default=True, help=".png, .jpg or .webp")
-@click.option(
-    "--batch", type=PATH, help="a file of JSON lines with prompt, images, source, task, seed, id; out-ID.png each"
-)
+@click.option("--batch", type=PATH, help="JSON lines with prompt, images, source, task, seed, id; out-ID.png each")
 @click.option(
     "--num-images", type=click.IntRange(1, 64), default=1, show_default=True, help="out-1.png, out-2.png, ..."
 )
@@ -156,7 +154,7 @@ def _read_line(line: str) -> dict[str, Any]:
 @click.option(
     "--fit",
     type=click.Choice(["crop", "pad", "aspect"]),
-    help="how a picture of another shape is fitted: cut to it (crop), black bars (pad), or the result takes the source's "
+    help="how a picture of another shape is fitted: cut (crop), black bars (pad), or the result takes the source's "
     "shape (aspect)  [default: crop; references of a new picture are padded]",
 )
 @click.option(

@@ -123,7 +123,7 @@ class ModelConfig:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> "ModelConfig":
-        """The inverse of `to_json`. Raises InputError that names every unknown or missing field, or a field of a wrong type."""
+        """The inverse of `to_json`. Raises InputError that names every field unknown, missing or of a wrong type."""
         return _read(ModelConfig, data, "config")
 
 

@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
     "--state", type=click.Path(path_type=Path), required=True, help="folder for states, logs, previews; resumed from"
 )
 def main(stage: str, config: Path, world: Path, state: Path) -> None:
-    from trainer.model.config import PRESETS
+    from mige_rt.config import PRESETS
     from trainer.world.concepts import load_concepts
 
     try:

@@ -19,14 +19,15 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from engines.interface import GRAPHS
+from mige_rt.bundle import SCHEMA, read_config
+from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
 from trainer import published
-from trainer.model.config import ModelConfig
-from trainer.model.mige import GRAPHS, Mige
+from trainer.model.mige import Mige
 from trainer.model.vae import make_vae
 from trainer.published import differences, distinct_tensors, our_tensor
 
-SCHEMA = 1  # of config.json; a reader refuses newer ones
 COMPONENTS = ("image_encoder", "text_encoder", "conditioner", "denoiser")  # with shards of their own
 SHARD_BYTES = 2_000_000_000
 VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
@@ -150,26 +151,6 @@ def load_model(
     for graph in sorted(graphs):
         _require_real(graph, getattr(model, graph))
     return model.eval()
-
-
-def read_config(folder: Path) -> ModelConfig:
-    """The sizes of a model folder. Raises InputError when it is no model folder, or of a newer schema than ours."""
-    path = folder / "config.json"
-    expected = "a model folder, as `mige-rt convert` writes from published weights, is expected"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} is no model folder ({error}): {expected}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("schema"), int) or "model" not in content:
-        raise InputError(f"{path} is not of a model folder: {expected}")
-    if content["schema"] > SCHEMA:
-        raise InputError(
-            f"{path} has schema {content['schema']}, this version of mige-rt reads {SCHEMA}: upgrade mige-rt"
-        )
-    try:
-        return ModelConfig.from_json(content["model"])
-    except InputError as error:
-        raise InputError(f"{path}: {error}; convert or download the model again") from error
 
 
 def empty_model(config: ModelConfig) -> Mige:

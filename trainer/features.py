@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import track
@@ -22,10 +22,10 @@ from safetensors.torch import load_model
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
 from mige_rt.instruction import PLACEHOLDER, Tokenize, compose_prompt, encode_prompt, load_tokenizer
 from mige_rt.pictures import vae_pixels, vit_pixels
-from trainer.model.config import ModelConfig
 from trainer.model.encoders import ImageEncoder
 from trainer.model.mige import Mige
 from trainer.model.vae import VAEEncoder
@@ -126,7 +126,7 @@ def compute_features(config: ModelConfig, settings: FeatureSettings, concepts: l
     if not tokenizer_path.is_file():
         world_tokenizer(concepts, settings, config.text.vocabulary).save(str(tokenizer_path))
     tokenize = load_tokenizer(tokenizer_path)
-    encoder = VAEEncoder(AutoencoderKL.from_pretrained(trained[0])).to(memory_format=torch.channels_last)
+    encoder = VAEEncoder(AutoencoderKL.from_pretrained(trained[0])).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     vision = Mige(config).image_encoder
     load_model(vision.vision, trained[1])
     for number in track(range(settings.shards), "features"):

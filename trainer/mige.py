@@ -7,18 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from engines.pytorch import PyTorchEngine
+from mige_rt.config import ModelConfig
 from mige_rt.instruction import load_tokenizer
 from mige_rt.pipeline import MigePipeline, Settings
 from mige_rt.sampler import TRAIN_STEPS
 from trainer.checkpoint import COMPONENTS
 from trainer.features import Batch, FeatureStore
 from trainer.loop import train
-from mige_rt.config import ModelConfig
+from trainer.model.dit import CrossAttention
 from trainer.model.mige import Mige
 from trainer.model.vae import VAEDecoder, VAEEncoder
 from trainer.objective import add_noise, objective
@@ -43,10 +44,14 @@ def initialise(model: Mige) -> None:
     embedder = denoiser.x_embedder.proj
     nn.init.xavier_uniform_(embedder.weight.data.view(embedder.weight.shape[0], -1))
     embedder.weight.data[:, model.config.vae.channels :] = 0
-    for layer in (denoiser.t_embedder.mlp[0], denoiser.t_embedder.mlp[2], denoiser.t_block[1]):
-        nn.init.normal_(layer.weight, std=0.02)
-    for layer in (*(block.cross_attn.proj for block in denoiser.blocks), denoiser.final_layer.linear):
-        nn.init.zeros_(layer.weight)
+    for part in (denoiser.t_embedder.mlp, denoiser.t_block):
+        for layer in part:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+    for module in denoiser.modules():
+        if isinstance(module, CrossAttention):
+            nn.init.zeros_(module.proj.weight)
+    nn.init.zeros_(denoiser.final_layer.linear.weight)
 
 
 class TrainedPart(nn.Module):

@@ -17,9 +17,9 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from mige_rt.config import PRESETS, ModelConfig, VAEConfig
 from mige_rt.errors import InputError
 from mige_rt.instruction import load_tokenizer
-from trainer.model.config import PRESETS, ModelConfig, VAEConfig
 from trainer.model.mige import Mige
 from trainer.model.vae import make_vae
 from trainer.tokenizer import from_spiece

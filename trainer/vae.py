@@ -1,4 +1,4 @@
-"""Stage 1: the autoencoder, on pictures of the small world; its latents end up with mean 0 and deviation 1 a channel."""
+"""Stage 1: the autoencoder, on pictures of the small world; its latents get mean 0 and deviation 1 a channel."""
 
 import math
 from collections.abc import Iterator
@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
+from mige_rt.config import ModelConfig
 from mige_rt.pictures import to_picture
 from trainer.loop import train
-from trainer.model.config import ModelConfig
 from trainer.model.vae import VAEDecoder, VAEEncoder, make_vae
 from trainer.settings import StageSettings
 from trainer.world.concepts import Concept
@@ -68,10 +68,12 @@ def normalise_latents(vae: AutoencoderKL, pixels: Tensor) -> None:
 
     The reconstruction stays what it was; latents get mean 0 and deviation 1 a channel, which diffusion learns fastest.
     """
-    mean, _ = VAEEncoder(vae)(pixels)
+    encode, decode = VAEEncoder(vae), VAEDecoder(vae)
+    mean, _ = encode(pixels)
     centre, spread = mean.mean(dim=(0, 2, 3)), mean.std(dim=(0, 2, 3))
     channels = len(centre)
-    before, after = vae.quant_conv, vae.post_quant_conv
+    before, after = encode.quant_conv, decode.post_quant_conv
+    assert before.bias is not None and after.bias is not None
     after.bias += after.weight[:, :, 0, 0] @ centre
     after.weight *= spread[None, :, None, None]
     before.weight[:channels] /= spread[:, None, None, None]
@@ -88,10 +90,12 @@ def train_vae(config: ModelConfig, settings: StageSettings, concepts: list[Conce
     def preview(average: nn.Module, step: int) -> None:
         pixels = next(batches(10**6, 0, 1))[:8]
         made = average(pixels)[0]
-        columns = [np.concatenate([np.asarray(to_picture(p.numpy())) for p in pair]) for pair in zip(pixels, made)]
+        columns = [
+            np.concatenate([np.asarray(to_picture(p.numpy())) for p in pair]) for pair in zip(pixels, made, strict=True)
+        ]
         Image.fromarray(np.concatenate(columns, axis=1)).save(folder / f"preview-{step:06d}.png")
 
-    module = Autoencoder(make_vae(config.vae)).to(memory_format=torch.channels_last)
+    module = Autoencoder(make_vae(config.vae)).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     average = train("vae", module, _loss, batches, settings, folder, torch.no_grad()(preview), 500)
     assert isinstance(average, Autoencoder)
     stream = batches(2 * 10**6, 0, 1)

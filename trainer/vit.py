@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
+from mige_rt.config import ModelConfig
 from mige_rt.pictures import vit_pixels
 from trainer.loop import train
-from trainer.model.config import ModelConfig
 from trainer.model.mige import Mige
 from trainer.settings import StageSettings
 from trainer.world.backgrounds import draw
@@ -42,10 +42,12 @@ class PictureNameTowers(nn.Module):
 
     names: Tensor
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels [M,3,p,p] -> unit vectors of the pictures [M,WIDTH] and of every concept's name [concepts,WIDTH]"""
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """pixels [M,3,p,p] -> unit vectors of the pictures [M,WIDTH] and of every concept's name [concepts,WIDTH], and
+        the inverse temperature that their products are multiplied by"""
         features = self.encoder(pixel_values=pixels).last_hidden_state.mean(dim=1)
-        return F.normalize(self.picture(features), dim=-1), F.normalize(self.words(self.names), dim=-1)
+        heat = self.temperature.clamp(max=4.6).exp()
+        return F.normalize(self.picture(features), dim=-1), F.normalize(self.words(self.names), dim=-1), heat
 
 
 def _view(rng: np.random.Generator, concept: Concept, side: int) -> np.ndarray:
@@ -61,7 +63,7 @@ def _view(rng: np.random.Generator, concept: Concept, side: int) -> np.ndarray:
 def _views(
     concepts: list[Concept], settings: StageSettings, side: int, step: int, rank: int, ranks: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of two views each of batch/2 different concepts: pixels [batch,3,side,side], concept indices [batch/2]."""
+    """Two views each of batch/2 different concepts: pixels [batch,3,side,side], concept indices [batch/2]."""
     while True:
         rng = np.random.default_rng([settings.seed, step * ranks + rank])
         chosen = rng.choice(len(concepts), settings.batch // 2, replace=False)
@@ -72,9 +74,7 @@ def _views(
 
 def _loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, float]]:
     pixels, chosen = batch
-    pictures, names = module(pixels)
-    towers = module if isinstance(module, PictureNameTowers) else module.module
-    heat = towers.temperature.clamp(max=4.6).exp()
+    pictures, names, heat = module(pixels)
     logits = heat * pictures @ names.T  # [batch,concepts]
     by_name = F.cross_entropy(logits, chosen.repeat(2), label_smoothing=0.1)
     first, second = pictures.chunk(2)
@@ -86,7 +86,7 @@ def _loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict
 
 
 def train_vit(config: ModelConfig, settings: StageSettings, concepts: list[Concept], state: Path) -> Path:
-    """Train the ViT; returns the file with its weights (without ln_vision, which MIGE trains), state/vit/trained.safetensors."""
+    """Train the ViT; returns the file with its weights, state/vit/trained.safetensors (MIGE trains ln_vision anew)."""
     torch.manual_seed(settings.seed)
     folder = state / "vit"
     module = PictureNameTowers(config, concepts)

@@ -144,7 +144,7 @@ def test_a_missing_or_corrupt_tokenizer_is_refused_by_name(tmp_path: Path, conte
     path = tmp_path / "tokenizer.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(InputError, match="tokenizer.json"):
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
         load_tokenizer(path)
 
 

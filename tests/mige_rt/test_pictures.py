@@ -158,7 +158,7 @@ def test_no_file_or_a_folder_is_refused(tmp_path: Path) -> None:
 )
 def test_what_is_no_picture_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "wrong.png").write_bytes(content)
-    with pytest.raises(InputError, match="wrong.png"):
+    with pytest.raises(InputError, match=r"wrong\.png"):
         open_picture(tmp_path / "wrong.png")
 
 

@@ -30,13 +30,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 from made_up import normal, weight
 
+from mige_rt.config import PRESETS, ModelConfig, TextConfig
 from mige_rt.denoise import denoise
 from mige_rt.errors import InputError
 from mige_rt.guidance import Branch, branches
 from mige_rt.instruction import collate, count_placeholders, encode_prompt
 from mige_rt.sampler import dpm_solver_pp_2m
 from trainer.checkpoint import empty_model, fill
-from trainer.model.config import PRESETS, ModelConfig, TextConfig
 from trainer.model.dit import sincos_positions
 from trainer.model.mige import Mige
 from trainer.published import check_published, our_shapes, our_tensor

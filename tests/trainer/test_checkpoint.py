@@ -14,11 +14,8 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
-from mige_rt.errors import InputError
-from mige_rt.instruction import load_tokenizer
-from trainer import checkpoint
-from trainer.checkpoint import convert, load_model, read_config, save_model
-from trainer.model.config import (
+from engines.interface import GRAPHS
+from mige_rt.config import (
     PRESETS,
     DiTConfig,
     ModelConfig,
@@ -27,7 +24,11 @@ from trainer.model.config import (
     VAEConfig,
     VisionConfig,
 )
-from trainer.model.mige import GRAPHS, Mige
+from mige_rt.errors import InputError
+from mige_rt.instruction import load_tokenizer
+from trainer import checkpoint
+from trainer.checkpoint import convert, load_model, read_config, save_model
+from trainer.model.mige import Mige
 from trainer.model.vae import make_vae
 from trainer.published import (
     T5_EMBEDDINGS,
@@ -429,7 +430,7 @@ STALLED = """
 import json, sys, time
 from pathlib import Path
 from trainer.checkpoint import convert
-from trainer.model.config import ModelConfig
+from mige_rt.config import ModelConfig
 def stall(component, done, total):
     if component == "vae":
         print("writing", flush=True)

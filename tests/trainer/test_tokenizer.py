@@ -48,7 +48,7 @@ def test_a_damaged_or_missing_spiece_model_is_refused_by_name(tmp_path: Path, da
     path = tmp_path / "spiece.model"
     if damage is not None:
         path.write_bytes(damage((REFERENCE / "spiece.model").read_bytes()))
-    with pytest.raises(InputError, match="spiece.model"):
+    with pytest.raises(InputError, match=r"spiece\.model"):
         from_spiece(path)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.model.config import ModelConfig
+from mige_rt.config import ModelConfig
 
 
 def sincos_positions(gh: int, gw: int, width: int, trained_grid: int, device: torch.device | None = None) -> Tensor:
@@ -53,7 +53,7 @@ class TimestepEmbedder(nn.Module):
         half = self.frequencies // 2
         omega = torch.exp(torch.arange(half, dtype=torch.float32, device=timestep.device) * (-math.log(10000.0) / half))
         angle = timestep.float()[:, None] * omega
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(next(self.mlp.parameters()).dtype))
 
 
 class MLP(nn.Module):
@@ -178,7 +178,7 @@ class Denoiser(nn.Module):
         self.final_layer = FinalLayer(dit.width, dit.patch**2 * out)
 
     def predict(self, latents: Tensor, source: Tensor, timestep: Tensor, cross_kv: Tensor, text_mask: Tensor) -> Tensor:
-        """Like `forward`, with the variance channels behind the prediction where the model learns them: [R,c or 2c,h,w]."""
+        """Like `forward`, with the variance channels, where the model learns them, at the end: [R,c or 2c,h,w]."""
         dit = self.config.dit
         rows, _, h, w = latents.shape
         gh, gw = h // dit.patch, w // dit.patch

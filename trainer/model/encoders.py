@@ -15,7 +15,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from trainer.model.config import ModelConfig
+from mige_rt.config import ModelConfig
 from trainer.model.dit import PatchEmbedder
 
 
@@ -61,7 +61,7 @@ class ImageEncoder(nn.Module):
                 image_size=vit.side,
                 patch_size=vit.patch,
                 layer_norm_eps=1e-6,
-                attn_implementation="eager",
+                attn_implementation="eager",  # pyright: ignore[reportCallIssue]
             )
         )
         self.vision.post_layernorm.eps = 1e-5  # BLIP-2's ln_vision, unlike the norms inside the ViT
@@ -76,7 +76,7 @@ class ImageEncoder(nn.Module):
                 cross_attention_frequency=2,
                 hidden_dropout_prob=0.0,
                 attention_probs_dropout_prob=0.0,
-                attn_implementation="eager",
+                attn_implementation="eager",  # pyright: ignore[reportCallIssue]
             )
         )
         self.patch_embedder = patch_embedder
@@ -124,12 +124,12 @@ class TextEncoder(nn.Module):
                 num_heads=text.heads,
                 feed_forward_proj="gated-gelu",
                 dropout_rate=0.0,
-                attn_implementation="eager",
+                attn_implementation="eager",  # pyright: ignore[reportCallIssue]
             )
         )
 
     def mix(self, token_ids: Tensor, image_tokens: Tensor, slot_index: Tensor) -> Tensor:
-        """The sequence that enters T5, [B,L,D]: rows of image_tokens where slot_index points to one, words elsewhere."""
+        """The sequence that enters T5, [B,L,D]: rows of image_tokens where slot_index points to one, else words."""
         words = self.t5.get_input_embeddings()(token_ids)  # [B,L,D]
         rows = image_tokens.reshape(-1, image_tokens.shape[-1]).to(words.dtype)  # [N*Q,D]
         return torch.where(slot_index[..., None] >= 0, rows[slot_index.clamp(min=0)], words)

@@ -2,16 +2,14 @@
 
 from torch import nn
 
-from trainer.model.config import ModelConfig
+from mige_rt.config import ModelConfig
 from trainer.model.dit import Conditioner, Denoiser
 from trainer.model.encoders import ImageEncoder, TextEncoder
 from trainer.model.vae import VAEDecoder, VAEEncoder, make_vae
 
-GRAPHS = ("vae_encoder", "image_encoder", "text_encoder", "conditioner", "denoiser", "vae_decoder")
-
 
 class Mige(nn.Module):
-    """The six modules; `getattr(model, graph)` for graph in GRAPHS. Weights are random until a checkpoint is loaded."""
+    """The six modules, named as in engines.interface.GRAPHS. Weights are random until a checkpoint is loaded."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

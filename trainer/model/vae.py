@@ -1,17 +1,18 @@
 """The graphs `vae_encoder` and `vae_decoder`: diffusers' AutoencoderKL in two halves. Latents here are unscaled."""
 
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
-from trainer.model.config import VAEConfig
+from mige_rt.config import VAEConfig
 
 
 def make_vae(config: VAEConfig) -> AutoencoderKL:
     levels = len(config.widths)
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=config.widths,
+        # diffusers annotates these as tuples of one; they have one entry a level.
+        down_block_types=("DownEncoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
+        block_out_channels=config.widths,  # pyright: ignore[reportArgumentType]
         layers_per_block=config.layers,
         latent_channels=config.channels,
         norm_num_groups=config.groups,
@@ -23,6 +24,7 @@ def make_vae(config: VAEConfig) -> AutoencoderKL:
 class VAEEncoder(nn.Module):
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
+        assert isinstance(vae.quant_conv, nn.Conv2d)
         self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
 
     def forward(self, pixels_vae: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,6 +37,7 @@ class VAEEncoder(nn.Module):
 class VAEDecoder(nn.Module):
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
+        assert isinstance(vae.post_quant_conv, nn.Conv2d)
         self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
 
     def forward(self, latents: Tensor) -> Tensor:

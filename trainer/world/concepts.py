@@ -61,7 +61,7 @@ def sprite(path: Path) -> Image.Image:
     """A concept's picture, cut to its visible box and put in the middle of a square RGBA of SPRITE_SIDE pixels."""
     with Image.open(path) as file:
         picture = file.convert("RGBA")
-    box = picture.getchannel("A").point(lambda a: 255 if a > 8 else 0).getbbox() or (0, 0, *picture.size)
+    box = picture.getchannel("A").point([0] * 8 + [255] * 248).getbbox() or (0, 0, *picture.size)
     picture = picture.crop(box)
     scale = SPRITE_SIDE / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
