@@ -1,6 +1,5 @@
 """The command `mige-rt`. Each command parses, calls one function, and prints; heavy imports stay inside."""
 
-import json
 import math
 import secrets
 import sys
@@ -16,6 +15,7 @@ from mige_rt.errors import InputError
 
 if TYPE_CHECKING:
     from mige_rt.pipeline import MigePipeline, Resolved, Settings
+    from mige_rt.requests import RequestLine
 
 PATH = click.Path(path_type=Path)
 AT_ONCE = 4  # pictures of --num-images made together
@@ -43,8 +43,9 @@ def _progress(total_name: str) -> Iterator[Callable[[str, int, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(total_name, total=None)
 
         def advance(description: str, done: int, total: int) -> None:
@@ -76,63 +77,9 @@ class _Size(click.ParamType):
         return int(parts[0]), int(parts[-1])
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One line of a batch, or the one request of the command line: what to make, and which files to write."""
-
-    request: "Resolved"
-    outs: list[Path]
-
-
 def _numbered(out: Path, number: int) -> list[Path]:
     """out itself, or for several pictures out-1.png, out-2.png, ..."""
     return [out] if number == 1 else [out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(number)]
-
-
-def _job(fields: dict[str, Any], folder: Path, outs: list[Path], seed: int, scope: Any, task: Any) -> _Job:
-    """Opens a request's pictures (paths relative to folder) and finds out what it asks for."""
-    from mige_rt.pictures import check_output, open_picture
-    from mige_rt.pipeline import Request, resolve
-
-    for out in outs:
-        check_output(out)
-    images = tuple(open_picture(folder / path) for path in fields.get("images") or ())
-    source = open_picture(folder / fields["source"]) if fields.get("source") else None
-    request = Request(fields["prompt"], images, source, seed, fields.get("task") or task)
-    return _Job(resolve(request, scope), outs)
-
-
-_FIELDS: dict[str, tuple[type, ...]] = {
-    "prompt": (str,),
-    "images": (list, type(None)),
-    "source": (str, type(None)),
-    "target": (str, type(None)),
-    "task": (str, type(None)),
-    "seed": (int, type(None)),
-    "id": (str, int, type(None)),
-}
-
-
-def _read_line(line: str) -> dict[str, Any]:
-    """One line of a batch file. Raises InputError when it is no request."""
-    from mige_rt.instruction import PREFIXES
-
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"not a JSON object ({error})") from error
-    if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
-        raise InputError('expected an object with a "prompt", such as {"prompt": "...", "images": ["a.png"]}')
-    for name, value in fields.items():
-        if name not in _FIELDS:
-            raise InputError(f"unknown field {name!r}; known are {', '.join(_FIELDS)}")
-        if not isinstance(value, _FIELDS[name]) or isinstance(value, bool):
-            raise InputError(f"{name} is {value!r}, which is of the wrong type")
-    if not all(isinstance(path, str) for path in fields.get("images") or ()):
-        raise InputError(f"images is {fields['images']!r}; expected a list of paths")
-    if fields.get("task") not in (None, *PREFIXES):
-        raise InputError(f"task is {fields['task']!r}; expected one of {', '.join(PREFIXES)}")
-    return fields
 
 
 @main.command()
@@ -200,7 +147,9 @@ def run(
     Transparent parts of a picture are put on white; of an animated one the first frame is taken. The written paths go
     to stdout, everything else to stderr. One bad line of a batch does not stop the others: the exit code is then 1.
     """
+    from mige_rt.pictures import check_output
     from mige_rt.pipeline import Settings
+    from mige_rt.requests import RequestLine
 
     if (prompt is None) == (batch is None):
         raise InputError("give either --prompt or --batch")
@@ -209,41 +158,96 @@ def run(
     if seed is None:
         seed = secrets.randbelow(2**31)
         click.echo(f"seed {seed}", err=True)
-    failures = 0
-    jobs: list[_Job] = []
-    if prompt is not None:
-        fields = {"prompt": prompt, "images": list(images), "source": source}
-        jobs.append(_job(fields, Path(), _numbered(out, num_images), seed, edit_scope, task))
-    elif batch is not None:
-        for number, line in enumerate(_lines(batch)):
-            try:
-                fields = _read_line(line)
-                own = fields.get("seed")
-                name = fields.get("id") if fields.get("id") is not None else number + 1
-                path = out.with_name(f"{out.stem}-{name}{out.suffix}")
-                seed_here = seed + number * num_images if own is None else own
-                jobs.append(_job(fields, batch.parent, _numbered(path, num_images), seed_here, edit_scope, task))
-            except InputError as error:
-                failures += 1
-                click.echo(f"{batch} line {number + 1}: {error}", err=True)
     settings = Settings(steps, text_scale, source_scale, size, fit)
-    if jobs:
-        pipe = _open(model, engine, device, precision)
-        for job in jobs:
-            try:
-                _make(pipe, job, settings, str(model or "the shipped default"))
-            except InputError as error:
-                if batch is None:
-                    raise
-                failures += 1
-                click.echo(f"{job.outs[0]}: {error}", err=True)
-    if failures:
+    job = _Job(settings, num_images, edit_scope, task)
+    check_output(out)
+    if prompt is not None:
+        line = RequestLine(prompt, tuple(map(str, images)), None if source is None else str(source))
+        request = job.read(line, Path(), seed)  # first, since it costs less than opening the model
+        job.make(_open(model, engine, device, precision), request, out)
+    elif batch is not None and not _run_batch(batch, out, seed, job, lambda: _open(model, engine, device, precision)):
         sys.exit(1)
 
 
-def _lines(batch: Path) -> list[str]:
+@dataclass(frozen=True)
+class _Job:
+    """What all requests of one command have in common."""
+
+    settings: "Settings"
+    number: int  # of pictures a request
+    scope: Any
+    task: Any
+
+    def read(self, line: "RequestLine", folder: Path, seed: int) -> "Resolved":
+        from dataclasses import replace
+
+        from mige_rt.pipeline import resolve
+
+        request = line.open(folder, seed)
+        return resolve(replace(request, task=request.task or self.task), self.scope)
+
+    def make(self, pipe: "MigePipeline", request: "Resolved", out: Path) -> None:
+        """Make and write the request's pictures, AT_ONCE at a time, and print their paths."""
+        from dataclasses import asdict, replace
+
+        from mige_rt.pictures import save_picture
+
+        said: set[str] = set()
+
+        def warn(sentence: str) -> None:
+            if sentence not in said:
+                said.add(sentence)
+                click.echo(f"warning: {sentence}", err=True)
+
+        settings = pipe.complete(self.settings, request.task)
+        info = {"prompt": request.prompt, "model": pipe.model_name, "task": request.task, "engine": pipe.engine.name}
+        info |= {name: str(value) for name, value in asdict(settings).items() if value is not None}
+        outs = _numbered(out, self.number)
+        for first in range(0, len(outs), AT_ONCE):
+            batch = [replace(request, seed=request.seed + first + i) for i in range(len(outs[first : first + AT_ONCE]))]
+            with _progress("steps") as advance:
+                pictures = pipe.make(batch, settings, lambda done, total: advance("steps", done, total), warn)
+            for one, path, picture in zip(batch, outs[first:], pictures, strict=False):
+                save_picture(picture, path, {**info, "seed": str(one.seed)})
+                click.echo(path)
+
+
+def _run_batch(batch: Path, out: Path, seed: int, job: _Job, open_pipe: Callable[[], "MigePipeline"]) -> bool:
+    """Make every line's pictures; a line that cannot be used is said and passed over. Returns whether none was."""
+    from mige_rt.requests import parse_request
+
+    failures = 0
+    names: set[str] = set()
+    pipe: MigePipeline | None = None
+
+    def said(number: int, error: InputError) -> None:
+        nonlocal failures
+        failures += 1
+        click.echo(f"{batch} line {number}: {error}", err=True)
+
+    for number, text in _lines(batch):
+        try:
+            line = parse_request(text)
+            name = line.id or str(number)
+            if name in names:
+                raise InputError(f"the id {name!r} stands in an earlier line; its pictures would be overwritten")
+            names.add(name)
+            request = job.read(line, batch.parent, seed + (number - 1) * job.number)
+        except InputError as error:
+            said(number, error)
+            continue
+        pipe = pipe or open_pipe()  # a model that cannot be opened is no line's fault
+        try:
+            job.make(pipe, request, out.with_name(f"{out.stem}-{name}{out.suffix}"))
+        except InputError as error:
+            said(number, error)
+    return failures == 0
+
+
+def _lines(batch: Path) -> list[tuple[int, str]]:
+    """The lines that are not blank, with their numbers from 1."""
     try:
-        lines = [line for line in batch.read_text("utf-8").splitlines() if line.strip()]
+        lines = [(n, line) for n, line in enumerate(batch.read_text("utf-8").splitlines(), 1) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{batch} cannot be read as a text file of JSON lines: {error}") from error
     if not lines:
@@ -258,33 +262,6 @@ def _open(model: Path | None, engine: str, device: str, precision: Any) -> "Mige
     if model is None:
         click.echo("using the small default model; --model names another", err=True)
     return MigePipeline.from_pretrained(model or DEFAULT_MODEL, engine, device, precision)
-
-
-def _make(pipe: "MigePipeline", job: _Job, settings: "Settings", model: str) -> None:
-    """Makes and writes a job's pictures, AT_ONCE at a time."""
-    from dataclasses import asdict, replace
-
-    from mige_rt.pictures import save_picture
-
-    said: set[str] = set()
-
-    def warn(sentence: str) -> None:
-        if sentence not in said:
-            said.add(sentence)
-            click.echo(f"warning: {sentence}", err=True)
-
-    request = job.request
-    settings = pipe.complete(settings, request.task)
-    info = {"prompt": request.prompt, "model": model, "task": request.task, "engine": pipe.engine.name}
-    info |= {name: str(value) for name, value in asdict(settings).items() if value is not None}
-    for first in range(0, len(job.outs), AT_ONCE):
-        outs = job.outs[first : first + AT_ONCE]
-        batch = [replace(request, seed=request.seed + first + i) for i in range(len(outs))]
-        with _progress("steps") as advance:
-            pictures = pipe.make(batch, settings, lambda done, total: advance("steps", done, total), warn)
-        for one, out, picture in zip(batch, outs, pictures, strict=True):
-            save_picture(picture, out, {**info, "seed": str(one.seed)})
-            click.echo(out)
 
 
 @main.command()

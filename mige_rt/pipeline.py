@@ -121,8 +121,10 @@ def resolve(request: Request, scope: EditScope = "local") -> Resolved:
 class MigePipeline:
     """MIGE on one engine. Make one with `from_pretrained`; call it with prompts and pictures."""
 
-    def __init__(self, config: ModelConfig, tokenize: Tokenize, engine: Engine) -> None:
+    def __init__(self, config: ModelConfig, tokenize: Tokenize, engine: Engine, model_name: str = "") -> None:
+        """model_name: what to call the model in a picture's metadata; the configuration's name if empty."""
         self.config = config
+        self.model_name = model_name or config.name
         self.tokenize = tokenize
         self.engine = engine
 
@@ -144,7 +146,8 @@ class MigePipeline:
         folder = Path(model)
         config = read_config(folder)
         tokenize = load_tokenizer(folder / "tokenizer" / "tokenizer.json")
-        return cls(config, tokenize, open_engine(folder, engine, device, precision))
+        name = config.name if folder == DEFAULT_MODEL else str(model)
+        return cls(config, tokenize, open_engine(folder, engine, device, precision), name)
 
     def __call__(
         self,

@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 
 
 @click.command(help=__doc__)
-@click.argument("stage", type=click.Choice(["vae", "vit", "features", "mige", "save"]))
+@click.argument("stage", type=click.Choice(["vae", "vit", "features", "mige", "save", "preview"]))
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
@@ -49,10 +49,14 @@ def main(stage: str, config: Path, world: Path, state: Path) -> None:
             from trainer.mige import train_mige
 
             train_mige(model, settings.mige, concepts, state)
-        else:
+        elif stage == "save":
             from trainer.save import save
 
             click.echo(save(model, state))
+        else:
+            from trainer.preview import preview
+
+            click.echo(preview(concepts, state))
     except InputError as error:
         raise click.UsageError(str(error)) from error
 

@@ -23,13 +23,12 @@ from trainer.model.dit import CrossAttention
 from trainer.model.mige import Mige
 from trainer.model.vae import VAEDecoder, VAEEncoder
 from trainer.objective import add_noise, objective
-from trainer.preview import answer, first_of_each_kind, grid
+from trainer.preview import PREVIEW_SEED, answer, first_of_each_kind, grid
 from trainer.settings import StageSettings
 from trainer.world.concepts import Concept
 from trainer.world.tasks import KINDS
 
 PREVIEW_EVERY = 1000  # steps
-PREVIEW_SEED = 10**6  # of a series of the world that training never sees
 DROP = 0.05  # chance to drop the text, the same to drop the source, the same to drop both
 
 

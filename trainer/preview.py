@@ -10,6 +10,7 @@ from mige_rt.pipeline import MigePipeline, Resolved, Settings
 from trainer.world.concepts import Concept
 from trainer.world.tasks import KINDS, Sample, make_sample
 
+PREVIEW_SEED = 10**6  # of a series of the world that training never sees
 CELL = 128  # pixels a picture is shown at
 GAP = 6
 LINE = 30  # of the prompt below a row
@@ -36,6 +37,15 @@ def answer(pipe: MigePipeline, samples: Sequence[Sample], settings: Settings, se
         request = Resolved(sample.prompt, images, source, seed + k, sample.task)
         results += pipe.make([request], settings)
     return results
+
+
+def preview(concepts: list[Concept], state: Path) -> Path:
+    """A grid of what the saved model makes of the first samples of a series that it was not trained on, in
+    state/preview.png; returns it."""
+    pipe = MigePipeline.from_pretrained(state / "model")
+    samples = first_of_each_kind(concepts, pipe.config.size, PREVIEW_SEED, 4)
+    grid(samples, answer(pipe, samples, Settings()), state / "preview.png")
+    return state / "preview.png"
 
 
 def grid(samples: Sequence[Sample], results: Sequence[Image.Image], path: Path, columns: int = 2) -> None:

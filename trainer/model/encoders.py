@@ -61,6 +61,7 @@ class ImageEncoder(nn.Module):
                 image_size=vit.side,
                 patch_size=vit.patch,
                 layer_norm_eps=1e-6,
+                initializer_range=0.02,  # the library's own, 1e-10, cannot be trained from
                 attn_implementation="eager",  # pyright: ignore[reportCallIssue]
             )
         )
