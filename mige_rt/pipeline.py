@@ -55,7 +55,7 @@ class Settings:
     """How pictures are made; None is the model's default for the task.
 
     size is (width, height) in pixels, multiples of `ModelConfig.multiple`. fit: see `pictures.vae_pixels`; None is the
-    published way: crop, but the references of generation are padded.
+    published way: crop, but the references of generation are padded. With aspect, references are padded, too.
     """
 
     steps: int | None = None
@@ -89,13 +89,15 @@ def resolve(request: Request, scope: EditScope = "local") -> Resolved:
 
     Raises InputError when placeholders and pictures do not match, or the task needs a source and there is none.
     """
-    images = tuple(check_picture(image) for image in request.images)
     source = None if request.source is None else check_picture(request.source)
+    images = tuple(check_picture(image) for image in request.images)
+    if source is not None:
+        images = tuple(source if _same(image, source) else image for image in images)
     prompt, placeholders = request.prompt, count_placeholders(request.prompt)
     if not prompt.strip():
         raise InputError(f"the prompt is empty ({prompt!r}); say in words what the picture should be")
     if source is not None:
-        if placeholders == 0 and all(_same(image, source) for image in images):
+        if placeholders == 0 and all(image is source for image in images):
             prompt = rewrite_instruction(prompt, scope)
             images = (source,) * count_placeholders(prompt)
         elif placeholders == 1 and not images:
@@ -109,13 +111,22 @@ def resolve(request: Request, scope: EditScope = "local") -> Resolved:
     if source is None:
         task: Task = "subject"
     else:
-        task = "edit" if all(_same(image, source) for image in images) else "compose"
+        task = "edit" if all(image is source for image in images) else "compose"
     if request.task is not None:
         if (request.task == "subject") != (source is None):
             needs = "takes no source picture" if source is not None else "needs a source picture"
             raise InputError(f"the task {request.task!r} {needs}; the pictures given are those of {task!r}")
         task = request.task
     return Resolved(prompt, images, source, request.seed, task)
+
+
+def _warn_of_crop(image: Picture, width: int, height: int, warn: Callable[[str], None]) -> None:
+    share = cropped_share(image.size, width, height)
+    if share > CROP_WARNING:
+        warn(
+            f"{share:.0%} of a picture of {image.width}x{image.height} is cropped away for {width}x{height}; "
+            "fit aspect keeps the source's shape, fit pad keeps all of every picture"
+        )
 
 
 class MigePipeline:
@@ -263,12 +274,7 @@ class MigePipeline:
                 f"such as {self.config.size}x{self.config.size}"
             )
         for source in sources if fit in (None, "crop") else ():
-            share = cropped_share(source.size, width, height)
-            if share > CROP_WARNING:
-                warn(
-                    f"{share:.0%} of the {source.width}x{source.height} source is cropped away to {width}x{height}; "
-                    "fit aspect keeps its shape, fit pad keeps all of it"
-                )
+            _warn_of_crop(source, width, height, warn)
         return width, height
 
     def _run(self, graph: str, **inputs: Array) -> Array:
@@ -286,8 +292,10 @@ class MigePipeline:
         prompts = []
         for request in batch:
             slots = []
-            how: Fit = "pad" if fit == "pad" or (fit is None and request.task == "subject") else "crop"
+            how: Fit = "crop" if fit == "crop" or (fit is None and request.task != "subject") else "pad"
             for image in request.images:
+                if how == "crop" and image is not request.source:  # of the source, output_size has warned
+                    _warn_of_crop(image, side, side, warn)
                 key = (repr(image.size).encode() + image.tobytes(), how)
                 if key not in index:
                     index[key] = len(vit)

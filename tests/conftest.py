@@ -19,7 +19,7 @@ def concepts() -> list[Concept]:
 @pytest.fixture(scope="session")
 def pipe() -> MigePipeline:
     """The shipped default model."""
-    return MigePipeline.from_pretrained()
+    return MigePipeline.from_pretrained(device="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ from trainer.world.concepts import Concept
 from trainer.world.tasks import KINDS, Sample, make_sample
 
 MAX_IMAGES = 3
-TOKENIZER_SAMPLES = 8000
+TOKENIZER_SAMPLES = 4000
 CHUNK = 64  # pictures encoded at a time
 
 

@@ -58,7 +58,6 @@ def train(
     optimiser = torch.optim.AdamW(
         parameters, lr=settings.rate, eps=settings.epsilon, weight_decay=settings.weight_decay, fused=True
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate_at(step, settings))
     module.to(accelerator.device)
     average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
     first, hours = 0, 0.0
@@ -68,8 +67,6 @@ def train(
         average.load_state_dict(state["average"])
         optimiser.load_state_dict(state["optimiser"])
         first, hours = state["step"], state["hours"]
-        schedule.last_epoch = first
-        schedule._update_lr() if hasattr(schedule, "_update_lr") else schedule.step(first)
     prepared, optimiser = accelerator.prepare(module, optimiser)
 
     def save(step: int) -> None:
@@ -95,12 +92,13 @@ def train(
         task = progress.add_task(name, total=settings.steps, completed=first)
         for step in range(first, settings.steps):
             torch.manual_seed(settings.seed * 10**9 + step * ranks + rank)  # resumed runs draw the same
+            for group in optimiser.param_groups:
+                group["lr"] = settings.rate * rate_at(step, settings)
             value, figures = loss(prepared, next(stream))
             accelerator.backward(value)
             norm = accelerator.clip_grad_norm_(parameters, settings.clip)
             optimiser.step()
             optimiser.zero_grad()
-            schedule.step()
             average.update_parameters(module)
             for key, figure in {"loss": value.item(), "norm": float(norm or 0), **figures}.items():
                 sums[key] += figure
