@@ -54,9 +54,11 @@ def main(stage: str, config: Path, world: Path, state: Path) -> None:
 
             click.echo(save(model, state))
         else:
+            from rich.console import Console
+
             from trainer.preview import preview
 
-            click.echo(preview(concepts, state))
+            Console().print(preview(concepts, state))
     except InputError as error:
         raise click.UsageError(str(error)) from error
 

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from rich.table import Table
 
 from mige_rt.pipeline import MigePipeline, Resolved, Settings
 from trainer.world.concepts import Concept
 from trainer.world.tasks import KINDS, Sample, make_sample
 
 PREVIEW_SEED = 10**6  # of a series of the world that training never sees
+SHOWN, MEASURED = 4, 32  # samples a kind
 CELL = 128  # pixels a picture is shown at
 GAP = 6
 LINE = 30  # of the prompt below a row
@@ -39,13 +41,30 @@ def answer(pipe: MigePipeline, samples: Sequence[Sample], settings: Settings, se
     return results
 
 
-def preview(concepts: list[Concept], state: Path) -> Path:
-    """A grid of what the saved model makes of the first samples of a series that it was not trained on, in
-    state/preview.png; returns it."""
+def psnr(picture: np.ndarray, truth: np.ndarray) -> float:
+    """Peak signal to noise ratio of two uint8 pictures, in dB."""
+    error = (picture.astype(np.float64) - truth.astype(np.float64)) ** 2
+    return float(10 * np.log10(255**2 / max(error.mean(), 1e-9)))
+
+
+def preview(concepts: list[Concept], state: Path) -> Table:
+    """What the saved model makes of the first samples of a series that it was not trained on.
+
+    Writes a grid of SHOWN a kind to state/preview.png. Returns a table: over MEASURED samples a kind, the mean PSNR of
+    the result against the ground truth, beside that of the source left as it is.
+    """
     pipe = MigePipeline.from_pretrained(state / "model")
-    samples = first_of_each_kind(concepts, pipe.config.size, PREVIEW_SEED, 4)
-    grid(samples, answer(pipe, samples, Settings()), state / "preview.png")
-    return state / "preview.png"
+    samples = first_of_each_kind(concepts, pipe.config.size, PREVIEW_SEED, MEASURED)
+    results = answer(pipe, samples, Settings())
+    shown = [i for first in range(0, len(samples), MEASURED) for i in range(first, first + SHOWN)]
+    grid([samples[i] for i in shown], [results[i] for i in shown], state / "preview.png")
+    table = Table("task", "result, dB", "source copied, dB", title=f"PSNR, {MEASURED} samples a task")
+    for kind in KINDS:
+        of_kind = [(s, np.asarray(r)) for s, r in zip(samples, results, strict=True) if s.kind == kind]
+        made = np.mean([psnr(result, sample.target) for sample, result in of_kind])
+        copied = [psnr(sample.source, sample.target) for sample, _ in of_kind if sample.source is not None]
+        table.add_row(kind, f"{made:.1f}", f"{np.mean(copied):.1f}" if copied else "-")
+    return table
 
 
 def grid(samples: Sequence[Sample], results: Sequence[Image.Image], path: Path, columns: int = 2) -> None:

@@ -2,11 +2,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from mige_rt.errors import InputError
 from mige_rt.instruction import count_placeholders
 from trainer.world.backgrounds import COLOURS, PATTERNS, Background, draw
 from trainer.world.concepts import Concept, load_concepts
+from trainer.world.fetch import main
 from trainer.world.scene import PLACES, Scene, draw_scene, random_places, random_subject
 from trainer.world.tasks import KINDS, Sample, make_sample
 
@@ -95,3 +97,9 @@ def test_held_out_concepts_never_change(concepts: list[Concept]) -> None:
 def test_a_folder_without_the_world_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"trainer\.world\.fetch"):
         load_concepts(tmp_path)
+
+
+def test_fetching_into_a_folder_that_exists_is_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["--out", str(tmp_path)])
+    assert result.exit_code == 2 and "exists already" in result.output
+    assert list(tmp_path.iterdir()) == []
