@@ -17,13 +17,10 @@ def open_engine(folder: Path, engine: str, device: str, precision: Precision | L
     if engine not in (*ENGINES, "auto"):
         raise InputError(f"there is no engine {engine!r}; expected auto or one of {', '.join(ENGINES)}")
     try:
-        import torch
+        from engines.pytorch import PyTorchEngine
     except ImportError as error:
-        raise InputError("the pytorch engine needs torch; install it with: pip install 'mige-rt[torch]'") from error
-    from engines.pytorch import PyTorchEngine
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if precision == "auto":
-        precision = "fp32" if device == "cpu" else "bf16"
+        raise InputError(
+            f"the pytorch engine needs a package that is not here ({error}); "
+            "install it with: pip install 'mige-rt[torch]'"
+        ) from error
     return PyTorchEngine.open(folder, device, precision)

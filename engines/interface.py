@@ -77,6 +77,7 @@ class Engine(Protocol):
 
     name: str
     device: str
+    precision: str
 
     def array(self, values: NDArray[Any]) -> Array:
         """values as this engine takes them, on its device."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from numpy.typing import NDArray
@@ -24,23 +24,27 @@ class PyTorchEngine:
 
     name = "pytorch"
 
-    def __init__(self, model: Mige, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        """model is on the device and of the dtype already."""
+    def __init__(self, model: Mige, device: str = "cpu", precision: Precision = "fp32") -> None:
+        """model is on the device and of the precision already."""
         self.model = model.eval()
         self.device = device
-        self.dtype = dtype
+        self.precision = precision
 
     @classmethod
-    def open(cls, folder: Path, device: str = "cpu", precision: Precision = "fp32") -> "PyTorchEngine":
-        """Open a model folder.
+    def open(
+        cls, folder: Path, device: str = "cpu", precision: Precision | Literal["auto"] = "fp32"
+    ) -> "PyTorchEngine":
+        """Open a model folder. device auto: cuda where there is one; precision auto: fp32 on the CPU, bf16 on CUDA.
 
         Raises InputError when the folder is no model folder, the device is not there, or the precision is not one of
         this engine's.
         """
+        device = _device(device)
+        if precision == "auto":
+            precision = "fp32" if device == "cpu" else "bf16"
         if precision not in _DTYPES:
             raise InputError(f"the pytorch engine has no precision {precision!r}; expected one of {', '.join(_DTYPES)}")
-        _check_device(device)
-        return cls(load_model(folder, dtype=_DTYPES[precision], device=device), device, _DTYPES[precision])
+        return cls(load_model(folder, dtype=_DTYPES[precision], device=device), device, precision)
 
     def array(self, values: NDArray[Any]) -> Array:
         return values if self.device == "cpu" else torch.from_numpy(values).to(self.device)
@@ -50,22 +54,25 @@ class PyTorchEngine:
         tensors = []
         for port in GRAPHS[graph].inputs:
             tensor = torch.as_tensor(inputs[port.name])
-            tensors.append(tensor.to(self.dtype) if port.name in _INNER else tensor)
+            tensors.append(tensor.to(_DTYPES[self.precision]) if port.name in _INNER else tensor)
         outputs = getattr(self.model, graph)(*tensors)
         named = zip(GRAPHS[graph].outputs, outputs if isinstance(outputs, tuple) else (outputs,), strict=True)
         # NumPy has no bfloat16.
         return {port.name: out.float().numpy() if self.device == "cpu" else out for port, out in named}
 
 
-def _check_device(device: str) -> None:
+def _device(name: str) -> str:
+    """The device to use: cpu, cuda or cuda:N, which is there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        parsed = torch.device(device)
+        device = torch.device(name)
     except RuntimeError as error:
-        raise InputError(f"{device!r} is no device; expected cpu, cuda or cuda:N") from error
-    if parsed.type == "cpu":
-        return
-    if parsed.type != "cuda" or (parsed.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"{name!r} is no device; expected cpu, cuda or cuda:N") from error
+    if device.type == "cpu":
+        return "cpu"
+    if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
         raise InputError(
-            f"there is no device {device!r} here: PyTorch sees {torch.cuda.device_count()} CUDA devices; "
-            "use --device cpu"
+            f"there is no device {name!r} here: PyTorch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
         )
+    return name

@@ -16,7 +16,7 @@ def read_config(folder: Path) -> ModelConfig:
     expected = "a model folder, as `mige-rt convert` writes from published weights, is expected"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{folder} is no model folder ({error}): {expected}") from error
     if not isinstance(content, dict) or not isinstance(content.get("schema"), int) or "model" not in content:
         raise InputError(f"{path} is not of a model folder: {expected}")

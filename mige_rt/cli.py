@@ -72,7 +72,7 @@ class _Size(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         parts = str(value).lower().split("x")
-        if len(parts) > 2 or not all(part.isascii() and part.isdigit() for part in parts):
+        if len(parts) > 2 or not all(part.isascii() and part.isdigit() and len(part) < 7 for part in parts):
             self.fail(f"{value!r} is no size; give pixels as 512, or as 768x512 (width x height)", param, ctx)
         return int(parts[0]), int(parts[-1])
 
@@ -160,11 +160,12 @@ def run(
         click.echo(f"seed {seed}", err=True)
     settings = Settings(steps, text_scale, source_scale, size, fit)
     job = _Job(settings, num_images, edit_scope, task)
-    check_output(out)
     if prompt is not None:
+        for path in _numbered(out, num_images):
+            check_output(path)
         line = RequestLine(prompt, tuple(map(str, images)), None if source is None else str(source))
         request = job.read(line, Path(), seed)  # first, since it costs less than opening the model
-        job.make(_open(model, engine, device, precision), request, out)
+        job.make(_open(model, engine, device, precision), prompt, request, out)
     elif batch is not None and not _run_batch(batch, out, seed, job, lambda: _open(model, engine, device, precision)):
         sys.exit(1)
 
@@ -186,8 +187,11 @@ class _Job:
         request = line.open(folder, seed)
         return resolve(replace(request, task=request.task or self.task), self.scope)
 
-    def make(self, pipe: "MigePipeline", request: "Resolved", out: Path) -> None:
-        """Make and write the request's pictures, AT_ONCE at a time, and print their paths."""
+    def make(self, pipe: "MigePipeline", prompt: str, request: "Resolved", out: Path) -> None:
+        """Make and write the request's pictures, AT_ONCE at a time, and print their paths.
+
+        prompt is the user's own, which the pictures' metadata repeats, not the rewritten one.
+        """
         from dataclasses import asdict, replace
 
         from mige_rt.pictures import save_picture
@@ -200,7 +204,9 @@ class _Job:
                 click.echo(f"warning: {sentence}", err=True)
 
         settings = pipe.complete(self.settings, request.task)
-        info = {"prompt": request.prompt, "model": pipe.model_name, "task": request.task, "engine": pipe.engine.name}
+        engine = pipe.engine
+        info = {"prompt": prompt, "model": pipe.model_name, "task": request.task, "edit_scope": self.scope}
+        info |= {"engine": engine.name, "device": engine.device, "precision": engine.precision}
         info |= {name: str(value) for name, value in asdict(settings).items() if value is not None}
         outs = _numbered(out, self.number)
         for first in range(0, len(outs), AT_ONCE):
@@ -208,14 +214,17 @@ class _Job:
             with _progress("steps") as advance:
                 pictures = pipe.make(batch, settings, lambda done, total: advance("steps", done, total), warn)
             for one, path, picture in zip(batch, outs[first:], pictures, strict=False):
-                save_picture(picture, path, {**info, "seed": str(one.seed)})
+                size = f"{picture.width}x{picture.height}"
+                save_picture(picture, path, {**info, "seed": str(one.seed), "size": size})
                 click.echo(path)
 
 
 def _run_batch(batch: Path, out: Path, seed: int, job: _Job, open_pipe: Callable[[], "MigePipeline"]) -> bool:
     """Make every line's pictures; a line that cannot be used is said and passed over. Returns whether none was."""
+    from mige_rt.pictures import check_output
     from mige_rt.requests import parse_request
 
+    check_output(out.with_name(f"{out.stem}-1{out.suffix}"))  # a folder that cannot be written is no line's fault
     failures = 0
     names: set[str] = set()
     pipe: MigePipeline | None = None
@@ -232,13 +241,16 @@ def _run_batch(batch: Path, out: Path, seed: int, job: _Job, open_pipe: Callable
             if name in names:
                 raise InputError(f"the id {name!r} stands in an earlier line; its pictures would be overwritten")
             names.add(name)
+            path = out.with_name(f"{out.stem}-{name}{out.suffix}")
+            for numbered in _numbered(path, job.number):
+                check_output(numbered)
             request = job.read(line, batch.parent, seed + (number - 1) * job.number)
         except InputError as error:
             said(number, error)
             continue
         pipe = pipe or open_pipe()  # a model that cannot be opened is no line's fault
         try:
-            job.make(pipe, request, out.with_name(f"{out.stem}-{name}{out.suffix}"))
+            job.make(pipe, line.prompt, request, path)
         except InputError as error:
             said(number, error)
     return failures == 0
@@ -247,7 +259,7 @@ def _run_batch(batch: Path, out: Path, seed: int, job: _Job, open_pipe: Callable
 def _lines(batch: Path) -> list[tuple[int, str]]:
     """The lines that are not blank, with their numbers from 1."""
     try:
-        lines = [(n, line) for n, line in enumerate(batch.read_text("utf-8").splitlines(), 1) if line.strip()]
+        lines = [(n, line) for n, line in enumerate(batch.read_text("utf-8-sig").split("\n"), 1) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{batch} cannot be read as a text file of JSON lines: {error}") from error
     if not lines:

@@ -1,8 +1,9 @@
 """The model's sizes and defaults, as frozen dataclasses, and a literal table of presets."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mige_rt.errors import InputError
 
@@ -123,8 +124,36 @@ class ModelConfig:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> "ModelConfig":
-        """The inverse of `to_json`. Raises InputError that names every field unknown, missing or of a wrong type."""
-        return _read(ModelConfig, data, "config")
+        """The inverse of `to_json`.
+
+        Raises InputError that names every field that is unknown, missing, of a wrong type, or does not fit the others.
+        """
+        wrong: list[str] = []
+        config = _read(ModelConfig, data, "config", wrong)
+        if not wrong:
+            wrong = [f"{what} does not hold" for what, holds in _rules(config).items() if not holds]
+        if wrong:
+            raise InputError(f"not a configuration of this model: {'; '.join(wrong)}")
+        return config
+
+
+def _rules(config: ModelConfig) -> dict[str, bool]:
+    """What must hold between the sizes, in words."""
+    vision, qformer, text, dit, vae = config.vision, config.qformer, config.text, config.dit, config.vae
+    tasks = (config.defaults.subject, config.defaults.edit, config.defaults.compose)
+    return {
+        "vision.side is a multiple of vision.patch": vision.side % vision.patch == 0,
+        "vision.width is a multiple of vision.heads": vision.width % vision.heads == 0,
+        "qformer.width is a multiple of qformer.heads and qformer.fusion_heads": qformer.width % qformer.heads == 0
+        and qformer.width % qformer.fusion_heads == 0,
+        "dit.width is a multiple of dit.heads and of 4": dit.width % dit.heads == 0 and dit.width % 4 == 0,
+        "vae.widths are multiples of vae.groups": bool(vae.widths) and all(w % vae.groups == 0 for w in vae.widths),
+        "vae.scale is a finite number above 0": math.isfinite(vae.scale) and vae.scale > 0,
+        "text.vocabulary holds the special tokens": text.vocabulary > 2,
+        "defaults have 2 steps or more and finite scales": all(
+            task.steps >= 2 and math.isfinite(task.text_scale) and math.isfinite(task.source_scale) for task in tasks
+        ),
+    }
 
 
 _SECTIONS = {
@@ -140,31 +169,34 @@ _SECTIONS = {
 }
 
 
-def _read(kind: type[Any], data: Any, where: str) -> Any:
+def _read(kind: type[Any], data: Any, where: str, wrong: list[str]) -> Any:
+    """A section of the configuration; what is wrong with it is added to `wrong`, and None returned."""
     if not isinstance(data, dict):
-        raise InputError(f"{where}: expected an object, got {type(data).__name__}")
+        wrong.append(f"{where} is a {type(data).__name__} instead of an object")
+        return None
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    wrong = [f"unknown {where}.{name}" for name in data if name not in fields]
+    before = len(wrong)
+    wrong += [f"unknown {where}.{name}" for name in data if name not in fields]
     wrong += [f"missing {where}.{name}" for name in fields if name not in data]
     values: dict[str, Any] = {}
     for name, value in data.items():
-        if name in _SECTIONS and name in fields:
-            values[name] = _read(_SECTIONS[name], value, f"{where}.{name}")
+        if name not in fields:
             continue
+        if name in _SECTIONS:
+            values[name] = _read(_SECTIONS[name], value, f"{where}.{name}", wrong)
+            continue
+        expected = fields[name].type
         if name == "prediction":
-            accepted = value in ("epsilon", "v_prediction")
+            accepted = value in get_args(Prediction)
         elif name == "widths":
             accepted = isinstance(value, list | tuple) and all(type(width) is int and width > 0 for width in value)
             value = tuple(value) if accepted else value
         else:
-            expected = fields[name].type if name in fields else object
             accepted = type(value) is expected and (expected is not int or value > 0)
         if not accepted:
             wrong.append(f"{where}.{name} is {value!r}")
         values[name] = value
-    if wrong:
-        raise InputError(f"not a configuration of this model: {'; '.join(wrong)}")
-    return kind(**values)
+    return kind(**values) if len(wrong) == before else None
 
 
 PRESETS: dict[str, ModelConfig] = {
@@ -189,9 +221,9 @@ PRESETS: dict[str, ModelConfig] = {
         prediction="v_prediction",
         learned_variance=False,
         defaults=Defaults(
-            subject=TaskDefaults(steps=20, text_scale=2.0, source_scale=1.0),
-            edit=TaskDefaults(steps=20, text_scale=2.0, source_scale=1.0),
-            compose=TaskDefaults(steps=20, text_scale=2.0, source_scale=1.0),
+            subject=TaskDefaults(steps=20, text_scale=1.5, source_scale=1.0),
+            edit=TaskDefaults(steps=20, text_scale=1.5, source_scale=1.0),
+            compose=TaskDefaults(steps=20, text_scale=1.5, source_scale=1.0),
         ),
     ),
 }

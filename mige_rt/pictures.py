@@ -38,7 +38,7 @@ def open_picture(path: str | Path) -> Image.Image:
     `MAX_PIXELS`; the size is read from its header, and nothing of a larger one is decoded.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path's, it takes names that the system refuses
         raise InputError(f"there is no picture file at {path}; check the path")
     try:
         with warnings.catch_warnings():
@@ -120,13 +120,14 @@ def aspect_size(image_size: tuple[int, int], area: int, multiple: int) -> tuple[
 def to_picture(pixels: NDArray[np.float32]) -> Image.Image:
     """An RGB picture from [3,H,W] values, -1 black and 1 white; what lies outside is clipped.
 
-    Raises RuntimeError when a value is not a finite number: the model has failed, often for want of precision.
+    Raises InputError when a value is not a finite number: the model overflowed, for want of precision or for scales
+    too large.
     """
     if not np.isfinite(pixels).all():
         bad = int(np.count_nonzero(~np.isfinite(pixels)))
-        raise RuntimeError(
+        raise InputError(
             f"{bad} of the picture's {pixels.size} values are NaN or infinite, finite ones are expected: "
-            "the model overflowed; try the precision fp32"
+            "the model overflowed; try smaller scales, or the precision fp32"
         )
     values = np.rint((np.clip(pixels, -1, 1) + 1) * 127.5).astype(np.uint8)
     return Image.fromarray(np.ascontiguousarray(values.transpose(1, 2, 0)))

@@ -6,8 +6,9 @@ B samples, N different pictures that prompts refer to, R rows = B x guidance bra
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from array_api_compat import array_namespace
@@ -24,6 +25,7 @@ from mige_rt.instruction import (
     PLACEHOLDER,
     Task,
     Tokenize,
+    clean_caption,
     collate,
     compose_prompt,
     count_placeholders,
@@ -36,6 +38,7 @@ from mige_rt.pictures import Fit, aspect_size, check_picture, cropped_share, to_
 from mige_rt.sampler import dpm_solver_pp_2m, draw_noise
 
 EditScope = Literal["local", "global"]
+MAX_ENLARGED = 16  # times the trained area; far beyond it, attention needs more memory than machines have
 CROP_WARNING = 0.1  # share of a picture cut away without a word
 
 
@@ -89,17 +92,25 @@ def resolve(request: Request, scope: EditScope = "local") -> Resolved:
 
     Raises InputError when placeholders and pictures do not match, or the task needs a source and there is none.
     """
+    for picture in (*request.images, request.source):
+        if picture is not None and not isinstance(picture, Picture):
+            raise InputError(f"a picture is a {type(picture).__name__}; a Pillow picture is expected")
     source = None if request.source is None else check_picture(request.source)
     images = tuple(check_picture(image) for image in request.images)
     if source is not None:
         images = tuple(source if _same(image, source) else image for image in images)
     prompt, placeholders = request.prompt, count_placeholders(request.prompt)
-    if not prompt.strip():
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the prompt holds half a character ({error}); write it as UTF-8") from error
+    if not clean_caption(prompt):
         raise InputError(f"the prompt is empty ({prompt!r}); say in words what the picture should be")
     if source is not None:
-        if placeholders == 0 and all(image is source for image in images):
-            prompt = rewrite_instruction(prompt, scope)
-            images = (source,) * count_placeholders(prompt)
+        rewritten = rewrite_instruction(prompt, scope)
+        named = (source,) * count_placeholders(rewritten)
+        if placeholders == 0 and images in ((), (source,), named):
+            prompt, images = rewritten, named
         elif placeholders == 1 and not images:
             images = (source,)
         placeholders = count_placeholders(prompt)
@@ -185,11 +196,18 @@ class MigePipeline:
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         number = len(prompts)
+        if fit not in (None, *get_args(Fit)) or scope not in get_args(EditScope):
+            raise InputError(
+                f"fit is {fit!r} and scope {scope!r}; fit is one of {', '.join(get_args(Fit))}, scope one of "
+                f"{', '.join(get_args(EditScope))}"
+            )
+        if isinstance(images, Picture) or isinstance(source, str | Path):
+            raise InputError("images is a list of Pillow pictures and source one Pillow picture, not a path")
         per_prompt = [images] if isinstance(prompt, str) else list(images) or [()] * number
         sources = [source] * number if source is None or isinstance(source, Picture) else list(source)
         if seed is None:
             seed = secrets.randbelow(2**31)
-        seeds = [seed + i for i in range(number)] if isinstance(seed, int) else list(seed)
+        seeds = [int(seed) + i for i in range(number)] if isinstance(seed, Integral) else list(seed)  # type: ignore[arg-type]
         if not number or not (len(per_prompt) == len(sources) == len(seeds) == number):
             raise InputError(
                 f"{number} prompts, {len(per_prompt)} lists of pictures, {len(sources)} sources and {len(seeds)} seeds "
@@ -223,7 +241,13 @@ class MigePipeline:
         tasks = {request.task for request in batch}
         if len(tasks) > 1:
             raise InputError(f"the batch mixes the tasks {', '.join(sorted(tasks))}; run them apart")
-        warn = on_warning or (lambda _: None)
+        said: set[str] = set()
+
+        def warn(sentence: str) -> None:
+            if on_warning is not None and sentence not in said:
+                said.add(sentence)
+                on_warning(sentence)
+
         task, fit = batch[0].task, settings.fit
         settings = self.complete(settings, task)
         assert settings.steps is not None and settings.text_scale is not None
@@ -273,6 +297,11 @@ class MigePipeline:
                 f"the size is {width}x{height}; both sides must be multiples of {multiple}, "
                 f"such as {self.config.size}x{self.config.size}"
             )
+        if width * height > MAX_ENLARGED * self.config.size**2:
+            raise InputError(
+                f"the size is {width}x{height}; this model was trained for {self.config.size}x{self.config.size}, "
+                f"and at most {MAX_ENLARGED} times that area is made"
+            )
         for source in sources if fit in (None, "crop") else ():
             _warn_of_crop(source, width, height, warn)
         return width, height
@@ -294,7 +323,7 @@ class MigePipeline:
             slots = []
             how: Fit = "crop" if fit == "crop" or (fit is None and request.task != "subject") else "pad"
             for image in request.images:
-                if how == "crop" and image is not request.source:  # of the source, output_size has warned
+                if how == "crop":
                     _warn_of_crop(image, side, side, warn)
                 key = (repr(image.size).encode() + image.tobytes(), how)
                 if key not in index:
@@ -305,6 +334,11 @@ class MigePipeline:
             text = compose_prompt(request.task, request.prompt)
             del slots[count_placeholders(text) :]  # those that the clean-up cut away with the words
             prompt = encode_prompt(text, slots, self.tokenize, config.qformer.queries, config.max_tokens)
+            if prompt.token_ids.max() >= config.text.vocabulary:
+                raise InputError(
+                    f"the prompt has the token {prompt.token_ids.max()} and the model knows {config.text.vocabulary}: "
+                    "the tokenizer is another model's; convert the model again with its own"
+                )
             kept = prompt.kept or words_kept(request.prompt)
             if kept is not None:
                 warn(f"the prompt is too long and was cut after: ...{kept}")

@@ -40,7 +40,7 @@ def parse_request(line: str) -> RequestLine:
     """Read one line. Raises InputError that says what is wrong with it."""
     try:
         data = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"it is no JSON ({error}); write one object a line") from error
     if not isinstance(data, dict):
         raise InputError(f"it is a {type(data).__name__}; write an object, such as " + '{"prompt": "a red apple"}')
@@ -51,7 +51,7 @@ def parse_request(line: str) -> RequestLine:
     images = values.get("images", [])
     if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
         raise InputError(f"images is {images!r}; a list of paths is expected")
-    if isinstance(values.get("id"), int):
+    if type(values.get("id")) is int:
         values["id"] = str(values["id"])
     for name, kind in (("prompt", str), ("source", str), ("target", str), ("task", str), ("id", str), ("seed", int)):
         if name in values and type(values[name]) is not kind:

@@ -42,10 +42,13 @@ def dpm_solver_pp_2m(steps: int, prediction: Literal["epsilon", "v_prediction"])
     """DPM-Solver++(2M) (Lu et al., 2022, algorithm 2), `steps` model evaluations at times uniform from 1 to 1/1000.
 
     `prediction` says what the model gives: the noise, or v = alpha * noise - sigma * data (Salimans & Ho, 2022).
-    Raises InputError when steps is below 2.
+    Raises InputError when steps is below 2 or above 1000.
     """
-    if steps < 2:
-        raise InputError(f"the number of steps is {steps}; at least 2 are needed, 20 or more for a good picture")
+    if not 2 <= steps <= TRAIN_STEPS:
+        raise InputError(
+            f"the number of steps is {steps}; at least 2 and at most {TRAIN_STEPS} are possible, "
+            "20 to 60 make a good picture"
+        )
     times = np.linspace(1, 1 / TRAIN_STEPS, steps + 1)
     log_alpha = np.interp(times, np.arange(1, TRAIN_STEPS + 1) / TRAIN_STEPS, LOG_ALPHAS)
     alpha, sigma = np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))

@@ -9,7 +9,7 @@ sample's first image token); length [S]; kind [S], index in KINDS.
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +159,10 @@ class Batch:
     token_ids: Tensor  # int64 [B,L]
     slot_index: Tensor  # int64 [B,L]
     text_mask: Tensor  # bool [B,L]
+
+    def to(self, device: torch.device) -> "Batch":
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
 
 class FeatureStore:

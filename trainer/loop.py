@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -49,7 +50,8 @@ def train(
     loss(module, batch) gives the loss and figures for the log. batches(step, rank, ranks) gives the batches from a step
     on, this process's share of them, the same ones whenever it is asked. The state (weights, average, optimiser, step,
     hours) is kept in folder/state.pt and resumed from there; folder/log.jsonl has one line each LOG_EVERY steps.
-    preview(averaged module, step) runs each preview_every steps. Runs under `accelerate launch` on many GPUs.
+    preview(averaged module, step) runs each preview_every steps. The device is the one that `accelerate` finds; what
+    is returned is on the CPU.
     """
     accelerator = Accelerator()
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,6 +69,10 @@ def train(
         average.load_state_dict(state["average"])
         optimiser.load_state_dict(state["optimiser"])
         first, hours = state["step"], state["hours"]
+        kept = [
+            line for line in (folder / "log.jsonl").read_text().splitlines(True) if json.loads(line)["step"] <= first
+        ]
+        (folder / "log.jsonl").write_text("".join(kept))  # steps after the last save are done, and logged, again
     prepared, optimiser = accelerator.prepare(module, optimiser)
 
     def save(step: int) -> None:
@@ -94,7 +100,7 @@ def train(
             torch.manual_seed(settings.seed * 10**9 + step * ranks + rank)  # resumed runs draw the same
             for group in optimiser.param_groups:
                 group["lr"] = settings.rate * rate_at(step, settings)
-            value, figures = loss(prepared, next(stream))
+            value, figures = loss(prepared, send_to_device(next(stream), accelerator.device))
             accelerator.backward(value)
             norm = accelerator.clip_grad_norm_(parameters, settings.clip)
             optimiser.step()
@@ -117,4 +123,4 @@ def train(
                 save(step + 1)
                 saved = time.monotonic()
     save(settings.steps)
-    return average.module
+    return average.module.cpu()

@@ -1,7 +1,7 @@
 """Stage 4: MIGE itself, all but the two image encoders, jointly (paper, section 4.1)."""
 
 from collections.abc import Iterator
-from copy import copy
+from copy import copy, deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -87,17 +87,18 @@ def _batches(store: FeatureStore, settings: StageSettings, step: int, rank: int,
 
 
 def _loss(config: ModelConfig, module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-    number = len(batch.target)
-    timestep, noise = torch.randint(TRAIN_STEPS, (number,)), torch.randn_like(batch.target)
-    draw = torch.rand(number)
+    number, device = len(batch.target), batch.target.device
+    timestep, noise = torch.randint(TRAIN_STEPS, (number,), device=device), torch.randn_like(batch.target)
+    draw = torch.rand(number, device=device)
     without_text, without_source = draw < 2 * DROP, (draw > DROP) & (draw < 3 * DROP)  # both between DROP and 2 * DROP
     source = batch.source * ~without_source[:, None, None, None]
     output = module(batch, add_noise(batch.target, noise, timestep), source, timestep, ~without_text)
     losses = objective(config, output, batch.target, noise, timestep)
-    kept = (~without_text & ~without_source).numpy()
+    kept = (~without_text & ~without_source).cpu().numpy()
+    each = losses.detach().cpu().numpy()
     figures = {}
     for index, kind in enumerate(KINDS):
-        of_kind = losses.detach().numpy()[(batch.kinds == index) & kept]
+        of_kind = each[(batch.kinds == index) & kept]
         if len(of_kind):
             figures[kind] = float(of_kind.mean())
     return losses.mean(), figures
@@ -127,7 +128,7 @@ def train_mige(config: ModelConfig, settings: StageSettings, concepts: list[Conc
 
     def preview(average: nn.Module, step: int) -> None:
         assert isinstance(average, TrainedPart)
-        pipe = MigePipeline(config, tokenize, PyTorchEngine(average.with_vae(model)))
+        pipe = MigePipeline(config, tokenize, PyTorchEngine(deepcopy(average).cpu().with_vae(model)))
         grid(samples, answer(pipe, samples, Settings()), folder / f"preview-{step:06d}.png")
 
     module = TrainedPart(model)

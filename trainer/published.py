@@ -30,7 +30,7 @@ VAE_FOLDER = "sd-vae-ft-ema"
 TOKENIZER_FOLDER = "t5-v1_1-xxl"
 TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
 SIZES = ("xl", "reduced")  # presets that exist in the published layout
-NAMES_SHOWN = 20  # of each kind, in an error
+NAMES_SHOWN = 2000  # of each kind, in an error: all of a published checkpoint's
 
 # Our name -> the published one; the first pattern that fits counts.
 RENAMES: tuple[tuple[str, str], ...] = (
@@ -170,6 +170,12 @@ def check_published(state: Mapping[str, Any], what: str, config: ModelConfig | N
             f"{what} does not hold MIGE's weights as published (sizes {closest.name!r}):\n{listed}\n"
             "Use the authors' model.pth, whole and unchanged."
         )
+    tables = [state[key] for key in T5_EMBEDDINGS if key in state]
+    if len(tables) == 2 and not any(table.is_meta for table in tables) and not torch.equal(*tables):
+        raise InputError(
+            f"{what} holds two tables of T5's embedding that differ, under {' and '.join(T5_EMBEDDINGS)}; they are two "
+            "names of one table: use the authors' model.pth, whole and unchanged"
+        )
     return closest
 
 
@@ -194,7 +200,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             f"{path} holds Python objects{f' ({named[1]})' if named else ''} beside tensors, which could run code "
             f"and are not loaded: {expected}; use a file of tensors alone"
         ) from error
-    except (RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
+    except Exception as error:  # a damaged file makes the reader raise nearly anything
         reason = str(error).partition("\n")[0]
         raise InputError(
             f"{path} cannot be read as a torch checkpoint ({reason}): {expected}; download it again"

@@ -55,10 +55,10 @@ def _table(kind: type[Any], data: dict[str, Any], where: str) -> Any:
 
 
 def load_settings(path: Path) -> TrainingSettings:
-    """Read a config file. Raises InputError that names every field that is missing, unknown or of a wrong type."""
+    """Read a config file. Raises InputError that names what is missing, unknown or of a wrong type in a table."""
     try:
         data = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"{path} cannot be read as a TOML file: {error}") from error
     stages = {"vae": StageSettings, "vit": StageSettings, "features": FeatureSettings, "mige": StageSettings}
     for name, kind in stages.items():

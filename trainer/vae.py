@@ -89,7 +89,7 @@ def train_vae(config: ModelConfig, settings: StageSettings, concepts: list[Conce
 
     def preview(average: nn.Module, step: int) -> None:
         pixels = next(batches(10**6, 0, 1))[:8]
-        made = average(pixels)[0]
+        made = average(pixels.to(next(average.parameters()).device))[0].cpu()
         columns = [
             np.concatenate([np.asarray(to_picture(p.numpy())) for p in pair]) for pair in zip(pixels, made, strict=True)
         ]

@@ -79,7 +79,7 @@ def _loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict
     by_name = F.cross_entropy(logits, chosen.repeat(2), label_smoothing=0.1)
     first, second = pictures.chunk(2)
     pairs = heat * first @ second.T
-    here = torch.arange(len(chosen))
+    here = torch.arange(len(chosen), device=chosen.device)
     by_picture = (F.cross_entropy(pairs, here) + F.cross_entropy(pairs.T, here)) / 2
     right = (logits.detach().argmax(1) == chosen.repeat(2)).float().mean()
     return by_name + by_picture, {"by_name": by_name.item(), "by_picture": by_picture.item(), "right": right.item()}

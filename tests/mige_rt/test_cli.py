@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,8 @@ def test_the_three_uses_write_a_picture_and_say_where(scene_path: Path, referenc
             picture.load()
             assert picture.size == (64, 64)
             assert picture.info["seed"] == "1" and picture.info["steps"] == "2" and "prompt" in picture.info
-            assert {"model", "task", "text_scale", "source_scale", "engine"} <= set(picture.info)
+            assert {"model", "task", "text_scale", "source_scale", "engine", "precision"} <= set(picture.info)
+            assert picture.info["prompt"] == args[1] and picture.info["size"] == "64x64"
 
 
 def test_the_written_seed_repeats_the_picture(scene_path: Path, tmp_path: Path) -> None:
@@ -79,12 +81,13 @@ def test_one_bad_line_of_a_batch_does_not_stop_the_others(scene_path: Path, tmp_
         {"prompt": "a <imagehere>", "images": ["scene.png"], "seed": 7},
         {"prompt": "a <imagehere>", "colour": 1},
         {"prompt": "make it red", "source": "scene.png", "id": "../escape"},
+        {"prompt": "a \ud800 cat"},
     ]
     (tmp_path / "batch.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\nnot json\n")
     result = _run("--batch", tmp_path / "batch.jsonl", "--out", tmp_path / "made.png", *QUICK)
     assert result.exit_code == 1
     assert result.stdout.split() == [str(tmp_path / "made-blue.png"), str(tmp_path / "made-3.png")]
-    for number in (2, 4, 5, 6):
+    for number in (2, 4, 5, 6, 7):
         assert f"line {number}" in result.stderr
     with Image.open(tmp_path / "made-3.png") as picture:
         assert picture.info["seed"] == "7"
@@ -108,6 +111,13 @@ def test_bad_input_costs_exit_code_2_and_nothing_is_written(
         (["--prompt", "  "], "empty"),
         ([], "--prompt or --batch"),
         ([*edit, "--steps", "1"], "at least 2"),
+        ([*edit, "--steps", "99999999999"], "at most 1000"),
+        ([*edit, "--text-scale", "1e300"], "smaller scales"),
+        ([*edit, "--size", "100000"], "at most 16 times"),
+        (["--prompt", "...", "--source", scene_path], "empty"),
+        (["--prompt", "a \ud800 cat"], "UTF-8"),
+        ([*edit, "--image", scene_path, "--image", scene_path], "0 <imagehere> and 2 pictures"),
+        (["--prompt", "a <imagehere>", "--image", "x" * 5000], "no picture file"),
         ([*edit, "--text-scale", "nan"], "finite"),
         ([*edit, "--source-scale", "inf"], "finite"),
         ([*edit, "--size", "60"], "multiples of 8"),
@@ -168,3 +178,18 @@ def test_the_command_is_installed() -> None:
 
 def test_the_default_model_is_small() -> None:
     assert sum(file.stat().st_size for file in DEFAULT_MODEL.rglob("*") if file.is_file()) < 20 * 2**20
+
+
+def test_all_paths_are_checked_before_the_first_picture_is_made(scene_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "o-2.png").mkdir()
+    edit = ["--prompt", "make it blue", "--source", scene_path, "--out", tmp_path / "o.png", *QUICK]
+    result = _run(*edit, "--num-images", "2")
+    assert result.exit_code == 2 and "o-2.png" in result.stderr and not (tmp_path / "o-1.png").exists()
+
+
+def test_the_readme_is_finished() -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "README.md").read_text()
+    assert "PLACEHOLDER" not in text
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+    assert links and all((root / link).exists() for link in links), links

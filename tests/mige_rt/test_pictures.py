@@ -293,7 +293,7 @@ def test_values_outside_are_clipped_and_rounded() -> None:
 def test_a_failed_model_is_said_and_not_painted(bad: float) -> None:
     pixels = np.zeros((3, 4, 4), dtype=np.float32)
     pixels[1, 2, 3] = bad
-    with pytest.raises(RuntimeError, match="1 of the picture's 48 values are NaN"):
+    with pytest.raises(InputError, match="1 of the picture's 48 values are NaN"):
         to_picture(pixels)
 
 

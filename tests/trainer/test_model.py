@@ -140,12 +140,19 @@ def test_a_configuration_says_all_that_is_wrong_with_it() -> None:
     del data["vae"]["scale"]
     with pytest.raises(InputError) as error:
         ModelConfig.from_json(data)
-    for part in ("dit.depth is 'many'", "dit.colour"):
+    for part in ("dit.depth is 'many'", "unknown config.dit.colour", "missing config.vae.scale", "prediction is 'x0'"):
         assert part in str(error.value)
-    with pytest.raises(InputError, match=r"missing config\.vae\.scale"):
-        ModelConfig.from_json({**TINY.to_json(), "vae": data["vae"]})
-    with pytest.raises(InputError, match="x0"):
-        ModelConfig.from_json({**TINY.to_json(), "prediction": "x0"})
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [("dit", "heads", 5), ("vae", "scale", 0.0), ("vae", "widths", []), ("qformer", "fusion_heads", 5)],
+)
+def test_sizes_that_do_not_fit_together_are_refused(section: str, field: str, value: object) -> None:
+    data = TINY.to_json()
+    data[section][field] = value
+    with pytest.raises(InputError, match=f"{section}.*{field}"):
+        ModelConfig.from_json(data)
 
 
 def test_published_sizes() -> None:

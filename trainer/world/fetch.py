@@ -33,8 +33,11 @@ def _unpack(package: str, out: Path, wanted: dict[str, str]) -> None:
 def fetch(out: Path) -> None:
     """Fill `out` with fluent/*.webp, noto/*.png, emoji.json and the licences. Needs the `npm` client.
 
-    Raises FileExistsError if out exists, subprocess.CalledProcessError if npm fails.
+    Raises FileExistsError if out exists, FileNotFoundError if there is no npm or the packages lack what is expected,
+    subprocess.CalledProcessError if npm fails.
     """
+    if shutil.which("npm") is None:
+        raise FileNotFoundError("the npm client was not found; install Node.js, which brings it")
     if out.exists():
         raise FileExistsError(f"{out} exists already; remove it or name another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -46,6 +49,9 @@ def fetch(out: Path) -> None:
             partial,
             {"package/img/google/64/": "noto", "package/emoji.json": "", "package/LICENSE": "licences/noto"},
         )
+        for name, pattern in (("fluent", "*.webp"), ("noto", "*.png"), (".", "emoji.json")):
+            if not any((partial / name).glob(pattern)):
+                raise FileNotFoundError(f"the packages hold no {pattern} where it is expected; nothing was written")
         os.replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -57,7 +63,7 @@ def main(out: Path) -> None:
     try:
         fetch(out)
     except (FileExistsError, FileNotFoundError) as error:
-        raise click.UsageError(f"{error}" if isinstance(error, FileExistsError) else "npm was not found") from error
+        raise click.UsageError(str(error)) from error
     except subprocess.CalledProcessError as error:
         raise click.ClickException(f"npm could not fetch {error.cmd[-1]}: {error.stderr.strip()}") from error
     click.echo(out)
