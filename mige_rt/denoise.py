@@ -4,14 +4,13 @@ B samples, R rows = B x guidance branches, branch-major (row = branch * B + samp
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 from array_api_compat import array_namespace, device
 
+from engines.interface import Array
 from mige_rt.guidance import Branch
 from mige_rt.sampler import SolverStep
-
-Array = Any  # numpy.ndarray or torch.Tensor, all of one call of one kind and on one device
 
 
 class Denoiser(Protocol):

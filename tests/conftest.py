@@ -4,8 +4,9 @@ import pytest
 from PIL import Image
 
 from mige_rt.pipeline import MigePipeline
+from trainer.preview import first_of_each_kind
 from trainer.world.concepts import Concept, load_concepts
-from trainer.world.tasks import KINDS, Sample, make_sample
+from trainer.world.tasks import Sample
 
 DATA = Path(__file__).parent / "data"
 
@@ -25,13 +26,7 @@ def pipe() -> MigePipeline:
 @pytest.fixture(scope="session")
 def samples(concepts: list[Concept]) -> dict[str, Sample]:
     """The first sample of every kind of task."""
-    found: dict[str, Sample] = {}
-    index = 0
-    while len(found) < len(KINDS):
-        sample = make_sample(0, index, concepts, 64)
-        found.setdefault(sample.kind, sample)
-        index += 1
-    return found
+    return {sample.kind: sample for sample in first_of_each_kind(concepts, 64, 0, 1)}
 
 
 @pytest.fixture
