@@ -38,7 +38,7 @@ def main() -> None:
 
 
 @contextmanager
-def _progress(total_name: str) -> Iterator[Callable[[str, int, int], None]]:
+def _progress(description: str) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on stderr; the function given takes a description, what is done, and the total."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -46,7 +46,7 @@ def _progress(total_name: str) -> Iterator[Callable[[str, int, int], None]]:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(total_name, total=None)
+        task = bar.add_task(description, total=None)
 
         def advance(description: str, done: int, total: int) -> None:
             bar.update(task, description=description, completed=done, total=total)
