@@ -26,6 +26,15 @@ class Port:
 
 
 @dataclass(frozen=True)
+class Range:
+    """What an axis may be: the smallest and largest size, and the usual one, which plans are tuned for."""
+
+    smallest: int
+    usual: int
+    largest: int
+
+
+@dataclass(frozen=True)
 class Graph:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]

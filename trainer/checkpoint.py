@@ -4,12 +4,11 @@ Written whole or not at all; read by memory-mapping; made by our own training or
 """
 
 import json
-import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from engines.interface import GRAPHS
-from mige_rt.bundle import SCHEMA, read_config
+from mige_rt.bundle import SCHEMA, TOKENIZER_FILE, read_config
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
+from mige_rt.folders import whole_folder
 from trainer import published
 from trainer.model.mige import Mige
 from trainer.model.vae import make_vae
@@ -31,7 +31,6 @@ from trainer.published import differences, distinct_tensors, our_tensor
 COMPONENTS = ("image_encoder", "text_encoder", "conditioner", "denoiser")  # with shards of their own
 SHARD_BYTES = 2_000_000_000
 VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
-TOKENIZER_FILE = "tokenizer/tokenizer.json"
 
 Progress = Callable[[str, int, int], None]  # the component being written, bytes written so far, bytes in all
 
@@ -170,28 +169,6 @@ def fill(model: Mige, tensors: Mapping[str, Tensor]) -> None:
             shared = nn.Parameter(value, own[name].requires_grad) if isinstance(own[name], nn.Parameter) else value
             state |= dict.fromkeys(aliases, shared)
     model.load_state_dict(state, strict=False, assign=True)
-
-
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out`, which becomes `out` when the block ends, and vanishes when it fails.
-
-    A killed run leaves `OUT.partial-PID` at most. Raises InputError when `out` exists, or it cannot be written.
-    """
-    if out.exists() or out.is_symlink():
-        raise InputError(f"{out} exists already: give a path that does not, or remove it first")
-    out = Path(os.path.abspath(out))
-    temporary = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    try:
-        temporary.mkdir()
-    except OSError as error:
-        raise InputError(f"{out} cannot be written ({error}): give a path in an existing folder of your own") from error
-    try:
-        yield temporary
-        os.replace(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _write(
