@@ -16,8 +16,8 @@ class Port:
     """One input or output: its name, its element type, and its axes; a name stands for the same size everywhere.
 
     N pictures referred to in the batch, M any number of pictures, B samples, R rows (B x guidance branches), L tokens,
-    D text width, Q tokens a picture, h x w latent size, rh x rw latent size of references, f VAE factor, c latent
-    channels, p ViT side.
+    D text width, Q tokens a picture, h x w latent size of the output, rh x rw of references, eh x ew of an encoded
+    picture (either of the two), f VAE factor, c latent channels, p ViT side.
     """
 
     name: str
@@ -44,8 +44,11 @@ _CROSS_KV = Port("cross_kv", "float32", ("2", "depth", "R", "heads", "L", "head_
 
 GRAPHS: dict[str, Graph] = {
     "vae_encoder": Graph(
-        (Port("pixels_vae", "float32", ("M", "3", "f*h", "f*w")),),
-        (Port("latent_mean", "float32", ("M", "c", "h", "w")), Port("latent_logvar", "float32", ("M", "c", "h", "w"))),
+        (Port("pixels_vae", "float32", ("M", "3", "f*eh", "f*ew")),),
+        (
+            Port("latent_mean", "float32", ("M", "c", "eh", "ew")),
+            Port("latent_logvar", "float32", ("M", "c", "eh", "ew")),
+        ),
     ),
     "image_encoder": Graph(
         (Port("pixels_vit", "float32", ("N", "3", "p", "p")), Port("ref_latents", "float32", ("N", "c", "rh", "rw"))),

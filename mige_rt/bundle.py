@@ -1,7 +1,7 @@
 """The folders that `run` opens.
 
 A model folder has config.json, tokenizer/, vae/ and weights. A bundle, which `mige-rt export` writes, has
-manifest.json, tokenizer/, onnx/ with six graphs and their weights, and engines/ with plans, each for one kind of machine.
+manifest.json, tokenizer/, onnx/ with six graphs and their weights, and engines/ with plans for a kind of machine each.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class GraphEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle holds. ranges: by axis name (N, M, B, R, L, h, w), what the graphs were exported for."""
+    """What a bundle holds. ranges: by axis name (N, M, eh, ...), what the graphs were exported for."""
 
     schema: int
     model: ModelConfig
@@ -82,8 +82,6 @@ def read_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     expected = "a bundle, as `mige-rt export` writes, or a model folder, as `mige-rt convert` writes, is expected"
     content = _read_json(path, f"{folder} is no model folder", expected)
-    if "model" not in content:
-        raise InputError(f"{path} is not of a model folder: {expected}")
     _check_schema(path, content)
     return _model(path, content["model"])
 
@@ -94,7 +92,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     content = _read_json(path, f"{folder} is no bundle", "a folder that `mige-rt export` wrote is expected")
     _check_schema(path, content)
-    model = _model(path, content.get("model", {}))
+    model = _model(path, content["model"])
     try:
         graphs = {
             name: GraphEntry(
@@ -187,8 +185,8 @@ def _read_json(path: Path, what: str, expected: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{what} ({error}): {expected}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("schema"), int):
-        raise InputError(f"{path} is not what it should be: {expected}")
+    if not isinstance(content, dict) or not isinstance(content.get("schema"), int) or "model" not in content:
+        raise InputError(f"{path} is not of a model: {expected}")
     return content
 
 

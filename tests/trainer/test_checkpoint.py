@@ -613,8 +613,8 @@ def test_shards_of_two_models(model_folder: Path) -> None:
     [
         ({"schema": 99, "model": {}}, "has schema 99"),
         ({"schema": 1, "model": {"name": "x"}}, "missing config.vision"),
-        ({"architectures": ["T5"]}, "is not of a model folder"),
-        ([], "is not of a model folder"),
+        ({"architectures": ["T5"]}, "is not of a model"),
+        ([], "is not of a model"),
     ],
 )
 def test_a_config_that_is_not_ours(model_folder: Path, content: Any, said: str) -> None:

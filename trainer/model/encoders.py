@@ -142,4 +142,8 @@ class TextEncoder(nn.Module):
         A batch without any picture passes one dummy picture's tokens.
         """
         mixed = self.mix(token_ids, image_tokens, slot_index)
+        # T5's sums between layers take the type of its `wo`, which stays float32 where the rest is float16.
+        mixed = mixed.to(
+            next(weight.dtype for name, weight in self.t5.named_parameters() if name.endswith("wo.weight"))
+        )
         return self.t5(inputs_embeds=mixed, attention_mask=text_mask).last_hidden_state

@@ -1,0 +1,106 @@
+"""What computes in what. Precision is put into the modules before export: the runtimes that we build for are strongly
+typed, so that the graph's own types decide."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from engines.interface import GRAPHS, Precision
+from mige_rt.errors import InputError
+
+_HALF = {"matrix products and convolutions": "float16", "norms": "float32", "softmax": "float32"}
+_BRAIN = {"matrix products and convolutions": "bfloat16", "norms": "float32", "softmax": "float32"}
+_FULL = {"matrix products and convolutions": "float32", "norms": "float32", "softmax": "float32"}
+_INT8 = {
+    "matrix products by weights": "int8 weights a channel, uint8 inputs scaled at run time, int32 sums",
+    "other matrix products and convolutions": "float32",
+    "norms": "float32",
+    "softmax": "float32",
+}
+
+# Per graph and kind of layer, what computes in what; the borders of every graph are float32. T5's residual passes
+# 65,504 on some prompts (export of T5 v1.1 in half precision, transformers' `_keep_in_fp32_modules`), hence its row.
+TABLES: dict[str, dict[str, dict[str, str]]] = {
+    "fp32": {graph: {**_FULL, "residual": "float32"} for graph in GRAPHS},
+    "fp16": {graph: {**_HALF, "residual": "float16"} for graph in GRAPHS}
+    | {"text_encoder": {**_HALF, "feed-forward's product and wo": "float32", "residual": "float32"}},
+    "bf16": {graph: {**_BRAIN, "residual": "bfloat16"} for graph in GRAPHS},
+    # Convolutions gain nothing from dynamic quantisation, so the VAE stays as it is.
+    "int8": {graph: {**_INT8, "residual": "float32"} for graph in GRAPHS}
+    | {graph: {**_FULL, "residual": "float32"} for graph in ("vae_encoder", "vae_decoder")},
+}
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
+_INNER = {"image_tokens", "text_states", "cross_kv"}  # inputs that the modules want in their own precision
+
+
+def check_precision(precision: str) -> Precision:
+    """Raises InputError when it is none of fp32, fp16, bf16, int8."""
+    if precision not in TABLES:
+        raise InputError(f"there is no precision {precision!r}; expected one of {', '.join(get_args(Precision))}")
+    return precision  # pyright: ignore[reportReturnType]
+
+
+class WideAccumulation(TorchFunctionMode):
+    """Attention written out, and norms and softmax of half-precision tensors computed in float32."""
+
+    def __torch_function__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        if func in _WIDE and args[0].dtype in (torch.float16, torch.bfloat16):
+            wide = [arg.float() if isinstance(arg, Tensor) else arg for arg in args]
+            named = {name: arg.float() if isinstance(arg, Tensor) else arg for name, arg in kwargs.items()}
+            return func(*wide, **named).to(args[0].dtype)
+        return func(*args, **kwargs)
+
+
+_WIDE = {F.softmax, torch.softmax, Tensor.softmax, F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm}
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch's scaled_dot_product_attention without its rows that see nothing, which would need NaNs replaced: every
+    mask of ours keeps a token. The mask is bool, true where a token is seen."""
+    if is_causal or enable_gqa or dropout_p:
+        raise NotImplementedError("causal, grouped or dropped-out attention, which no module of ours has")
+    scores = (q * (scale if scale is not None else q.shape[-1] ** -0.5)) @ k.transpose(-2, -1)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+    return F.softmax(scores.float(), dim=-1).to(v.dtype) @ v
+
+
+class PreciseGraph(nn.Module):
+    """A graph's module in one precision: float32 at its borders, WideAccumulation inside."""
+
+    def __init__(self, graph: str, module: nn.Module, precision: Precision) -> None:
+        """Changes the parameters' types in place."""
+        super().__init__()
+        self.ports, self.dtype = GRAPHS[graph].inputs, _DTYPES[precision]
+        self.module = module.to(self.dtype)
+        if precision == "fp16":
+            for part in module.modules():
+                if hasattr(part, "wo") and hasattr(part, "wi_1"):  # T5's gated feed-forward
+                    part.wo.float()
+                    for gate in (part.wi_0, part.wi_1):  # their product passes 65,504, too
+                        gate.register_forward_hook(lambda _module, _inputs, output: output.float())
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The graph's inputs and outputs in the order of GRAPHS."""
+        given = [x.to(self.dtype) if port.name in _INNER else x for port, x in zip(self.ports, inputs, strict=True)]
+        with WideAccumulation():
+            outputs = self.module(*given)
+        return tuple(x.float() for x in (outputs if isinstance(outputs, tuple) else (outputs,)))
