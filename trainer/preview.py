@@ -68,19 +68,19 @@ def preview(concepts: list[Concept], state: Path) -> Table:
 
 
 def grid(samples: Sequence[Sample], results: Sequence[Image.Image], path: Path, columns: int = 2) -> None:
-    """Write a PNG: for each sample its source, its references, the result, the ground truth, and the prompt below."""
+    """Write a PNG: for each sample its source and references, the result, the ground truth, and the prompt below."""
     cell_width = 5 * (CELL + GAP) + GAP
     rows = -(-len(samples) // columns)
     sheet = Image.new("RGB", (columns * cell_width, LINE + rows * (CELL + LINE)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for c in range(columns):
-        for k, title in enumerate(("source", "references", "", "result", "ground truth")):
+        for k, title in enumerate(("source, references", "", "", "result", "ground truth")):
             draw.text((c * cell_width + k * (CELL + GAP), 8), title, fill="grey", font=font)
     for i, (sample, result) in enumerate(zip(samples, results, strict=True)):
         left, top = (i % columns) * cell_width, LINE + (i // columns) * (CELL + LINE)
-        references = [image for image in sample.images if image is not sample.source][:2]
-        shown: list[np.ndarray | Image.Image | None] = [sample.source, *references]
-        shown += [None] * (3 - len(shown)) + [result, sample.target]
+        sources = [] if sample.source is None else [sample.source]
+        given = [*sources, *(image for image in sample.images if image is not sample.source)]
+        shown: list[np.ndarray | Image.Image | None] = [*given, *[None] * (3 - len(given)), result, sample.target]
         for k, picture in enumerate(shown):
             if picture is not None:
                 image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)

@@ -1,8 +1,11 @@
-"""Procedural backgrounds: a pattern, a colour, and a seed for the pattern's small variations."""
+"""What is behind a scene: a drawn pattern in a colour, or a part of a photo."""
 
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (206, 58, 52),
@@ -19,6 +22,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "turquoise": (74, 186, 186),
 }
 PATTERNS = ("plain", "shaded", "striped", "checkered", "dotted", "hilly")
+PHOTO_SIDE = 256  # pixels of the shorter side that a photo is kept at
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,40 @@ class Background:
     seed: int
 
 
-def draw(background: Background, side: int) -> np.ndarray:
+@dataclass(frozen=True)
+class Photo:
+    """A square part of a photo; seed: which."""
+
+    path: Path
+    seed: int
+
+
+def draw(background: Background | Photo, side: int) -> np.ndarray:
     """uint8 [side,side,3]. The same pattern and seed in another colour differ in colour alone."""
+    return (_crop(background, side) if isinstance(background, Photo) else _pattern(background, side)).copy()
+
+
+@lru_cache(maxsize=64)
+def _opened(path: Path) -> Image.Image:
+    with Image.open(path) as file:
+        file.draft("RGB", (2 * PHOTO_SIDE, 2 * PHOTO_SIDE))
+        photo = file.convert("RGB")
+    scale = PHOTO_SIDE / min(photo.size)
+    return photo.resize((round(photo.width * scale), round(photo.height * scale)), Image.Resampling.LANCZOS)
+
+
+# An edit draws the same background twice. Its arrays are never handed out, only copies.
+@lru_cache(maxsize=4)
+def _crop(photo: Photo, side: int) -> np.ndarray:
+    rng = np.random.default_rng(photo.seed)
+    whole = _opened(photo.path)
+    cut = rng.uniform(0.5, 1) * PHOTO_SIDE
+    left, top = rng.uniform(0, whole.width - cut), rng.uniform(0, whole.height - cut)
+    return np.asarray(whole.resize((side, side), Image.Resampling.BICUBIC, (left, top, left + cut, top + cut)))
+
+
+@lru_cache(maxsize=4)
+def _pattern(background: Background, side: int) -> np.ndarray:
     rng = np.random.default_rng(background.seed)
     base = np.array(COLOURS[background.colour], np.float32)
     base = base + rng.uniform(-10, 10)  # a colour word covers a range of shades

@@ -5,15 +5,21 @@ import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image
 
 from mige_rt.errors import InputError
+from trainer.world.backgrounds import COLOURS
 
 CATEGORIES = ("Animals & Nature", "Food & Drink", "Objects", "Travel & Places", "Activities")
 LEFT_OUT = ("time", "sky & weather", "place-map", "place-geographic")  # clock faces, moons: no objects to move about
 SPRITE_SIDE = 96  # a little more than the largest a subject gets in a 128 px scene
+MAIN_COLOUR_SHARE = 0.6  # of a thing's pixels that have to agree before it is called by its colour
+
+Style = Literal["fluent", "noto"]
+STYLES: tuple[Style, ...] = get_args(Style)
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,13 @@ class Concept:
     name: str
     fluent: Path
     noto: Path | None
+
+    def picture(self, style: Style) -> Path:
+        """The cut-out in a style. Raises ValueError where this thing lacks it."""
+        path = self.fluent if style == "fluent" else self.noto
+        if path is None:
+            raise ValueError(f"{self.name} has no {style} picture")
+        return path
 
     @property
     def held_out(self) -> bool:
@@ -72,8 +85,43 @@ def sprite(path: Path) -> Image.Image:
     return square
 
 
-def paste(scene: np.ndarray, path: Path, centre: tuple[float, float], size: int, flip: bool = False) -> np.ndarray:
-    """Draw a sprite of `size` pixels onto scene, uint8 [side,side,3], in place; returns its mask, bool [side,side]."""
+@lru_cache(maxsize=4096)
+def main_colour(path: Path) -> str | None:
+    """The colour word for most of a concept's picture; None where no colour has MAIN_COLOUR_SHARE of it."""
+    picture = sprite(path)
+    hue, saturation, value = np.moveaxis(np.asarray(picture.convert("RGB").convert("HSV")), -1, 0)[
+        :, np.asarray(picture)[..., 3] > 128
+    ]
+    # Borders of the hues, in 256ths of a turn; what is dark among red and orange is called brown.
+    names = np.array(["red", "orange", "yellow", "green", "turquoise", "blue", "purple", "pink", "red"])
+    named = names[np.searchsorted([10, 30, 48, 112, 138, 180, 205, 245], hue, side="right")].astype("<U9")
+    named[(hue < 30) & (value < 150)] = "brown"
+    pale = saturation < 50
+    named[pale] = np.where(value[pale] > 200, "white", "grey")
+    named[value < 60] = "black"
+    found, counts = np.unique(named, return_counts=True)
+    return str(found[counts.argmax()]) if counts.max() >= MAIN_COLOUR_SHARE * counts.sum() else None
+
+
+def _tinted(rgb: np.ndarray, colour: str) -> np.ndarray:
+    """float32 [h,w,3] in one hue: black stays black, middle grey becomes the colour, and white a pale shade of it."""
+    light = rgb @ np.array([0.3, 0.59, 0.11], np.float32)[:, None] / 255  # [h,w,1]
+    base = np.array(COLOURS[colour], np.float32)
+    return np.where(light < 0.6, base * light / 0.6, base + (255 - base) * (light - 0.6))
+
+
+def paste(
+    scene: np.ndarray,
+    path: Path,
+    centre: tuple[float, float],
+    size: int,
+    flip: bool = False,
+    tint: str | None = None,
+) -> np.ndarray:
+    """Draw a sprite of `size` pixels onto scene, uint8 [side,side,3], in place; returns its mask, bool [side,side].
+
+    flip: mirrored. tint: one of COLOURS, in whose hue the sprite is drawn.
+    """
     picture = sprite(path).resize(
         (size, size), Image.Resampling.BOX if size * 2 <= SPRITE_SIDE else Image.Resampling.BILINEAR
     )
@@ -83,9 +131,11 @@ def paste(scene: np.ndarray, path: Path, centre: tuple[float, float], size: int,
     left, top = round(centre[0] - size / 2), round(centre[1] - size / 2)
     x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + size, side), min(top + size, side)
     pixels = np.asarray(picture)[y0 - top : y1 - top, x0 - left : x1 - left].astype(np.float32)
-    alpha = pixels[..., 3:] / 255
+    rgb, alpha = pixels[..., :3], pixels[..., 3:] / 255
+    if tint is not None:
+        rgb = _tinted(rgb, tint)
     patch = scene[y0:y1, x0:x1]
-    patch[...] = np.rint(patch * (1 - alpha) + pixels[..., :3] * alpha).astype(np.uint8)
+    patch[...] = np.rint(patch * (1 - alpha) + rgb * alpha).astype(np.uint8)
     mask = np.zeros(scene.shape[:2], bool)
     mask[y0:y1, x0:x1] = alpha[..., 0] > 0.5
     return mask
