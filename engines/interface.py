@@ -1,6 +1,6 @@
 """What every engine is: the six graphs of MIGE with named inputs and outputs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -85,11 +85,15 @@ GRAPHS: dict[str, Graph] = {
 
 
 class Engine(Protocol):
-    """The six graphs of one model, opened by one runtime on one device."""
+    """The six graphs of one model, opened by one runtime on one device.
+
+    limits: the ranges of the named axes that it takes; an axis that is not there may be of any size.
+    """
 
     name: str
     device: str
     precision: str
+    limits: Mapping[str, Range]
 
     def array(self, values: NDArray[Any]) -> Array:
         """values as this engine takes them, on its device."""
@@ -99,6 +103,30 @@ class Engine(Protocol):
         """Run one graph; inputs and outputs by the names of GRAPHS[graph]. Tensors that one graph hands to another
         (image_tokens, text_states, cross_kv) may be of the engine's own precision."""
         ...
+
+
+def split_axis(axis: str) -> tuple[int, str]:
+    """An axis such as "h" or "4*h" as a factor and a name."""
+    factor, _, name = axis.rpartition("*")
+    return int(factor or 1), name
+
+
+def axis_size(axis: int | str, sizes: Mapping[str, int]) -> int:
+    """An axis as a number, for the sizes of the named ones."""
+    if isinstance(axis, int):
+        return axis
+    factor, name = split_axis(axis)
+    return factor * sizes[name]
+
+
+def named_sizes(axes: Sequence[int | str], shape: Sequence[int]) -> dict[str, int]:
+    """The inverse: the named axes' sizes, from an array's shape."""
+    found = {}
+    for axis, size in zip(axes, shape, strict=True):
+        if isinstance(axis, str):
+            factor, name = split_axis(axis)
+            found[name] = size // factor
+    return found
 
 
 def to_numpy(values: Array) -> NDArray[Any]:

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from numpy.typing import NDArray
 
-from engines.interface import GRAPHS, Array, Precision
+from engines.interface import GRAPHS, Array, Precision, Range
 from mige_rt.errors import InputError
 from trainer.checkpoint import load_model
 from trainer.model.mige import Mige
@@ -23,6 +24,7 @@ class PyTorchEngine:
     """Takes and gives NumPy arrays on the CPU (without copies if the precision is fp32), torch tensors on CUDA."""
 
     name = "pytorch"
+    limits: Mapping[str, Range] = MappingProxyType({})
 
     def __init__(self, model: Mige, device: str = "cpu", precision: Precision = "fp32") -> None:
         """model is on the device and of the precision already."""

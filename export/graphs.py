@@ -7,9 +7,10 @@ bf16 weights and widens them on load), and their names in the module, so that Py
 
 import json
 import logging
+import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from onnxscript import optimizer
 from torch import Tensor
 
-from engines.interface import GRAPHS, Range
+from engines.interface import GRAPHS, Range, axis_size, split_axis
 from export.precision import PreciseGraph
 from mige_rt.bundle import resolved_axes
 from mige_rt.config import ModelConfig
@@ -27,26 +28,27 @@ from mige_rt.errors import InputError
 
 OPSET = 20  # of ONNX; what was found to convert T5 with float32 parts, and the VAE
 ALIGNMENT = 64  # bytes, of the first weight in its file
+INLINE = 1024  # bytes of a quantised graph's constants that stay in the graph
 _MOST = {"N": 4096, "M": 63, "B": 63, "R": 4096}  # diffusers' VAE branches at 64 pictures
 _TYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
-_STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
+_STORED = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 _ONNX = {
     torch.float32: ir.DataType.FLOAT,
     torch.float16: ir.DataType.FLOAT16,
     torch.bfloat16: ir.DataType.BFLOAT16,
     torch.int64: ir.DataType.INT64,
+    torch.int8: ir.DataType.INT8,
+    torch.uint8: ir.DataType.UINT8,
     torch.bool: ir.DataType.BOOL,
 }
-
-
-def axis_sizes(axes: list[int | str], sizes: Mapping[str, int]) -> list[int]:
-    """Axes such as ["R", 4, "h", "4*w"] as numbers, for the sizes of the named ones."""
-    return [axis if isinstance(axis, int) else _product(axis, sizes) for axis in axes]
-
-
-def _product(axis: str, sizes: Mapping[str, int]) -> int:
-    factor, star, name = axis.rpartition("*")
-    return sizes[name] * (int(factor) if star else 1)
 
 
 def export_graph(
@@ -67,24 +69,27 @@ def export_graph(
     precise = PreciseGraph(graph, module, precision).eval()
     model = _trace(graph, precise, config, ranges)
     _optimise(model)
-    _strip(model)
+    strip(model)
     wanted = {name: tensor.dtype for name, tensor in module.state_dict().items()}
     aliases = {name.removeprefix("module."): value for name, value in model.graph.initializers.items()}
     kept: dict[str, torch.dtype] = {}
     for name in dict.fromkeys([*(n for n in wanted if n in aliases), *_unseen(module, set(aliases))]):
         # Widening is lossless, so it waits until the weights are loaded; narrowing is done here.
         own = stored(name).dtype
-        kept[name] = own if wanted[name] == torch.float32 and own.is_floating_point else wanted[name]
+        narrow = wanted[name] == torch.float32 and own.is_floating_point and precision != "int8"
+        kept[name] = own if narrow else wanted[name]
     try:
-        places = _write_weights(weights_path, kept, {n: module.state_dict()[n].shape for n in kept}, stored)
+        shapes = {name: tuple(module.state_dict()[name].shape) for name in kept}
+        places = _write_file(weights_path, {name: (kept[name], shapes[name]) for name in kept}, stored)
         for name, value in aliases.items():
             if name in places:
-                _point_to_file(model, value, wanted[name], kept[name], name, weights_path, places[name])
+                tensor = _in_file(name, kept[name], value.shape, weights_path, places[name])
+                _point_to_file(model, value, wanted[name], kept[name], tensor)
         ir.save(model, onnx_path)
     except OSError as error:
         raise InputError(f"{onnx_path.parent} cannot be written ({error}): make room, or give another path") from error
     onnx.checker.check_model(str(onnx_path))
-    return sum(module.state_dict()[name].numel() for name in kept)
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def _trace(graph: str, precise: PreciseGraph, config: ModelConfig, ranges: Mapping[str, Range]) -> ir.Model:
@@ -104,13 +109,13 @@ def _trace(graph: str, precise: PreciseGraph, config: ModelConfig, ranges: Mappi
     inputs, shapes = [], []
     for port in GRAPHS[graph].inputs:
         own = axes[port.name]
-        inputs.append(torch.zeros(axis_sizes(own, sizes), dtype=_TYPES[port.dtype], device="meta"))
+        inputs.append(torch.zeros([axis_size(axis, sizes) for axis in own], dtype=_TYPES[port.dtype], device="meta"))
         shape: dict[int, Any] = {}
         for index, axis in enumerate(own):
             if isinstance(axis, str):
-                factor, star, name = axis.rpartition("*")
+                factor, name = split_axis(axis)
                 if name in dims:
-                    shape[index] = int(factor) * dims[name] if star else dims[name]
+                    shape[index] = factor * dims[name] if factor > 1 else dims[name]
         shapes.append(shape)
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -139,9 +144,7 @@ def _trace(graph: str, precise: PreciseGraph, config: ModelConfig, ranges: Mappi
 
 def _axis(axis: int | str, sizes: Mapping[str, int], dims: Mapping[str, Any]) -> int | str:
     """The axis as a reader of the graph sees it: its name where it may vary."""
-    if isinstance(axis, int) or axis.rpartition("*")[2] in dims:
-        return axis
-    return _product(axis, sizes)
+    return axis if isinstance(axis, str) and split_axis(axis)[1] in dims else axis_size(axis, sizes)
 
 
 def _optimise(model: ir.Model) -> None:
@@ -160,7 +163,7 @@ def _optimise(model: ir.Model) -> None:
             logger.setLevel(level)
 
 
-def _strip(model: ir.Model) -> None:
+def strip(model: ir.Model) -> None:
     """Take out what tells of this machine: where the code lies, and stack traces."""
     model.producer_name, model.producer_version, model.doc_string = "mige-rt", None, None
     model.metadata_props.clear()
@@ -181,49 +184,46 @@ def _unseen(module: torch.nn.Module, seen: set[str]) -> list[str]:
     return [names[0] for names in by_identity.values() if not seen.intersection(names)]
 
 
-def _write_weights(
-    path: Path, kept: Mapping[str, torch.dtype], shapes: Mapping[str, torch.Size], stored: Callable[[str], Tensor]
+def _write_file(
+    path: Path, kept: Mapping[str, tuple[torch.dtype, Sequence[int]]], values: Callable[[str], Tensor]
 ) -> dict[str, tuple[int, int]]:
-    """Write a safetensors file, a weight at a time; returns each one's offset in the file and its bytes.
+    """Write a safetensors file, a weight at a time, of kept's types and shapes; returns each one's offset in the file
+    and its bytes.
 
     The format: eight bytes of header length, a JSON header, then the weights without gaps (huggingface/safetensors).
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     # The largest types first, as the library itself orders them: so every weight is aligned to its type.
-    names = sorted(kept, key=lambda name: -kept[name].itemsize)
+    names = sorted(kept, key=lambda name: -kept[name][0].itemsize)
     for name in names:
-        start, end = end, end + shapes[name].numel() * kept[name].itemsize
-        header[name] = {"dtype": _STORED[kept[name]], "shape": list(shapes[name]), "data_offsets": [start, end]}
+        dtype, shape = kept[name]
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _STORED[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     places = {}
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            tensor = stored(name).to(kept[name]).contiguous()
+            tensor = values(name).to(kept[name][0]).contiguous()
             places[name] = (file.tell(), tensor.nbytes)
-            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
     return places
 
 
+def _in_file(name: str, dtype: torch.dtype, shape: Any, path: Path, place: tuple[int, int]) -> ir.ExternalTensor:
+    offset, length = place
+    return ir.ExternalTensor(path.name, offset, length, _ONNX[dtype], shape=shape, name=name, base_dir=str(path.parent))
+
+
 def _point_to_file(
-    model: ir.Model,
-    value: ir.Value,
-    wanted: torch.dtype,
-    kept: torch.dtype,
-    name: str,
-    path: Path,
-    place: tuple[int, int],
+    model: ir.Model, value: ir.Value, wanted: torch.dtype, kept: torch.dtype, tensor: ir.ExternalTensor
 ) -> None:
     """Let an initializer read its values from the weights' file, and widen them if they are kept narrower."""
-    offset, length = place
-    assert value.shape is not None
-    tensor = ir.ExternalTensor(
-        path.name, offset, length, _ONNX[kept], shape=value.shape, name=name, base_dir=str(path.parent)
-    )
+    name = str(tensor.name)
     del model.graph.initializers[str(value.name)]
     if kept == wanted:
         value.name, value.const_value = name, tensor
@@ -236,3 +236,16 @@ def _point_to_file(
     cast.outputs[0].type = ir.TensorType(_ONNX[wanted])
     ir.convenience.replace_all_uses_with(value, cast.outputs[0])
     model.graph.insert_before(model.graph[0], cast)
+
+
+def write_weights(model: ir.Model, path: Path) -> None:
+    """Move a graph's large initializers, which have values, to a safetensors file, and let it read them from there."""
+    large = {
+        name: torch.from_numpy(value.const_value.numpy().copy())
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None and value.const_value.nbytes > INLINE
+    }
+    places = _write_file(path, {n: (tensor.dtype, tensor.shape) for n, tensor in large.items()}, large.__getitem__)
+    for name, tensor in large.items():
+        value = model.graph.initializers[name]
+        value.const_value = _in_file(name, tensor.dtype, value.shape, path, places[name])

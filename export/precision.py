@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
 
 from engines.interface import GRAPHS, Precision
 from mige_rt.errors import InputError
@@ -93,7 +94,7 @@ class PreciseGraph(nn.Module):
         self.module = module.to(self.dtype)
         if precision == "fp16":
             for part in module.modules():
-                if hasattr(part, "wo") and hasattr(part, "wi_1"):  # T5's gated feed-forward
+                if isinstance(part, T5DenseGatedActDense):
                     part.wo.float()
                     for gate in (part.wi_0, part.wi_1):  # their product passes 65,504, too
                         gate.register_forward_hook(lambda _module, _inputs, output: output.float())

@@ -86,6 +86,14 @@ def read_config(folder: Path) -> ModelConfig:
     return _model(path, content["model"])
 
 
+def read_source(folder: Path) -> str:
+    """Where the weights of a model folder or a bundle came from, in words. Raises InputError as `read_config` does."""
+    if is_bundle(folder):
+        return read_manifest(folder).source
+    read_config(folder)
+    return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("source", ""))
+
+
 def read_manifest(folder: Path) -> Manifest:
     """A bundle's manifest. Raises InputError when it is none, damaged, of a newer schema than ours, or names files
     outside the bundle."""
@@ -137,6 +145,20 @@ def check_files(folder: Path, manifest: Manifest, everything: bool = False) -> N
                 f"{path} was changed: its SHA-256 is {found}, the manifest's {file.sha256}; export or copy the bundle "
                 "again"
             )
+
+
+def describe(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """The manifest as plain data, and under `checks`, per graph, the validation's worst comparison from the report."""
+    content = manifest.to_json() | {"checks": {}}
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        for name, result in {**report["graphs"], "pictures": report.get("pipeline", {})}.items():
+            if checks := result.get("checks"):
+                worst = max(checks, key=lambda check: check["rms"] / check["limit"])
+                content["checks"][name] = {"number": len(checks), "rms": worst["rms"], "limit": worst["limit"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / REPORT} cannot be read ({error!r}): export or copy the bundle again") from error
+    return content
 
 
 def file_entry(folder: Path, path: str) -> FileEntry:

@@ -1,5 +1,6 @@
 """The command `mige-rt`. Each command parses, calls one function, and prints; heavy imports stay inside."""
 
+import json
 import math
 import secrets
 import sys
@@ -7,10 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from engines import ENGINES
+from engines.interface import Precision
 from mige_rt.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 
 PATH = click.Path(path_type=Path)
 AT_ONCE = 4  # pictures of --num-images made together
+_TORCH = "install it with: pip install 'mige-rt[torch]'"
 
 
 class _Commands(click.Group):
@@ -112,10 +116,10 @@ def _numbered(out: Path, number: int) -> list[Path]:
     help="how a prompt without <imagehere> is completed: 'in' the picture, or 'of' it",
 )
 @click.option("--task", type=click.Choice(["subject", "edit", "compose"]), help="[default: read off the pictures]")
-@click.option("--model", type=PATH, help="a model folder  [default: the model that comes with mige-rt]")
-@click.option("--engine", type=click.Choice(["auto", "pytorch"]), default="auto", show_default=True)
+@click.option("--model", type=PATH, help="a bundle or a model folder  [default: the model that comes with mige-rt]")
+@click.option("--engine", type=click.Choice(["auto", *ENGINES]), default="auto", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1")
-@click.option("--precision", type=click.Choice(["auto", "fp32", "fp16", "bf16"]), default="auto", show_default=True)
+@click.option("--precision", type=click.Choice(["auto", *get_args(Precision)]), default="auto", show_default=True)
 def run(
     prompt: str | None,
     images: tuple[Path, ...],
@@ -209,8 +213,9 @@ class _Job:
         info |= {"engine": engine.name, "device": engine.device, "precision": engine.precision}
         info |= {name: str(value) for name, value in asdict(settings).items() if value is not None}
         outs = _numbered(out, self.number)
-        for first in range(0, len(outs), AT_ONCE):
-            batch = [replace(request, seed=request.seed + first + i) for i in range(len(outs[first : first + AT_ONCE]))]
+        at_once = min(AT_ONCE, pipe.most_at_once)
+        for first in range(0, len(outs), at_once):
+            batch = [replace(request, seed=request.seed + first + i) for i in range(len(outs[first : first + at_once]))]
             with _progress("steps") as advance:
                 pictures = pipe.make(batch, settings, lambda done, total: advance("steps", done, total), warn)
             for one, path, picture in zip(batch, outs[first:], pictures, strict=False):
@@ -273,7 +278,11 @@ def _open(model: Path | None, engine: str, device: str, precision: Any) -> "Mige
 
     if model is None:
         click.echo("using the small default model; --model names another", err=True)
-    return MigePipeline.from_pretrained(model or DEFAULT_MODEL, engine, device, precision)
+    pipe = MigePipeline.from_pretrained(model or DEFAULT_MODEL, engine, device, precision)
+    if engine == "auto":
+        opened = pipe.engine
+        click.echo(f"engine {opened.name} on {opened.device} in {opened.precision}", err=True)
+    return pipe
 
 
 @main.command()
@@ -286,7 +295,98 @@ def convert(ckpt: Path, out: Path, vae: Path | None, tokenizer: Path | None) -> 
     try:
         from trainer.checkpoint import convert as convert_checkpoint
     except ImportError as error:
-        raise InputError("converting needs torch; install it with: pip install 'mige-rt[torch]'") from error
+        raise InputError(f"converting needs a package that is not here ({error}); {_TORCH}") from error
     with _progress("convert") as advance:
         convert_checkpoint(ckpt, out, vae, tokenizer, advance)
     click.echo(out)
+
+
+class _Sizes(click.ParamType):
+    name = "A-B"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        parts = str(value).split("-")
+        if len(parts) > 2 or not all(part.isascii() and part.isdigit() and len(part) < 7 for part in parts):
+            self.fail(
+                f"{value!r} are no sizes; give the smallest and the largest side in pixels as 256-1024", param, ctx
+            )
+        return int(parts[0]), int(parts[-1])
+
+
+@main.command()
+@click.option(
+    "--ckpt",
+    default="tiny",
+    show_default=True,
+    help="the published model.pth or a folder with it, a model folder, a bundle, a repository on the Hugging Face hub, "
+    "or tiny, the model that comes with mige-rt",
+)
+@click.option("--precision", default="fp32", show_default=True, help=", ".join(get_args(Precision)))
+@click.option("--out", type=PATH, required=True, help="the bundle to make")
+@click.option("--max-batch", type=click.IntRange(1, 63), default=4, show_default=True, help="pictures made at once")
+@click.option(
+    "--max-references", type=click.IntRange(1, 63), default=4, show_default=True, help="pictures a prompt refers to"
+)
+@click.option("--size", type=click.IntRange(1), help="side of the pictures in pixels  [default: the trained size]")
+@click.option("--sizes", type=_Sizes(), help="smallest and largest side instead, as 256-1024: flexible, slower plans")
+@click.option("--vae", type=PATH, help="the folder sd-vae-ft-ema  [default: beside the checkpoint]")
+@click.option("--tokenizer", type=PATH, help="the folder t5-v1_1-xxl  [default: beside the checkpoint]")
+@click.option("--validate/--no-validate", default=True, show_default=True, help="compare every graph with PyTorch")
+def export(
+    ckpt: str,
+    precision: str,
+    out: Path,
+    max_batch: int,
+    max_references: int,
+    size: int | None,
+    sizes: tuple[int, int] | None,
+    vae: Path | None,
+    tokenizer: Path | None,
+    validate: bool,
+) -> None:
+    """Turn a checkpoint into a bundle of validated graphs that runs without PyTorch.
+
+    \b
+      mige-rt export --precision fp16 --out bundle
+      mige-rt run --model bundle --prompt "make the background blue" --source docs/scene.png
+    """
+    try:
+        from export.bundle import Limits, export_bundle
+        from export.table import exported_table
+    except ImportError as error:
+        raise InputError(f"exporting needs a package that is not here ({error}); {_TORCH}") from error
+    from rich.console import Console
+
+    if size is not None and sizes is not None:
+        raise InputError("give either --size or --sizes")
+    limits = Limits(max_batch, max_references, sizes or (None if size is None else (size, size)))
+    with _progress("export") as advance:
+        try:
+            exported = export_bundle(ckpt, out, precision, limits, vae, tokenizer, validate, None, advance)
+        except RuntimeError as error:
+            raise click.ClickException(str(error)) from error
+    Console(stderr=True).print(exported_table(exported))
+    click.echo(out)
+
+
+@main.command()
+@click.argument("bundle", type=PATH)
+@click.option("--json", "as_json", is_flag=True, help="for programs")
+@click.option("--verify", is_flag=True, help="hash every file again")
+def info(bundle: Path, as_json: bool, verify: bool) -> None:
+    """Show what is inside a bundle."""
+    from mige_rt.bundle import check_files, describe, read_manifest
+
+    manifest = read_manifest(bundle)
+    check_files(bundle, manifest, everything=verify)
+    content = describe(bundle, manifest) | ({"verified": True} if verify else {})
+    if as_json:
+        click.echo(json.dumps(content, indent=1))
+        return
+    from rich.console import Console
+
+    from mige_rt.show import bundle_tables
+
+    console = Console()
+    for part in bundle_tables(content):
+        console.print(part)

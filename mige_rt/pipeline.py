@@ -4,6 +4,7 @@ B samples, N different pictures that prompts refer to, R rows = B x guidance bra
 """
 
 import secrets
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image as Picture
 
 from engines.interface import Array, Engine, Precision, to_numpy
-from mige_rt.bundle import DEFAULT_MODEL, read_config
+from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, read_config
 from mige_rt.config import ModelConfig, TaskDefaults
 from mige_rt.denoise import denoise
 from mige_rt.errors import InputError
@@ -158,16 +159,17 @@ class MigePipeline:
         device: str = "auto",
         precision: Precision | Literal["auto"] = "auto",
     ) -> "MigePipeline":
-        """Open a model folder (made by `mige-rt convert` or by training; the shipped default if none is named).
+        """Open a bundle (made by `mige-rt export`) or a model folder (made by `mige-rt convert` or by training); the
+        shipped default if none is named.
 
-        device auto: cuda where there is one. precision auto: fp32 on the CPU, bf16 on CUDA.
-        Raises InputError when the folder, the engine, the device or the precision is not what it should be.
+        device auto: cuda where there is one. precision auto: a bundle's own; with PyTorch fp32 on the CPU, bf16 on
+        CUDA. Raises InputError when the folder, the engine, the device or the precision is not what it should be.
         """
         from engines import open_engine
 
         folder = Path(model)
         config = read_config(folder)
-        tokenize = load_tokenizer(folder / "tokenizer" / "tokenizer.json")
+        tokenize = load_tokenizer(folder / TOKENIZER_FILE)
         name = config.name if folder == DEFAULT_MODEL else str(model)
         return cls(config, tokenize, open_engine(folder, engine, device, precision), name)
 
@@ -254,6 +256,7 @@ class MigePipeline:
         rows = branches(settings.text_scale, None if task == "subject" else settings.source_scale)
         table = dpm_solver_pp_2m(settings.steps, self.config.prediction)
         width, height = self.output_size(batch, settings.size, fit, warn)
+        self._check_limits(batch, width, height)
         factor, channels = self.config.vae.factor, self.config.vae.channels
         noise = draw_noise([request.seed for request in batch], (channels, height // factor, width // factor))
 
@@ -305,6 +308,35 @@ class MigePipeline:
         for source in sources if fit in (None, "crop") else ():
             _warn_of_crop(source, width, height, warn)
         return width, height
+
+    def _check_limits(self, batch: Sequence[Resolved], width: int, height: int) -> None:
+        """Raises InputError that names the limit of the engine's graphs, and what raises it."""
+        factor = self.config.vae.factor
+        references = {id(image) for request in batch for image in request.images}
+        asked = {
+            "B": (len(batch), 1, "pictures made at once", "--max-batch"),
+            "N": (len(references), 1, "pictures that prompts refer to", "--max-references or --max-batch"),
+            "w": (width // factor, factor, "pixels of width", "--size or --sizes"),
+            "h": (height // factor, factor, "pixels of height", "--size or --sizes"),
+        }
+        for axis, (size, unit, what, option) in asked.items():
+            span = self.engine.limits.get(axis)
+            if span is not None and size and not span.smallest <= size <= span.largest:
+                spoken = (
+                    f"{span.smallest * unit}"
+                    if span.smallest == span.largest
+                    else (f"{span.smallest * unit} to {span.largest * unit}")
+                )
+                raise InputError(
+                    f"{size * unit} {what} are asked for, and this model's graphs take {spoken}: export it again with "
+                    f"another {option}, or use --engine pytorch"
+                )
+
+    @property
+    def most_at_once(self) -> int:
+        """How many pictures `make` takes at most."""
+        span = self.engine.limits.get("B")
+        return sys.maxsize if span is None else span.largest
 
     def _run(self, graph: str, **inputs: Array) -> Array:
         """The first output of a graph."""

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from engines.interface import GRAPHS
-from mige_rt.bundle import SCHEMA, TOKENIZER_FILE, read_config
+from mige_rt.bundle import SCHEMA, TOKENIZER_FILE, check_files, is_bundle, read_config, read_manifest
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
 from mige_rt.folders import whole_folder
@@ -104,17 +104,18 @@ def save_model(model: Mige, tokenizer: Tokenizer, out: Path, dtype: torch.dtype,
 
 def load_model(
     folder: Path,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
     only: Collection[str] | None = None,
 ) -> Mige:
-    """The model of a model folder, in evaluation mode; floating-point weights in `dtype` on `device`.
+    """The model of a model folder, or of a bundle with unquantised weights, in evaluation mode; floating-point weights
+    in `dtype` (None: as they are stored) on `device`.
 
     Weights stored in `dtype` stay mapped from the file when `device` is the CPU. `only` names the graphs (of GRAPHS)
     to load; the others stay on the meta device, but for what a graph shares with them.
 
-    Raises InputError when the folder is no model folder, a shard is missing or truncated, or the names and shapes in
-    the shards are not exactly the model's; ValueError when `only` names no graph.
+    Raises InputError when the folder is neither, a file is missing or truncated, or the names and shapes in the files
+    are not exactly the model's; ValueError when `only` names no graph.
     """
     graphs = set(GRAPHS if only is None else only)
     if unknown := graphs.difference(GRAPHS):
@@ -123,11 +124,17 @@ def load_model(
     state = model.state_dict()
     names = distinct_tensors(model)
     wanted = [name for name, aliases in names.items() if any(alias.partition(".")[0] in graphs for alias in aliases)]
-    components = {_component(name) for name in wanted}
-    expected = {_stored_name(name): name for name in names if _component(name) in components}
+    if is_bundle(folder):
+        expected = set(wanted)
+        files = _bundle_files(folder, graphs, {alias: name for name, aliases in names.items() for alias in aliases})
+    else:
+        components = {_component(name) for name in wanted}
+        expected = {name for name in names if _component(name) in components}
+        ours = {_stored_name(name): name for name in expected}
+        files = [(path, ours) for component in sorted(components) for path in _files(folder, component)]
     with ExitStack() as opened:
-        where: dict[str, Any] = {}  # our name -> the open file with it
-        for path in [path for component in sorted(components) for path in _files(folder, component)]:
+        where: dict[str, tuple[Any, str]] = {}  # our name -> the open file with it, and its key there
+        for path, ours in files:
             try:
                 file = opened.enter_context(safe_open(path, framework="pt"))
             except (OSError, SafetensorError) as error:
@@ -136,20 +143,39 @@ def load_model(
                     "model again"
                 ) from error
             for key in map(str, file.keys()):
-                where[expected.get(key, key)] = file
+                where[ours.get(key, key)] = file, key
         count, listed = differences(
-            {name: tuple(file.get_slice(_stored_name(name)).get_shape()) for name, file in where.items()},
-            {name: tuple(state[name].shape) for name in expected.values()},
+            {name: tuple(file.get_slice(key).get_shape()) for name, (file, key) in where.items()},
+            {name: tuple(state[name].shape) for name in expected},
         )
         if count:
             raise InputError(
-                f"the weights in {folder} are not those of the model that its config.json describes:\n{listed}\n"
-                "Convert or download the model again."
+                f"the weights in {folder} are not those of the model that it describes:\n{listed}\n"
+                "Convert, export or download the model again."
             )
-        fill(model, {name: _placed(where[name].get_tensor(_stored_name(name)), dtype, device) for name in wanted})
+        fill(model, {name: _placed(where[name][0].get_tensor(where[name][1]), dtype, device) for name in wanted})
     for graph in sorted(graphs):
         _require_real(graph, getattr(model, graph))
     return model.eval()
+
+
+def _bundle_files(
+    folder: Path, graphs: Collection[str], canonical: Mapping[str, str]
+) -> list[tuple[Path, dict[str, str]]]:
+    """A bundle's files for some graphs, each with our names by its keys. Raises InputError when it is quantised."""
+    manifest = read_manifest(folder)
+    if manifest.precision == "int8":
+        raise InputError(
+            f"{folder} holds int8 weights, which only the engine onnxruntime runs: take the model that it was "
+            "exported from, or a bundle of another precision"
+        )
+    check_files(folder, manifest)
+    files = []
+    for graph in sorted(graphs):
+        prefix = f"{graph}."
+        keys = {name.removeprefix(prefix): own for name, own in canonical.items() if name.startswith(prefix)}
+        files.append((folder / manifest.graphs[graph].weights.path, keys))
+    return files
 
 
 def empty_model(config: ModelConfig) -> Mige:
@@ -269,8 +295,8 @@ def _alone(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def _placed(tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    return tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+def _placed(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
+    return tensor.to(device, dtype) if dtype is not None and tensor.is_floating_point() else tensor.to(device)
 
 
 def _require_real(graph: str, module: nn.Module) -> None:

@@ -1,0 +1,132 @@
+"""The ONNX Runtime engine: a bundle's graphs on the CPU, with NumPy arrays, or on CUDA, with torch tensors."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from engines.interface import GRAPHS, Array, Precision, Range, axis_size, named_sizes
+from mige_rt.bundle import Manifest, check_files, read_manifest
+from mige_rt.errors import InputError
+
+
+class OnnxRuntimeEngine:
+    """One session a graph, made when the graph is first run."""
+
+    name = "onnxruntime"
+
+    def __init__(self, folder: Path, manifest: Manifest, device: str) -> None:
+        """device is cpu, or cuda:N, which is there."""
+        self.folder, self.manifest, self.device = folder, manifest, device
+        self.precision: str = manifest.precision
+        self.limits: Mapping[str, Range] = manifest.ranges
+        self.sessions: dict[str, onnxruntime.InferenceSession] = {}
+
+    @classmethod
+    def open(
+        cls, folder: Path, device: str = "cpu", precision: Precision | Literal["auto"] = "auto"
+    ) -> "OnnxRuntimeEngine":
+        """Open a bundle. device auto: cuda where ONNX Runtime and PyTorch both see one.
+
+        Raises InputError when the folder is no bundle, its files are not those of the manifest, the device is not
+        there, or another precision is asked for than the bundle has.
+        """
+        manifest = read_manifest(folder)
+        if precision not in ("auto", manifest.precision):
+            raise InputError(
+                f"{folder} was exported in {manifest.precision}, and {precision} was asked for: leave --precision out, "
+                f"or export a bundle with --precision {precision}"
+            )
+        check_files(folder, manifest)
+        return cls(folder, manifest, _device(device))
+
+    def array(self, values: NDArray[Any]) -> Array:
+        if self.device == "cpu":
+            return values
+        import torch
+
+        return torch.from_numpy(values).to(self.device)
+
+    def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        session = self._session(graph)
+        if self.device != "cpu":
+            return self._run_bound(session, graph, inputs)
+        names = [port.name for port in GRAPHS[graph].outputs]
+        return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+
+    def _session(self, graph: str) -> onnxruntime.InferenceSession:
+        if graph not in self.sessions:
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 3  # errors; its warnings speak of the graph's making
+            path = self.folder / self.manifest.graphs[graph].onnx.path
+            try:
+                self.sessions[graph] = onnxruntime.InferenceSession(str(path), options, providers=self._providers())
+            except Exception as error:  # the library's own classes derive from Exception alone
+                raise InputError(
+                    f"ONNX Runtime {onnxruntime.__version__} cannot load {path} for {self.device} ({error}); "
+                    "try --device cpu, another precision, or export the bundle again"
+                ) from error
+        return self.sessions[graph]
+
+    def _providers(self) -> list[Any]:
+        if self.device == "cpu":
+            return ["CPUExecutionProvider"]
+        import torch
+
+        # On torch's own stream, so that neither waits for the other.
+        stream = str(torch.cuda.current_stream(self.device).cuda_stream)
+        options = {"device_id": self.device.partition(":")[2], "user_compute_stream": stream}
+        return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
+
+    def _run_bound(
+        self, session: onnxruntime.InferenceSession, graph: str, inputs: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Run on CUDA, reading and writing torch tensors where they lie."""
+        import torch
+
+        binding, index = session.io_binding(), int(self.device.partition(":")[2])
+        sizes: dict[str, int] = {}
+        held = []  # until the graph was run
+        for port in GRAPHS[graph].inputs:
+            tensor = inputs[port.name].contiguous()
+            held.append(tensor)
+            sizes |= named_sizes(self.manifest.graphs[graph].axes[port.name], tensor.shape)
+            binding.bind_input(port.name, "cuda", index, _NUMPY[port.dtype], list(tensor.shape), tensor.data_ptr())
+        outputs = {}
+        for port in GRAPHS[graph].outputs:
+            shape = [axis_size(axis, sizes) for axis in self.manifest.graphs[graph].axes[port.name]]
+            made = torch.empty(shape, dtype=getattr(torch, port.dtype), device=self.device)
+            binding.bind_output(port.name, "cuda", index, _NUMPY[port.dtype], shape, made.data_ptr())
+            outputs[port.name] = made
+        session.run_with_iobinding(binding)
+        return outputs
+
+
+_NUMPY: dict[str, type] = {"float32": np.float32, "int64": np.int64, "bool": np.bool_}
+
+
+def _device(name: str) -> str:
+    """cpu or cuda:N. Raises InputError when it is not there."""
+    kind, _, index = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
+        raise InputError(f"{name!r} is no device; expected cpu, cuda or cuda:N")
+    if kind == "cpu" or (kind == "auto" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers()):
+        return "cpu"
+    try:
+        import torch
+
+        count = torch.cuda.device_count()
+    except ImportError:
+        count = 0
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers() and int(index or 0) < count:
+        return f"cuda:{index or 0}"
+    if kind == "auto":
+        return "cpu"
+    raise InputError(
+        f"ONNX Runtime has no device {name!r} here (its providers: "
+        f"{', '.join(onnxruntime.get_available_providers())}; CUDA devices that PyTorch sees: {count}); use --device "
+        "cpu, or install: pip install onnxruntime-gpu 'mige-rt[torch]'"
+    )

@@ -1,0 +1,279 @@
+"""`mige-rt export`: from a checkpoint to a bundle."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from engines.interface import GRAPHS, Range
+from export.precision import TABLES, check_precision
+from mige_rt.bundle import (
+    DEFAULT_MODEL,
+    MANIFEST,
+    REPORT,
+    SCHEMA,
+    TOKENIZER_FILE,
+    GraphEntry,
+    Manifest,
+    file_entry,
+    is_bundle,
+    read_config,
+    read_source,
+    resolved_axes,
+)
+from mige_rt.config import ModelConfig
+from mige_rt.errors import InputError
+from mige_rt.folders import whole_folder
+from trainer.checkpoint import convert
+
+SOLVER = "dpm_solver_pp_2m"  # mige_rt.sampler
+SMALL = 200_000_000  # parameters up to which every shape is validated, and two graphs are exported at a time
+
+OnProgress = Callable[[str, int, int], None]  # what is being done, jobs done, jobs in all
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the graphs are made for. sizes: the smallest and the largest side in pixels; None: the trained size."""
+
+    batch: int = 4  # pictures made at once
+    references: int = 4  # pictures that a prompt refers to
+    sizes: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was made: the manifest, and the report with the measurements, as in the bundle's report.json."""
+
+    manifest: Manifest
+    report: dict[str, Any]
+
+
+def axis_ranges(config: ModelConfig, limits: Limits) -> dict[str, Range]:
+    """The named axes' ranges. Raises InputError when the limits are not possible for this model."""
+    low, high = limits.sizes or (config.size, config.size)
+    if not 0 < low <= high or low % config.multiple or high % config.multiple:
+        raise InputError(
+            f"the sizes are {low} to {high}; multiples of {config.multiple} pixels are expected, the smaller first"
+        )
+    factor, trained = config.vae.factor, config.size // config.vae.factor
+    h = Range(low // factor, min(max(trained, low // factor), high // factor), high // factor)
+    encoded = Range(min(h.smallest, trained), trained, max(h.largest, trained))
+    pictures = limits.batch * limits.references
+    if pictures > 63:
+        raise InputError(
+            f"{limits.batch} pictures at once with {limits.references} references each are {pictures} pictures; the "
+            "VAE takes at most 63"
+        )
+    return {
+        "N": Range(1, 1, pictures),
+        "M": Range(1, 1, pictures),
+        "B": Range(1, 1, limits.batch),
+        "R": Range(1, 2, 3 * limits.batch),  # at most three guidance branches
+        "L": Range(1, min(config.max_tokens, 32 + config.qformer.queries), config.max_tokens),
+        "h": h,
+        "w": h,
+        "eh": encoded,
+        "ew": encoded,
+    }
+
+
+@contextmanager
+def open_checkpoint(ckpt: str, vae: Path | None, tokenizer: Path | None, beside: Path) -> Iterator[Path]:
+    """A model folder or a bundle: the shipped one for `tiny`, the given one, or one made for the time being, beside
+    `beside`, of published weights, which are downloaded if ckpt is the name of a repository on the Hugging Face hub.
+
+    Raises InputError when there is no such checkpoint.
+    """
+    path = Path(ckpt)
+    if ckpt == "tiny" and not path.exists():
+        yield DEFAULT_MODEL
+    elif is_bundle(path) or _is_model_folder(path):
+        yield path
+    elif path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", ckpt):
+        with tempfile.TemporaryDirectory(prefix=f"{beside.name}.converted-", dir=beside.absolute().parent) as scratch:
+            convert(path, Path(scratch) / "model", vae, tokenizer)
+            yield Path(scratch) / "model"
+    else:
+        with open_checkpoint(_download(ckpt), vae, tokenizer, beside) as folder:
+            yield folder
+
+
+def _is_model_folder(path: Path) -> bool:
+    try:
+        return "schema" in json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def _download(name: str) -> str:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(name)
+    except Exception as error:  # the library's errors and those of the network have no common class
+        raise InputError(
+            f"{name} is no path here, and could not be downloaded from the Hugging Face hub ({error}); give tiny, the "
+            "published model.pth or a folder with it, a model folder, a bundle, or the name of a repository"
+        ) from error
+
+
+def export_bundle(
+    ckpt: str,
+    out: Path,
+    precision: str,
+    limits: Limits = Limits(),
+    vae: Path | None = None,
+    tokenizer: Path | None = None,
+    validate: bool = True,
+    finish: Callable[[Path], None] | None = None,
+    on_progress: OnProgress | None = None,
+) -> Exported:
+    """Write the bundle `out`: six graphs in `precision`, each validated against PyTorch, tokenizer, manifest, report.
+
+    ckpt: see `open_checkpoint`. finish(folder) is called before the folder gets its name, to build plans in it.
+    Raises InputError, with nothing left at `out`, when the input cannot be used, a graph fails its validation, or the
+    disk is full; RuntimeError when a graph's process fails otherwise.
+    """
+    checked = check_precision(precision)
+    with whole_folder(out) as folder, open_checkpoint(ckpt, vae, tokenizer, out) as model:
+        config = read_config(model)
+        ranges = axis_ranges(config, limits)
+        jobs = _Jobs(model, folder, checked, ranges, validate, on_progress)
+        (folder / "onnx").mkdir()
+        (folder / TOKENIZER_FILE).parent.mkdir()
+        shutil.copyfile(model / TOKENIZER_FILE, folder / TOKENIZER_FILE)
+        graphs = jobs.graphs(_size(model) < 2 * SMALL)
+        axes = resolved_axes(config)
+        manifest = Manifest(
+            schema=SCHEMA,
+            model=config,
+            source=read_source(model),
+            precision=checked,
+            validated=validate,
+            solver=SOLVER,
+            ranges=ranges,
+            graphs={
+                graph: GraphEntry(
+                    file_entry(folder, f"onnx/{graph}.onnx"),
+                    file_entry(folder, f"onnx/{graph}.safetensors"),
+                    axes[graph],
+                    TABLES[checked][graph],
+                    result["parameters"],
+                )
+                for graph, result in graphs.items()
+            },
+            tokenizer=file_entry(folder, TOKENIZER_FILE),
+            versions={name: version(name) for name in ("mige-rt", "onnx", "onnxruntime", "onnxscript", "torch")},
+        )
+        (folder / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
+        report: dict[str, Any] = {"graphs": graphs}
+        if validate and jobs.small:
+            report["pipeline"] = jobs.run("pipeline")
+            _require_good(report["pipeline"]["checks"])
+        (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        if finish is not None:
+            finish(folder)
+    return Exported(manifest, report)
+
+
+def _size(model: Path) -> int:
+    return sum(path.stat().st_size for path in model.rglob("*.safetensors"))
+
+
+def _require_good(checks: list[dict[str, Any]]) -> None:
+    if bad := [check for check in checks if not check["ok"]]:
+        first = json.dumps(bad[0])
+        raise InputError(
+            f"{len(bad)} of {len(checks)} comparisons with PyTorch failed, the first: {first}; nothing was written. "
+            "--no-validate writes the bundle all the same"
+        )
+
+
+class _Jobs:
+    """Runs `export.worker` once for each graph."""
+
+    def __init__(
+        self,
+        model: Path,
+        folder: Path,
+        precision: str,
+        ranges: dict[str, Range],
+        validate: bool,
+        on_progress: OnProgress | None,
+    ) -> None:
+        self.model, self.folder, self.precision, self.ranges = model, folder, precision, ranges
+        self.validate, self.on_progress = validate, on_progress
+        self.small = True
+        self.done = 0
+
+    def graphs(self, small: bool) -> dict[str, dict[str, Any]]:
+        """Export every graph; small ones two at a time."""
+        self.small = small
+        with ThreadPoolExecutor(2 if small else 1) as pool:
+            futures = {graph: pool.submit(self.run, graph) for graph in GRAPHS}
+            try:
+                results = {graph: future.result() for graph, future in futures.items()}
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        for result in results.values():
+            _require_good(result.get("checks", []))
+        return results
+
+    def run(self, graph: str) -> dict[str, Any]:
+        """The worker's result. Raises InputError with its sentence, RuntimeError when it ended without one."""
+        job = {
+            "graph": graph,
+            "model": str(self.model.absolute()),
+            "folder": str(self.folder),
+            "precision": self.precision,
+            "ranges": {axis: vars(span) for axis, span in self.ranges.items()},
+            "validate": self.validate,
+            "small": self.small,
+        }
+        with (
+            tempfile.TemporaryFile("w+") as log,
+            subprocess.Popen(
+                [sys.executable, "-m", "export.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            ) as process,
+        ):
+            assert process.stdin is not None and process.stdout is not None
+            try:
+                process.stdin.write(json.dumps(job))
+                process.stdin.close()
+                result = self._follow(graph, process.stdout)
+            except BaseException:
+                process.kill()
+                raise
+            code = process.wait()
+            if result is None:
+                log.seek(0)
+                why = "it was killed, most likely since memory ran out" if code == -9 else log.read()[-2000:]
+                raise RuntimeError(f"the export of {graph} ended with exit code {code}: {why}")
+        return result
+
+    def _follow(self, graph: str, lines: Any) -> dict[str, Any] | None:
+        for text in lines:
+            line = json.loads(text)
+            if "error" in line:
+                raise InputError(f"{graph}: {line['error']}")
+            if "result" in line:
+                self.done += 1
+                return line["result"]
+            if self.on_progress is not None:
+                self.on_progress(f"{graph}: {line['phase']}", self.done, len(GRAPHS) + 1)
+        return None
