@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend."""
+"""The errors that are the user's to mend."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     The message says what was given, what was expected and what to do.
     """
+
+
+class NotAvailableError(InputError):
+    """What was asked for is not to be had on this machine, or not with this model; another engine may have it."""
