@@ -1,0 +1,327 @@
+"""The TensorRT engine, and that of TensorRT for RTX: plans that `mige-rt build` made, with torch tensors on CUDA."""
+
+import logging
+import mmap
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engines.interface import GRAPHS, Array, Precision, Range
+from engines.plans import PlanEngine, Plans, build_command, find
+from engines.trt_module import find_device, find_machine, import_runtime, is_out_of_memory, make_logger
+from mige_rt.bundle import read_manifest
+from mige_rt.errors import InputError, NotAvailableError
+
+if TYPE_CHECKING:
+    from tensorrt_rtx import ICudaEngine, IExecutionContext, IRuntimeCache, IRuntimeConfig
+
+ALIGNMENT = 256  # bytes, of every address that TensorRT is given
+KEPT = 4  # shapes a graph whose outputs stay allocated
+
+_log = logging.getLogger(__name__)
+
+
+class TensorRTEngine:
+    """Takes and gives torch tensors on CUDA; NumPy arrays are copied there.
+
+    An output is overwritten by the next run of its graph with inputs of the same shapes. When shapes repeat, a run
+    allocates nothing and reads inputs where they lie, so that a CUDA graph can be captured of it after a first run;
+    whoever captures one holds its inputs, its outputs and `workspace`. One engine serves one thread.
+    """
+
+    def __init__(self, name: PlanEngine, device: str, precision: str, ranges: Mapping[str, Range]) -> None:
+        """device is cuda:N, which is there. Graphs are added with `load`."""
+        self.name: str = name
+        self.device, self.precision, self.limits = device, precision, ranges
+        self.workspace = torch.empty(ALIGNMENT, dtype=torch.uint8, device=device)  # shared: graphs run one by one
+        self._stream = torch.cuda.Stream(device)
+        self._plans: dict[str, _Plan] = {}
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        device: str = "auto",
+        precision: Precision | Literal["auto"] = "auto",
+        name: PlanEngine = "tensorrt",
+    ) -> "TensorRTEngine":
+        """Open a bundle with the plans in it that fit this machine.
+
+        Raises NoPlanError, with the command that builds one, when none does; NotAvailableError when the runtime or the
+        GPU is not here, or another precision is asked for than the bundle has; InputError when the folder is no
+        bundle, or a plan is damaged or cannot be loaded.
+        """
+        manifest = read_manifest(folder)
+        if precision not in ("auto", manifest.precision):
+            raise NotAvailableError(
+                f"{folder} was exported in {manifest.precision}, and {precision} was asked for: leave --precision out, "
+                f"or export a bundle with --precision {precision}"
+            )
+        machine = find_machine(name, device)
+        found = find(folder, manifest, machine)
+        engine = cls(name, f"cuda:{find_device(name, device)}", manifest.precision, found.ranges)
+        cache = None
+        if name == "tensorrt-rtx":
+            cache = _KernelCache(found.folder / f"kernels-{machine.capability}.cache")
+            if not cache.loaded:
+                _log.warning(
+                    "TensorRT for RTX compiles kernels for this GPU (%s) when a graph first runs with a shape, which "
+                    "makes this run slower than the next; they are kept in %s",
+                    machine.gpu,
+                    cache.path,
+                )
+        engine._load(folder, found, cache)
+        return engine
+
+    def array(self, values: NDArray[Any]) -> Array:
+        return torch.from_numpy(values).to(self.device)
+
+    @torch.inference_mode(False)  # buffers made in inference mode could not be written outside it
+    @torch.no_grad()
+    def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """See `Engine.run`. Raises InputError when the plan does not take the inputs' shapes, or memory runs out."""
+        plan = self._plans[graph]
+        with torch.cuda.device(self.device):
+            current = torch.cuda.current_stream()
+            try:
+                tensors = {name: torch.as_tensor(inputs[name], device=self.device) for name in plan.inputs}
+                new = plan.set_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+                self._grow(plan.workspace_bytes)
+                plan.set_addresses(tensors, self.workspace)
+            except torch.OutOfMemoryError as error:
+                raise InputError(self._no_memory(graph, plan.workspace_bytes)) from error
+            if current.cuda_stream:
+                plan.enqueue(current.cuda_stream)
+            else:  # on the default stream TensorRT would wait for the whole device in each run
+                self._stream.wait_stream(current)
+                plan.enqueue(self._stream.cuda_stream)
+                current.wait_stream(self._stream)
+            if new and plan.cache is not None:
+                plan.cache.save()
+        return dict(plan.outputs)
+
+    def _grow(self, size: int) -> None:
+        if size > self.workspace.numel():
+            # What was captured or is running with the old one: the former holds it, the latter is before us in line.
+            self.workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def _no_memory(self, graph: str, needed: int) -> str:
+        free, total = torch.cuda.mem_get_info(self.device)
+        return (
+            f"the GPU ran out of memory in {graph}, which needs {needed / 2**30:.1f} GiB of workspace beside its "
+            f"inputs and outputs; {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free: make fewer or smaller "
+            "pictures at once, or end other programs that use the GPU"
+        )
+
+    def _load(self, folder: Path, found: Plans, cache: "_KernelCache | None") -> None:
+        """Load every graph's plan. Raises InputError when one cannot be loaded."""
+        name = found.target.engine
+        trt, logger = import_runtime(name), make_logger(name)
+        runtime = trt.Runtime(logger)
+        again = f"build it again with: {build_command(folder, name)}"
+        for graph, entry in found.graphs.items():
+            path = found.folder / entry.plan.path
+            with torch.cuda.device(self.device):
+                logger.lines.clear()
+                with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                    engine = runtime.deserialize_cuda_engine(content)
+                context = None if engine is None else _context(trt, engine, cache)
+            if engine is None or context is None:
+                if is_out_of_memory(logger.said()):
+                    free, total = torch.cuda.mem_get_info(self.device)
+                    raise InputError(
+                        f"the GPU has too little memory for the plan {path} ({entry.plan.bytes / 2**30:.1f} GiB): "
+                        f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free; end other programs that use it"
+                    )
+                raise InputError(f"the plan {path} could not be loaded ({logger.said()}); {again}")
+            types = {getattr(trt.DataType, trts): torchs for trts, torchs in _TYPES.items()}
+            ports = {}
+            for i in range(engine.num_io_tensors):
+                port = engine.get_tensor_name(i)
+                if engine.get_tensor_location(port) != trt.TensorLocation.DEVICE:
+                    raise InputError(
+                        f"the plan {path} wants {port} in the CPU's memory, which no graph of ours does; {again}"
+                    )
+                is_input = engine.get_tensor_mode(port) == trt.TensorIOMode.INPUT
+                ports[port] = _Port(is_input, types[engine.get_tensor_dtype(port)])
+            expected = {port.name for port in (*GRAPHS[graph].inputs, *GRAPHS[graph].outputs)}
+            if set(ports) != expected:
+                raise InputError(
+                    f"the plan {path} has the ports {sorted(ports)} instead of {sorted(expected)}; {again}"
+                )
+            self._plans[graph] = _Plan(graph, self.device, ports, engine, context, (runtime, logger), cache)
+
+
+_TYPES = {
+    "FLOAT": torch.float32,
+    "HALF": torch.float16,
+    "BF16": torch.bfloat16,
+    "INT64": torch.int64,
+    "INT32": torch.int32,
+    "BOOL": torch.bool,
+}
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class _Port:
+    is_input: bool
+    dtype: torch.dtype
+
+
+class _Plan:
+    """One graph's plan with its one execution context, and what the context was last told."""
+
+    def __init__(
+        self,
+        graph: str,
+        device: str,
+        ports: Mapping[str, _Port],
+        engine: "ICudaEngine",
+        context: "IExecutionContext",
+        keep: object,
+        cache: "_KernelCache | None",
+    ) -> None:
+        """keep: what must live as long as the context does."""
+        self.graph, self.device, self.ports, self.cache = graph, device, ports, cache
+        self.context = context
+        self.inputs = [name for name, port in ports.items() if port.is_input]
+        self.outputs: dict[str, Tensor] = {}
+        self.workspace_bytes = 0
+        self._keep = (keep, engine)
+        self._shapes: Shapes = {}
+        self._addresses: dict[str, int] = {}
+        self._memory: tuple[int, int] | None = None
+        self._made: OrderedDict[tuple[Any, ...], dict[str, Tensor]] = OrderedDict()  # outputs, by the inputs' shapes
+        self._copies: dict[str, Tensor] = {}
+
+    def set_shapes(self, shapes: Shapes) -> bool:
+        """Tell the context the inputs' shapes, if they are not those of the last run, and choose the outputs.
+
+        Returns whether no run had these shapes, of those that are remembered. Raises InputError when the plan does not
+        take them.
+        """
+        key = tuple(shapes.items())
+        if shapes != self._shapes:
+            self._shapes = {}  # until all are set
+            for name, shape in shapes.items():
+                if not self.context.set_input_shape(name, shape):
+                    raise InputError(
+                        f"the plan of {self.graph} does not take {name} of shape {list(shape)}: the bundle was "
+                        "exported for other sizes; see `mige-rt info`, and export it with larger limits"
+                    )
+            if missing := self.context.infer_shapes():
+                raise RuntimeError(f"TensorRT misses the shapes of {', '.join(missing)} in {self.graph}")
+            self.workspace_bytes = self.context.update_device_memory_size_for_shapes()
+            self._memory = None  # what it was given was for the old shapes
+            self._shapes = shapes
+        new = key not in self._made
+        if new:
+            self._made[key] = {
+                name: torch.empty(self._shape(name), dtype=port.dtype, device=self.device)
+                for name, port in self.ports.items()
+                if not port.is_input
+            }
+            if len(self._made) > KEPT:
+                self._made.popitem(last=False)
+        self._made.move_to_end(key)
+        self.outputs = self._made[key]
+        return new
+
+    def _shape(self, name: str) -> list[int]:
+        shape = self.context.get_tensor_shape(name)
+        return [shape[i] for i in range(len(shape))]
+
+    def set_addresses(self, inputs: Mapping[str, Tensor], workspace: Tensor) -> None:
+        """Tell the context where inputs, outputs and the workspace lie, as far as that has changed."""
+        for name, tensor in inputs.items():
+            self._set_address(name, self._readable(name, tensor))
+        for name, tensor in self.outputs.items():
+            self._set_address(name, tensor)
+        memory = (workspace.data_ptr(), workspace.numel())
+        if memory != self._memory:
+            self.context.set_device_memory(*memory)
+            self._memory = memory
+
+    def enqueue(self, stream: int) -> None:
+        if not self.context.execute_async_v3(stream):
+            raise RuntimeError(f"TensorRT could not run {self.graph} with {self._shapes}")
+
+    def _readable(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor, or a copy in a place of its own if it is of another type, not contiguous, or not aligned."""
+        dtype = self.ports[name].dtype
+        if tensor.dtype == dtype and tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0:
+            return tensor
+        copy = self._copies.get(name)
+        if copy is None or copy.shape != tensor.shape:
+            copy = self._copies[name] = torch.empty(tensor.shape, dtype=dtype, device=self.device)
+        return copy.copy_(tensor)
+
+    def _set_address(self, name: str, tensor: Tensor) -> None:
+        address = tensor.data_ptr()
+        if self._addresses.get(name) != address:
+            if not self.context.set_tensor_address(name, address):
+                raise RuntimeError(f"TensorRT does not take the address of {name} in {self.graph}")
+            self._addresses[name] = address
+
+
+class _KernelCache:
+    """What TensorRT for RTX compiled for this GPU, in a file beside the plans. TensorRT has no such thing."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the file, if there is one."""
+        self.path = path
+        try:
+            self._written = path.read_bytes()
+        except OSError:
+            self._written = b""
+        self._cache: IRuntimeCache | None = None
+        self._failed = False
+
+    @property
+    def loaded(self) -> bool:
+        return bool(self._written)
+
+    def attach(self, config: "IRuntimeConfig") -> None:
+        """Make the cache, of which all contexts share one, what `config` uses."""
+        if self._cache is None:
+            self._cache = config.create_runtime_cache()
+            if self._written and not self._cache.deserialize(self._written):
+                _log.warning("%s is of another version or GPU; it is made anew", self.path)
+        if not config.set_runtime_cache(self._cache):
+            raise RuntimeError("TensorRT for RTX does not take a runtime cache")
+
+    def save(self) -> None:
+        """Write the file, if there is something new. A cache that cannot be written costs time alone, and is said."""
+        content = b"" if self._cache is None else bytes(self._cache.serialize())
+        if content == self._written or self._failed:
+            return
+        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, self.path)
+            self._written = content
+        except OSError as error:
+            self._failed = True
+            temporary.unlink(missing_ok=True)
+            _log.warning("compiled kernels cannot be kept (%s); the next run compiles them again", error)
+
+
+def _context(trt: Any, engine: "ICudaEngine", cache: _KernelCache | None) -> "IExecutionContext | None":
+    """A context whose workspace we give: sized for the shapes that run, not the largest, and shared by all graphs."""
+    config = engine.create_runtime_config()
+    config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    if cache is not None:
+        cache.attach(config)
+        # Of TensorRT for RTX alone. Eager: the first run with a shape waits for its kernels. Else they take over at
+        # some later run, whose result differs in its last bits, and a captured graph would keep the slower ones.
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    return engine.create_execution_context(config)
