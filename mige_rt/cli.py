@@ -14,6 +14,7 @@ import click
 
 from engines import ENGINES
 from engines.interface import Precision
+from engines.plans import PLAN_ENGINES, PlanEngine
 from mige_rt.errors import InputError
 
 if TYPE_CHECKING:
@@ -367,6 +368,37 @@ def export(
             raise click.ClickException(str(error)) from error
     Console(stderr=True).print(exported_table(exported))
     click.echo(out)
+
+
+@main.command()
+@click.option("--bundle", type=PATH, required=True, help="as `mige-rt export` writes; the plans are added to it")
+@click.option("--engine", type=click.Choice(PLAN_ENGINES), required=True)
+@click.option(
+    "--compute-capability",
+    "capabilities",
+    multiple=True,
+    help="of the GPUs to build for, as 8.9; may be repeated; tensorrt-rtx only  [default: this machine's GPU's; where "
+    "there is none, those of the GPUs in use from Turing on]",
+)
+@click.option("--device", default="auto", show_default=True, help="cuda, cuda:1: the GPU to build for")
+def build(bundle: Path, engine: PlanEngine, capabilities: tuple[str, ...], device: str) -> None:
+    """Build, or build anew, a bundle's plans for TensorRT or TensorRT for RTX.
+
+    \b
+      mige-rt build --bundle bundle --engine tensorrt-rtx
+      mige-rt run --model bundle --engine tensorrt-rtx --prompt "make the background blue" --source docs/scene.png
+
+    TensorRT builds for this machine's GPU and measures on it, which takes minutes. TensorRT for RTX builds in seconds,
+    without a GPU too, and compiles the rest when the plans are first run.
+    """
+    from export.tensorrt import build as build_plans
+
+    with _progress("build") as advance:
+        try:
+            made = build_plans(bundle, engine, capabilities or None, advance, device)
+        except RuntimeError as error:
+            raise click.ClickException(str(error)) from error
+    click.echo(made)
 
 
 @main.command()
