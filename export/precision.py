@@ -58,10 +58,14 @@ class WideAccumulation(TorchFunctionMode):
             wide = [arg.float() if isinstance(arg, Tensor) else arg for arg in args]
             named = {name: arg.float() if isinstance(arg, Tensor) else arg for name, arg in kwargs.items()}
             return func(*wide, **named).to(args[0].dtype)
+        if func in _PRODUCTS and args[0].dtype != args[1].dtype:
+            # T5's attention: a float32 mask makes its scores float32, which meet values of its own precision.
+            return func(args[0].to(args[1].dtype), args[1], *args[2:], **kwargs)
         return func(*args, **kwargs)
 
 
 _WIDE = {F.softmax, torch.softmax, Tensor.softmax, F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm}
+_PRODUCTS = {torch.matmul, Tensor.matmul}
 
 
 def _attention(
