@@ -1,40 +1,80 @@
 """The runtimes that MIGE's graphs run on, behind one small interface."""
 
+import ctypes
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from engines.interface import Engine, Precision
 from mige_rt.bundle import is_bundle
-from mige_rt.errors import InputError
+from mige_rt.errors import NotAvailableError
 
-ENGINES = ("onnxruntime", "pytorch")
-_INSTALL = {"onnxruntime": "pip install mige-rt", "pytorch": "pip install 'mige-rt[torch]'"}
+Asked = Precision | Literal["auto"]
 
 
-def open_engine(folder: Path, engine: str, device: str, precision: Precision | Literal["auto"]) -> Engine:
+def _onnxruntime(folder: Path, device: str, precision: Asked) -> Engine:
+    if not is_bundle(folder):
+        raise NotAvailableError(
+            f"{folder} is a model folder, which only the engine pytorch runs; make a bundle of it with: "
+            f"mige-rt export --ckpt {folder} --out BUNDLE"
+        )
+    from engines.onnx_runtime import OnnxRuntimeEngine
+
+    return OnnxRuntimeEngine.open(folder, device, precision)
+
+
+def _pytorch(folder: Path, device: str, precision: Asked) -> Engine:
+    from engines.pytorch import PyTorchEngine
+
+    return PyTorchEngine.open(folder, device, precision)
+
+
+# In the order that `auto` tries them on one device, the fastest first.
+_OPENERS: dict[str, tuple[Callable[[Path, str, Asked], Engine], str]] = {
+    "onnxruntime": (_onnxruntime, "pip install mige-rt"),
+    "pytorch": (_pytorch, "pip install 'mige-rt[torch]'"),
+}
+ENGINES = tuple(_OPENERS)
+
+
+def open_engine(folder: Path, engine: str, device: str, precision: Asked) -> Engine:
     """Open a bundle or a model folder with the named engine.
 
-    auto: ONNX Runtime for a bundle, PyTorch for a model folder, which holds no graphs.
-    Raises InputError when the engine, the device or the precision is not to be had here.
+    auto: the fastest that works here, on a GPU if there is one and the device is not cpu.
+    Raises NotAvailableError when the engine, the device or the precision is not to be had here; InputError when the
+    folder cannot be used.
     """
-    if engine not in (*ENGINES, "auto"):
-        raise InputError(f"there is no engine {engine!r}; expected auto or one of {', '.join(ENGINES)}")
-    if engine == "auto":
-        engine = "onnxruntime" if is_bundle(folder) else "pytorch"
+    if engine != "auto":
+        if engine not in _OPENERS:
+            raise NotAvailableError(f"there is no engine {engine!r}; expected auto or one of {', '.join(ENGINES)}")
+        return _open(folder, engine, device, precision)
+    # Looking for a GPU means importing torch, which takes seconds; without a driver there is none.
+    devices = ["cuda", "cpu"] if device == "auto" and has_nvidia_driver() else [device]
+    errors = []
+    for where in devices:
+        for name in ENGINES:
+            try:
+                return _open(folder, name, "cpu" if where == "auto" else where, precision)
+            except NotAvailableError as error:
+                errors.append(error)
+    raise errors[0]
+
+
+def _open(folder: Path, engine: str, device: str, precision: Asked) -> Engine:
+    opener, install = _OPENERS[engine]
     try:
-        if engine == "onnxruntime":
-            if not is_bundle(folder):
-                raise InputError(
-                    f"{folder} is a model folder, which only the engine pytorch runs; make a bundle of it with: "
-                    f"mige-rt export --ckpt {folder} --out BUNDLE"
-                )
-            from engines.onnx_runtime import OnnxRuntimeEngine
-
-            return OnnxRuntimeEngine.open(folder, device, precision)
-        from engines.pytorch import PyTorchEngine
-
-        return PyTorchEngine.open(folder, device, precision)
+        return opener(folder, device, precision)
     except ImportError as error:
-        raise InputError(
-            f"the engine {engine} needs a package that is not here ({error}); install it with: {_INSTALL[engine]}"
+        raise NotAvailableError(
+            f"the engine {engine} needs a package that is not here ({error}); install it with: {install}"
         ) from error
+
+
+def has_nvidia_driver() -> bool:
+    """Whether an NVIDIA driver is installed; says nothing of what it can do."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from engines.interface import GRAPHS, Array, Precision, Range, axis_size, named_sizes
 from mige_rt.bundle import Manifest, check_files, read_manifest
-from mige_rt.errors import InputError
+from mige_rt.errors import InputError, NotAvailableError
 
 
 class OnnxRuntimeEngine:
@@ -36,7 +36,7 @@ class OnnxRuntimeEngine:
         """
         manifest = read_manifest(folder)
         if precision not in ("auto", manifest.precision):
-            raise InputError(
+            raise NotAvailableError(
                 f"{folder} was exported in {manifest.precision}, and {precision} was asked for: leave --precision out, "
                 f"or export a bundle with --precision {precision}"
             )
@@ -125,7 +125,7 @@ def _device(name: str) -> str:
         return f"cuda:{index or 0}"
     if kind == "auto":
         return "cpu"
-    raise InputError(
+    raise NotAvailableError(
         f"ONNX Runtime has no device {name!r} here (its providers: "
         f"{', '.join(onnxruntime.get_available_providers())}; CUDA devices that PyTorch sees: {count}); use --device "
         "cpu, or install: pip install onnxruntime-gpu 'mige-rt[torch]'"

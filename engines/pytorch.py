@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from engines.interface import GRAPHS, Array, Precision, Range
-from mige_rt.errors import InputError
+from mige_rt.errors import InputError, NotAvailableError
 from trainer.checkpoint import load_model
 from trainer.model.mige import Mige
 
@@ -45,7 +45,9 @@ class PyTorchEngine:
         if precision == "auto":
             precision = "fp32" if device == "cpu" else "bf16"
         if precision not in _DTYPES:
-            raise InputError(f"the pytorch engine has no precision {precision!r}; expected one of {', '.join(_DTYPES)}")
+            raise NotAvailableError(
+                f"the pytorch engine has no precision {precision!r}; expected one of {', '.join(_DTYPES)}"
+            )
         return cls(load_model(folder, dtype=_DTYPES[precision], device=device), device, precision)
 
     def array(self, values: NDArray[Any]) -> Array:
@@ -74,7 +76,7 @@ def _device(name: str) -> str:
     if device.type == "cpu":
         return "cpu"
     if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(
+        raise NotAvailableError(
             f"there is no device {name!r} here: PyTorch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
         )
     return name

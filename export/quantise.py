@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -15,9 +16,13 @@ def quantise(graph: str, onnx_path: Path, weights_path: Path) -> None:
     if "int8" not in str(TABLES["int8"][graph]):
         return
     with tempfile.TemporaryDirectory(dir=onnx_path.parent) as scratch:
-        path = Path(scratch) / "quantised.onnx"
+        folded, path = Path(scratch) / "folded.onnx", Path(scratch) / "quantised.onnx"
+        model = ir.load(onnx_path)
+        _fold_transposes(model)
+        ir.save(model, folded, external_data="folded.data")
+        del model
         quantize_dynamic(
-            onnx_path,
+            folded,
             path,
             op_types_to_quantize=["MatMul"],
             per_channel=True,
@@ -30,3 +35,18 @@ def quantise(graph: str, onnx_path: Path, weights_path: Path) -> None:
         model.opset_imports.pop("ai.onnx.ml", None)
         write_weights(model, weights_path)
         ir.save(model, onnx_path)
+
+
+def _fold_transposes(model: ir.Model) -> None:
+    """Transpose weights once: the library quantises a product only where its second factor is an initializer."""
+    for node in list(model.graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is None or weight.const_value is None:
+            continue
+        values = weight.const_value.numpy().transpose(node.attributes["perm"].as_ints())
+        folded = ir.val(f"{weight.name}.T", const_value=ir.tensor(np.ascontiguousarray(values), name=f"{weight.name}.T"))
+        model.graph.initializers.add(folded)
+        ir.convenience.replace_all_uses_with(node.outputs[0], folded)
+        model.graph.remove(node, safe=True)
+        if not weight.uses():
+            del model.graph.initializers[str(weight.name)]

@@ -18,7 +18,7 @@ def exported_table(exported: Exported) -> Table:
             name,
             f"{graph.parameters:,}",
             f"{size:,.1f}",
-            graph.precision[next(iter(graph.precision))],
+            next(iter(graph.precision.values())).partition(" ")[0],
             *_worst(result.get("checks")),
             f"{result['seconds'] + result.get('validation_seconds', 0):.0f}",
             f"{result['peak_bytes'] / 1e9:.1f}",

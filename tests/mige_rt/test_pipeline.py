@@ -18,6 +18,7 @@ class Counting:
     def __init__(self, pipe: MigePipeline) -> None:
         self.inner = pipe.engine
         self.name, self.device, self.precision = self.inner.name, self.inner.device, self.inner.precision
+        self.limits = self.inner.limits
         self.calls: list[tuple[str, int]] = []  # the graph, the rows of its first input
 
     def array(self, values: np.ndarray) -> Array:
