@@ -44,7 +44,8 @@ def _fold_transposes(model: ir.Model) -> None:
         if weight is None or weight.const_value is None:
             continue
         values = weight.const_value.numpy().transpose(node.attributes["perm"].as_ints())
-        folded = ir.val(f"{weight.name}.T", const_value=ir.tensor(np.ascontiguousarray(values), name=f"{weight.name}.T"))
+        name = f"{weight.name}.T"
+        folded = ir.val(name, const_value=ir.tensor(np.ascontiguousarray(values), name=name))
         model.graph.initializers.add(folded)
         ir.convenience.replace_all_uses_with(node.outputs[0], folded)
         model.graph.remove(node, safe=True)
