@@ -142,7 +142,7 @@ def export_bundle(
 
     ckpt: see `open_checkpoint`. finish(folder) is called before the folder gets its name, to build plans in it.
     Raises InputError, with nothing left at `out`, when the input cannot be used, a graph fails its validation, or the
-    disk is full; RuntimeError when a graph's process fails otherwise.
+    disk is full; RuntimeError when a graph's process ends otherwise.
     """
     checked = check_precision(precision)
     with whole_folder(out) as folder, open_checkpoint(ckpt, vae, tokenizer, out) as model:

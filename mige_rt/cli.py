@@ -302,6 +302,15 @@ def convert(ckpt: Path, out: Path, vae: Path | None, tokenizer: Path | None) -> 
     click.echo(out)
 
 
+_CAPABILITIES = click.option(
+    "--compute-capability",
+    "capabilities",
+    multiple=True,
+    help="of the GPUs to build for, as 8.9; may be repeated; tensorrt-rtx only  [default: this machine's GPU's; where "
+    "there is none, those of the GPUs in use from Turing on]",
+)
+
+
 class _Sizes(click.ParamType):
     name = "A-B"
 
@@ -324,6 +333,14 @@ class _Sizes(click.ParamType):
 )
 @click.option("--precision", default="fp32", show_default=True, help=", ".join(get_args(Precision)))
 @click.option("--out", type=PATH, required=True, help="the bundle to make")
+@click.option(
+    "--engine",
+    type=click.Choice(["onnxruntime", *PLAN_ENGINES]),
+    default="onnxruntime",
+    show_default=True,
+    help="what to build for; every bundle runs on ONNX Runtime, the others get plans of their own besides",
+)
+@_CAPABILITIES
 @click.option("--max-batch", type=click.IntRange(1, 63), default=4, show_default=True, help="pictures made at once")
 @click.option(
     "--max-references", type=click.IntRange(1, 63), default=4, show_default=True, help="pictures a prompt refers to"
@@ -337,6 +354,8 @@ def export(
     ckpt: str,
     precision: str,
     out: Path,
+    engine: Any,
+    capabilities: tuple[str, ...],
     max_batch: int,
     max_references: int,
     size: int | None,
@@ -361,9 +380,18 @@ def export(
     if size is not None and sizes is not None:
         raise InputError("give either --size or --sizes")
     limits = Limits(max_batch, max_references, sizes or (None if size is None else (size, size)))
+    if capabilities and engine != "tensorrt-rtx":
+        raise InputError(f"--compute-capability is for --engine tensorrt-rtx, and {engine} was given")
     with _progress("export") as advance:
+
+        def add_plans(folder: Path) -> None:
+            from export.tensorrt import build as build_plans
+
+            build_plans(folder, engine, capabilities or None, advance)
+
+        finish = add_plans if engine in PLAN_ENGINES else None
         try:
-            exported = export_bundle(ckpt, out, precision, limits, vae, tokenizer, validate, None, advance)
+            exported = export_bundle(ckpt, out, precision, limits, vae, tokenizer, validate, finish, advance)
         except RuntimeError as error:
             raise click.ClickException(str(error)) from error
     Console(stderr=True).print(exported_table(exported))
@@ -373,13 +401,7 @@ def export(
 @main.command()
 @click.option("--bundle", type=PATH, required=True, help="as `mige-rt export` writes; the plans are added to it")
 @click.option("--engine", type=click.Choice(PLAN_ENGINES), required=True)
-@click.option(
-    "--compute-capability",
-    "capabilities",
-    multiple=True,
-    help="of the GPUs to build for, as 8.9; may be repeated; tensorrt-rtx only  [default: this machine's GPU's; where "
-    "there is none, those of the GPUs in use from Turing on]",
-)
+@_CAPABILITIES
 @click.option("--device", default="auto", show_default=True, help="cuda, cuda:1: the GPU to build for")
 def build(bundle: Path, engine: PlanEngine, capabilities: tuple[str, ...], device: str) -> None:
     """Build, or build anew, a bundle's plans for TensorRT or TensorRT for RTX.

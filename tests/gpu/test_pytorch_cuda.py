@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def test_a_picture_made_on_cuda_is_the_cpus(
     pipe: MigePipeline, scene: Image.Image, reference: Image.Image, precision: str, limit: float
 ) -> None:
-    cuda = MigePipeline.from_pretrained(device="cuda", precision=precision)  # type: ignore[arg-type]
+    cuda = MigePipeline.from_pretrained(engine="pytorch", device="cuda", precision=precision)  # type: ignore[arg-type]
     prompt = "replace the thing in <imagehere> with <imagehere>"
     pictures = [p(prompt, [scene, reference], scene, seed=1, steps=10)[0] for p in (pipe, cuda)]
     assert psnr(np.asarray(pictures[0]), np.asarray(pictures[1])) > limit
