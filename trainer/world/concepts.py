@@ -92,13 +92,15 @@ def main_colour(path: Path) -> str | None:
     hue, saturation, value = np.moveaxis(np.asarray(picture.convert("RGB").convert("HSV")), -1, 0)[
         :, np.asarray(picture)[..., 3] > 128
     ]
-    # Borders of the hues, in 256ths of a turn; what is dark among red and orange is called brown.
+    # Borders of the hues, in 256ths of a turn. Dull red is pink or, where it is dark, brown.
     names = np.array(["red", "orange", "yellow", "green", "turquoise", "blue", "purple", "pink", "red"])
-    named = names[np.searchsorted([10, 30, 48, 112, 138, 180, 205, 245], hue, side="right")].astype("<U9")
-    named[(hue < 30) & (value < 150)] = "brown"
+    named = names[np.searchsorted([10, 25, 48, 112, 138, 180, 205, 228], hue, side="right")].astype("<U9")
+    dull = (named == "red") & (saturation < 150)
+    named[dull] = np.where(value[dull] >= 200, "pink", "brown")
+    named[(named == "orange") & (value < 190)] = "brown"
     pale = saturation < 50
     named[pale] = np.where(value[pale] > 200, "white", "grey")
-    named[value < 60] = "black"
+    named[value < 80] = "black"
     found, counts = np.unique(named, return_counts=True)
     return str(found[counts.argmax()]) if counts.max() >= MAIN_COLOUR_SHARE * counts.sum() else None
 
