@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from mige_rt.errors import InputError
 from mige_rt.instruction import PREFIXES, Task
@@ -15,7 +16,10 @@ _ID = re.compile(r"[\w.-]{1,100}", re.ASCII)
 
 @dataclass(frozen=True)
 class RequestLine:
-    """One line; paths are relative to the file it stands in. target is the ground truth, in manifests."""
+    """One line; paths are relative to the file it stands in.
+
+    In manifests: target, the picture that is right, and truth, what else is known (`trainer.world.manifest` says what).
+    """
 
     prompt: str
     images: tuple[str, ...] = ()  # in placeholder order
@@ -24,6 +28,7 @@ class RequestLine:
     task: Task | None = None
     seed: int | None = None
     id: str | None = None
+    truth: dict[str, Any] | None = None
 
     def open(self, folder: Path, seed: int) -> Request:
         """With the pictures read, and `seed` where the line has none. Raises InputError as `open_picture` does."""
@@ -53,9 +58,11 @@ def parse_request(line: str) -> RequestLine:
         raise InputError(f"images is {images!r}; a list of paths is expected")
     if type(values.get("id")) is int:
         values["id"] = str(values["id"])
-    for name, kind in (("prompt", str), ("source", str), ("target", str), ("task", str), ("id", str), ("seed", int)):
+    kinds = {"prompt": str, "source": str, "target": str, "task": str, "id": str, "seed": int, "truth": dict}
+    for name, kind in kinds.items():
         if name in values and type(values[name]) is not kind:
-            raise InputError(f"{name} is {values[name]!r}; expected {'a text' if kind is str else 'a whole number'}")
+            expected = {str: "a text", int: "a whole number", dict: "an object"}[kind]
+            raise InputError(f"{name} is {values[name]!r}; expected {expected}")
     if "prompt" not in values:
         raise InputError('it has no "prompt"')
     if values.get("task", "edit") not in PREFIXES:
