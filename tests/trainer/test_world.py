@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,18 @@ from trainer.world.backgrounds import PATTERNS, Background, Photo, draw
 from trainer.world.concepts import Concept, load_concepts, main_colour
 from trainer.world.fetch import main
 from trainer.world.photos import ORIGINS, Origin, load_photos
-from trainer.world.scene import Scene, draw_scene, random_background, random_places, random_subject
+from trainer.world.sample import Stock, edit
+from trainer.world.scene import (
+    APART,
+    CLOSE,
+    PLACES,
+    Scene,
+    Subject,
+    draw_scene,
+    random_background,
+    random_places,
+    random_subject,
+)
 from trainer.world.tasks import make_sample
 
 
@@ -35,6 +47,27 @@ def test_a_mask_is_where_a_subject_is_seen(concepts: list[Concept]) -> None:
     changed = np.any(picture != empty, axis=-1)
     assert (masks[0] | masks[1])[changed].mean() > 0.7  # the rest is soft edges and shadows
     assert changed[masks[0] | masks[1]].mean() > 0.95
+
+
+def test_some_places_are_close_and_none_too_close() -> None:
+    rng = np.random.default_rng(0)
+    distances = [math.dist(*(PLACES[place] for place in random_places(rng, 2))) for _ in range(200)]
+    assert CLOSE < min(distances) <= APART
+    assert np.mean(np.array(distances) > APART) > 0.7
+    assert all(len(set(random_places(rng, 3))) == 3 for _ in range(20))
+
+
+def test_what_hides_a_subject_or_cannot_be_seen_is_no_sample(concepts: list[Concept]) -> None:
+    apple, camera = concepts[3], concepts[-3]
+    stock, background = Stock(concepts, 64), Background("plain", "white", 0)
+    below = Subject(apple, "in the middle", (0.5, 0.5), 0.4, False)
+    beside, above = (Subject(camera, "on the left", (x, 0.5), 0.4, False) for x in (0.2, 0.5))
+    before = Scene(background, (below,))
+    assert edit("add", stock, "", before, Scene(background, (below, beside))) is not None
+    assert edit("add", stock, "", before, Scene(background, (below, above))) is None
+    assert edit("move", stock, "", before, before) is None
+    speck = Subject(camera, "on the left", (0.2, 0.5), 0.1, False)
+    assert edit("add", stock, "", before, Scene(background, (below, speck))) is None
 
 
 def test_held_out_concepts_never_change(concepts: list[Concept]) -> None:
