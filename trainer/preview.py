@@ -1,6 +1,9 @@
-"""Pictures to look at: what a model makes of samples of the world, beside what it should have made."""
+"""Pictures to look at: what a model makes of samples of the world, beside what it should have made.
 
-from collections.abc import Sequence
+A quick look at a model in training, on things that it knows; `python -m trainer.evaluate` measures on those held out.
+"""
+
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,43 +11,49 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.table import Table
 
 from mige_rt.pipeline import MigePipeline, Resolved, Settings
+from trainer.evaluate.metrics import psnr
 from trainer.world.concepts import Concept
 from trainer.world.tasks import KINDS, Sample, make_sample
 
 PREVIEW_SEED = 10**6  # of a series of the world that training never sees
 SHOWN, MEASURED = 4, 32  # samples a kind
+BATCH = 8  # pictures made at once; more are no faster on a CPU
 CELL = 128  # pixels a picture is shown at
 GAP = 6
-LINE = 30  # of the prompt below a row
+LINE = 17  # of text
 
 
-def first_of_each_kind(concepts: list[Concept], side: int, seed: int, each: int) -> list[Sample]:
-    """The first `each` samples of every kind in the series `seed`."""
-    found: dict[str, list[Sample]] = {kind: [] for kind in KINDS}
-    index = 0
-    while any(len(samples) < each for samples in found.values()):
-        sample = make_sample(seed, index, concepts, side)
-        if len(found[sample.kind]) < each:
-            found[sample.kind].append(sample)
-        index += 1
-    return [sample for samples in found.values() for sample in samples]
+def first_of_each_kind(concepts: Sequence[Concept], side: int, seed: int, each: int) -> list[Sample]:
+    """The first `each` samples of every kind in the series `seed`, kind by kind; more of them begin with the same."""
+    return [
+        make_sample(seed, i * len(KINDS) + k, concepts, side, {kind: 1})
+        for k, kind in enumerate(KINDS)
+        for i in range(each)
+    ]
 
 
-def answer(pipe: MigePipeline, samples: Sequence[Sample], settings: Settings, seed: int = 0) -> list[Image.Image]:
-    """The model's picture for each sample; the k-th with the seed `seed` + k."""
-    results = []
+def answer(
+    pipe: MigePipeline,
+    samples: Sequence[Sample],
+    settings: Settings,
+    seed: int = 0,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[Image.Image]:
+    """The model's picture for each sample; the k-th with the seed `seed` + k. on_progress takes how many are done."""
+    requests = []
     for k, sample in enumerate(samples):
         images = tuple(Image.fromarray(image) for image in sample.images)
         source = None if sample.source is None else Image.fromarray(sample.source)
-        request = Resolved(sample.prompt, images, source, seed + k, sample.task)
-        results += pipe.make([request], settings)
-    return results
-
-
-def psnr(picture: np.ndarray, truth: np.ndarray) -> float:
-    """Peak signal to noise ratio of two uint8 pictures, in dB."""
-    error = (picture.astype(np.float64) - truth.astype(np.float64)) ** 2
-    return float(10 * np.log10(255**2 / max(error.mean(), 1e-9)))
+        requests.append(Resolved(sample.prompt, images, source, seed + k, sample.task))
+    results: dict[int, Image.Image] = {}
+    for task in dict.fromkeys(request.task for request in requests):
+        of_task = [k for k, request in enumerate(requests) if request.task == task]
+        for first in range(0, len(of_task), BATCH):
+            chosen = of_task[first : first + BATCH]
+            results |= zip(chosen, pipe.make([requests[k] for k in chosen], settings), strict=True)
+            if on_progress is not None:
+                on_progress(len(results))
+    return [results[k] for k in range(len(samples))]
 
 
 def preview(concepts: list[Concept], state: Path) -> Table:
@@ -67,23 +76,50 @@ def preview(concepts: list[Concept], state: Path) -> Table:
     return table
 
 
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """text in lines of at most `width` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
 def grid(samples: Sequence[Sample], results: Sequence[Image.Image], path: Path, columns: int = 2) -> None:
-    """Write a PNG: for each sample its source and references, the result, the ground truth, and the prompt below."""
-    cell_width = 5 * (CELL + GAP) + GAP
-    rows = -(-len(samples) // columns)
-    sheet = Image.new("RGB", (columns * cell_width, LINE + rows * (CELL + LINE)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    """Write a PNG: for each sample its source, its references, the result, the ground truth, and below them its kind
+    and its prompt."""
+    references = [[image for image in sample.images if image is not sample.source] for sample in samples]
+    most = max(len(images) for images in references)
+    titles = ["source", *(["references"] + [""] * (most - 1))[:most], "result", "ground truth"]
+    cell_width = len(titles) * (CELL + GAP) + 2 * GAP
+    font = ImageFont.load_default(13)
+    texts = [_wrapped(f"{sample.kind}: {sample.prompt}", font, cell_width - 2 * GAP) for sample in samples]
+    heights = [
+        CELL + GAP + LINE * max(len(lines) for lines in texts[first : first + columns]) + GAP
+        for first in range(0, len(samples), columns)
+    ]
+    sheet = Image.new("RGB", (columns * cell_width, LINE + GAP + sum(heights)), "white")
+    draw = ImageDraw.Draw(sheet)
     for c in range(columns):
-        for k, title in enumerate(("source, references", "", "", "result", "ground truth")):
-            draw.text((c * cell_width + k * (CELL + GAP), 8), title, fill="grey", font=font)
+        for k, title in enumerate(titles):
+            draw.text((c * cell_width + k * (CELL + GAP), 3), title, fill="grey", font=font)
     for i, (sample, result) in enumerate(zip(samples, results, strict=True)):
-        left, top = (i % columns) * cell_width, LINE + (i // columns) * (CELL + LINE)
-        sources = [] if sample.source is None else [sample.source]
-        given = [*sources, *(image for image in sample.images if image is not sample.source)]
-        shown: list[np.ndarray | Image.Image | None] = [*given, *[None] * (3 - len(given)), result, sample.target]
+        row, column = divmod(i, columns)
+        left, top = column * cell_width, LINE + GAP + sum(heights[:row])
+        shown = [
+            sample.source,
+            *references[i],
+            *[None] * (most - len(references[i])),
+            np.asarray(result),
+            sample.target,
+        ]
         for k, picture in enumerate(shown):
             if picture is not None:
-                image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-                sheet.paste(image.resize((CELL, CELL), Image.Resampling.BICUBIC), (left + k * (CELL + GAP), top))
-        draw.text((left, top + CELL + 4), sample.prompt, fill="black", font=font)
+                image = Image.fromarray(picture).resize((CELL, CELL), Image.Resampling.BICUBIC)
+                sheet.paste(image, (left + k * (CELL + GAP), top))
+        for k, line in enumerate(texts[i]):
+            draw.text((left, top + CELL + 3 + k * LINE), line, fill="black", font=font)
     sheet.save(path)

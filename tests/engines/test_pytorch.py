@@ -7,7 +7,7 @@ from engines.pytorch import PyTorchEngine
 from mige_rt.bundle import DEFAULT_MODEL
 from mige_rt.errors import InputError
 from mige_rt.pipeline import MigePipeline
-from trainer.preview import psnr
+from trainer.evaluate.metrics import psnr
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from mige_rt.pipeline import MigePipeline
-from trainer.preview import psnr
+from trainer.evaluate.metrics import psnr
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
