@@ -105,10 +105,10 @@ def grid(samples: Sequence[Sample], results: Sequence[Image.Image], path: Path, 
     draw = ImageDraw.Draw(sheet)
     for c in range(columns):
         for k, title in enumerate(titles):
-            draw.text((c * cell_width + k * (CELL + GAP), 3), title, fill="grey", font=font)
+            draw.text((GAP + c * cell_width + k * (CELL + GAP), 3), title, fill="grey", font=font)
     for i, (sample, result) in enumerate(zip(samples, results, strict=True)):
         row, column = divmod(i, columns)
-        left, top = column * cell_width, LINE + GAP + sum(heights[:row])
+        left, top = GAP + column * cell_width, LINE + GAP + sum(heights[:row])
         shown = [
             sample.source,
             *references[i],
