@@ -17,7 +17,7 @@ from trainer.world.tasks import KINDS, Sample, make_sample
 
 PREVIEW_SEED = 10**6  # of a series of the world that training never sees
 SHOWN, MEASURED = 4, 32  # samples a kind
-BATCH = 8  # pictures made at once; more are no faster on a CPU
+BATCH = 8  # pictures made at once, where the engine takes as many; more are no faster on a CPU
 CELL = 128  # pixels a picture is shown at
 GAP = 6
 LINE = 17  # of text
@@ -46,10 +46,11 @@ def answer(
         source = None if sample.source is None else Image.fromarray(sample.source)
         requests.append(Resolved(sample.prompt, images, source, seed + k, sample.task))
     results: dict[int, Image.Image] = {}
+    batch = min(BATCH, pipe.most_at_once)
     for task in dict.fromkeys(request.task for request in requests):
         of_task = [k for k, request in enumerate(requests) if request.task == task]
-        for first in range(0, len(of_task), BATCH):
-            chosen = of_task[first : first + BATCH]
+        for first in range(0, len(of_task), batch):
+            chosen = of_task[first : first + batch]
             results |= zip(chosen, pipe.make([requests[k] for k in chosen], settings), strict=True)
             if on_progress is not None:
                 on_progress(len(results))

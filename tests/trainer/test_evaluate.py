@@ -236,6 +236,22 @@ def test_the_models_pictures_are_those_of_the_pipeline(pipe: MigePipeline, conce
         assert psnr(np.asarray(together[k]), np.asarray(alone)) > 50
 
 
+def test_no_more_is_asked_of_an_engine_than_it_takes(
+    pipe: MigePipeline, concepts: list[Concept], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engines.interface import Range
+    from mige_rt.pipeline import Settings
+
+    monkeypatch.setattr(pipe.engine, "limits", {"B": Range(1, 1, 2)})
+    samples = _of_kind(concepts, "remove", 3)
+    asked: list[int] = []
+    run = pipe.engine.run
+    monkeypatch.setattr(pipe.engine, "run", lambda g, i: asked.append(len(next(iter(i.values())))) or run(g, i))
+    assert len(through_vae(pipe, [sample.target for sample in samples])) == 3
+    assert asked == [2, 2, 1, 1]
+    assert len(answer(pipe, samples, Settings(steps=2))) == 3
+
+
 def test_through_the_vae_is_near_and_not_the_same(pipe: MigePipeline, concepts: list[Concept]) -> None:
     pictures = [sample.target for sample in first_of_each_kind(concepts, 64, 1, 1)]
     coded = through_vae(pipe, pictures)

@@ -25,7 +25,7 @@ EASIER_KINDS = ("recolour", "recolour_subject", "remove")
 COVERED, COVERED_EASIER = 1 / 2, 3 / 4
 KEPT = 0.95
 TIMES_CHANCE, OF_TRUTH = 20, 1 / 3
-ENCODED = 8  # pictures that the VAE takes at once
+ENCODED = 8  # pictures that the VAE is given at once, where it takes as many
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,9 @@ class Bar:
 def through_vae(pipe: MigePipeline, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
     """uint8 [side,side,3] pictures as the engine's VAE gives them back."""
     made = []
-    for first in range(0, len(pictures), ENCODED):
-        batch = pictures[first : first + ENCODED]
+    at_once = min(ENCODED, pipe.most_at_once)
+    for first in range(0, len(pictures), at_once):
+        batch = pictures[first : first + at_once]
         pixels = np.stack([vae_pixels(Image.fromarray(p), p.shape[1], p.shape[0], "crop") for p in batch])
         encoded = pipe.engine.run("vae_encoder", {"pixels_vae": pipe.engine.array(pixels)})
         decoded = pipe.engine.run("vae_decoder", {"latents": encoded["latent_mean"]})
