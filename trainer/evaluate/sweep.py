@@ -132,8 +132,11 @@ def plot(points: Sequence[Point], path: Path) -> None:
             if name == next(iter(SHOWN)):
                 axes.set_title(task)
         axes_row[0].set_ylabel(title)
-    for axes in grid[-1]:
-        axes.set_xlabel("text scale")
+    for column in grid.T:
+        lowest = [axes for axes in column if axes.axison][-1]
+        lowest.set_xlabel("text scale")
+        lowest.tick_params(labelbottom=True)
+    grid[0, 0].legend(*grid[0, 0].get_legend_handles_labels(), fontsize="small")
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
@@ -151,5 +154,3 @@ def _lines(axes: "Axes", points: Sequence[Point], name: str) -> None:
         axes.fill_between(scales, low, high, alpha=0.12, color=line.get_color())
     axes.grid(alpha=0.3)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small")
