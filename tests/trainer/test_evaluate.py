@@ -282,8 +282,8 @@ def test_a_grid_has_room_for_three_references_and_long_prompts(concepts: list[Co
 def test_bad_input_costs_2_and_writes_nothing(tmp_path: Path) -> None:
     for options, words in (
         (["--model", str(tmp_path / "none")], "none"),
-        (["--engine", "steam"], "no engine 'steam'"),
-        (["--precision", "int8"], "int8"),
+        (["--engine", "steam"], "engine"),
+        (["--precision", "int8"], "model folder"),
         (["--samples", "0"], "0"),
     ):
         result = _run(tmp_path / "out", *options)
