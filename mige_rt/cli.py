@@ -444,3 +444,7 @@ def info(bundle: Path, as_json: bool, verify: bool) -> None:
     console = Console()
     for part in bundle_tables(content):
         console.print(part)
+
+
+if __name__ == "__main__":
+    main()
