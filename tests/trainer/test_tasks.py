@@ -184,11 +184,13 @@ def test_sizes_are_as_asked(concepts: list[Concept]) -> None:
 
 
 def test_replacing_keeps_place_and_size(concepts: list[Concept]) -> None:
+    shifts = []
     for sample in _some(concepts, "replace"):
         (index,) = sample.asked
         old, new = sample.before[index], sample.after[index]
         assert old.concept != new.concept and len(sample.before) == len(sample.after)
-        assert np.abs(_centre(old) - _centre(new)).max() < 0.15
+        shifts.append(np.abs(_centre(old) - _centre(new)).max())
+    assert max(shifts) < 0.15 and np.median(shifts) < 0.012  # more only where something hides a part
 
 
 def test_a_subject_takes_the_colour_that_is_named(concepts: list[Concept]) -> None:
