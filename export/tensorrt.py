@@ -19,8 +19,9 @@ from mige_rt.bundle import Manifest, check_files, file_entry, read_manifest
 from mige_rt.errors import InputError, NotAvailableError
 from mige_rt.folders import whole_folder
 
-# Of GPUs that TensorRT for RTX knows: Turing, two kinds of Ampere, Ada Lovelace, Blackwell.
-PORTABLE = ("7.5", "8.0", "8.6", "8.9", "12.0")
+# Two kinds of Ampere, Ada Lovelace, Blackwell. For Turing (7.5) it has no matrix products in float32 or bfloat16, and
+# every precision of ours has one somewhere.
+PORTABLE = ("8.0", "8.6", "8.9", "12.0")
 # optimization_level: the builder's default. tf32: fp32 is fp32 here; who wants speed exports fp16.
 OPTIONS = {"optimization_level": 3, "tf32": False}
 OnProgress = Callable[[str, int, int], None]  # what is being done, plans done, plans in all
@@ -57,7 +58,7 @@ def build(
         raise InputError(
             f"{folder} was exported in int8, which is for ONNX Runtime on the CPU: export one with --precision fp16"
         )
-    target, gpu = _target(manifest, engine, capabilities, device)
+    target, gpu = _target(engine, capabilities, device)
     name = fingerprint(target, manifest.precision, manifest.ranges, OPTIONS)
     engines = folder / "engines"
     try:
@@ -118,9 +119,7 @@ def _tell(on_progress: OnProgress | None, what: str, done: int) -> None:
         on_progress(what, done, len(GRAPHS))
 
 
-def _target(
-    manifest: Manifest, engine: PlanEngine, capabilities: Sequence[str] | None, device: str
-) -> tuple[Target, _Gpu | None]:
+def _target(engine: PlanEngine, capabilities: Sequence[str] | None, device: str) -> tuple[Target, _Gpu | None]:
     """What to build for, and the GPU here, if there is one."""
     version = import_runtime(engine).__version__
     if engine == "tensorrt" and capabilities:
@@ -142,8 +141,8 @@ def _target(
         chosen = sorted(set(capabilities), key=_number)
     elif gpu is not None:
         chosen = [gpu.capability]
-    else:  # the oldest has no bfloat16
-        chosen = [one for one in PORTABLE if one in known and (manifest.precision != "bf16" or one != "7.5")]
+    else:
+        chosen = [one for one in PORTABLE if one in known]
     if unknown := [one for one in chosen if one not in known]:
         raise InputError(
             f"TensorRT for RTX {version} cannot build for compute capability {', '.join(unknown)}; it knows "

@@ -307,7 +307,7 @@ _CAPABILITIES = click.option(
     "capabilities",
     multiple=True,
     help="of the GPUs to build for, as 8.9; may be repeated; tensorrt-rtx only  [default: this machine's GPU's; where "
-    "there is none, those of the GPUs in use from Turing on]",
+    "there is none, 8.0, 8.6, 8.9 and 12.0]",
 )
 
 

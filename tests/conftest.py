@@ -1,8 +1,11 @@
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+import export.bundle
 from mige_rt.pipeline import MigePipeline
 from trainer.preview import first_of_each_kind
 from trainer.world.concepts import Concept, load_concepts
@@ -27,6 +30,19 @@ def pipe() -> MigePipeline:
 def samples(concepts: list[Concept]) -> dict[str, Sample]:
     """The first sample of every kind of task."""
     return {sample.kind: sample for sample in first_of_each_kind(concepts, 64, 0, 1)}
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Bundles of the default model by precision, exported when first asked for, not validated; not to be changed."""
+
+    @cache
+    def bundle(precision: str) -> Path:
+        out = tmp_path_factory.mktemp("bundles") / precision
+        export.bundle.export_bundle("tiny", out, precision, export.bundle.Limits(2, 2), validate=False)
+        return out
+
+    return bundle
 
 
 @pytest.fixture
