@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from engines.interface import Engine, Precision
+from engines.plans import PLAN_ENGINES, PlanEngine
 from mige_rt.bundle import is_bundle
 from mige_rt.errors import NotAvailableError
 
@@ -30,8 +31,24 @@ def _pytorch(folder: Path, device: str, precision: Asked) -> Engine:
     return PyTorchEngine.open(folder, device, precision)
 
 
+def _tensorrt(name: PlanEngine) -> Callable[[Path, str, Asked], Engine]:
+    def open_plans(folder: Path, device: str, precision: Asked) -> Engine:
+        if not is_bundle(folder):
+            raise NotAvailableError(
+                f"{folder} is a model folder, which only the engine pytorch runs; make a bundle with plans of it with: "
+                f"mige-rt export --ckpt {folder} --engine {name} --out BUNDLE"
+            )
+        from engines.tensorrt import TensorRTEngine
+
+        return TensorRTEngine.open(folder, device, precision, name)
+
+    return open_plans
+
+
 # In the order that `auto` tries them on one device, the fastest first.
 _OPENERS: dict[str, tuple[Callable[[Path, str, Asked], Engine], str]] = {
+    "tensorrt": (_tensorrt("tensorrt"), "pip install 'mige-rt[tensorrt]'"),
+    "tensorrt-rtx": (_tensorrt("tensorrt-rtx"), "pip install 'mige-rt[tensorrt-rtx]'"),
     "onnxruntime": (_onnxruntime, "pip install mige-rt"),
     "pytorch": (_pytorch, "pip install 'mige-rt[torch]'"),
 }
@@ -54,10 +71,13 @@ def open_engine(folder: Path, engine: str, device: str, precision: Asked) -> Eng
     errors = []
     for where in devices:
         for name in ENGINES:
+            if name in PLAN_ENGINES and where in ("auto", "cpu"):
+                continue
             try:
                 return _open(folder, name, "cpu" if where == "auto" else where, precision)
             except NotAvailableError as error:
-                errors.append(error)
+                if name not in PLAN_ENGINES:  # that nobody built plans is no mistake
+                    errors.append(error)
     raise errors[0]
 
 

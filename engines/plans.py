@@ -24,7 +24,11 @@ SIDECAR = "plans.json"
 
 
 class NoPlanError(NotAvailableError):
-    """A bundle has no plan that fits this machine; the message says why, and the command that builds one."""
+    """A bundle has no plan that fits the machine; the message says why, and the command that builds one."""
+
+    def __init__(self, message: str, machine: "Machine") -> None:
+        super().__init__(message)
+        self.machine = machine
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,8 @@ def find(bundle: Path, manifest: Manifest, machine: Machine) -> Plans:
         why = "".join(f"; {found.folder.name}: {reason}" for found, reason in tried)
         raise NoPlanError(
             f"{bundle} has no plan for this machine ({machine}){why}. Build it with: "
-            f"{build_command(bundle, machine.engine)}, or let run do it: --build"
+            f"{build_command(bundle, machine.engine)}, or let run do it: --build",
+            machine,
         )
     check_plans(bundle, fitting[0])
     return fitting[0]

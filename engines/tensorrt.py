@@ -156,7 +156,7 @@ class TensorRTEngine:
                 raise InputError(
                     f"the plan {path} has the ports {sorted(ports)} instead of {sorted(expected)}; {again}"
                 )
-            self._plans[graph] = _Plan(graph, self.device, ports, engine, context, (runtime, logger), cache)
+            self._plans[graph] = _Plan(graph, self.device, ports, context, logger, (runtime, engine), cache)
 
 
 _TYPES = {
@@ -185,18 +185,18 @@ class _Plan:
         graph: str,
         device: str,
         ports: Mapping[str, _Port],
-        engine: "ICudaEngine",
         context: "IExecutionContext",
+        logger: Any,
         keep: object,
         cache: "_KernelCache | None",
     ) -> None:
-        """keep: what must live as long as the context does."""
+        """logger: that of `make_logger`; keep: what else must live as long as the context does."""
         self.graph, self.device, self.ports, self.cache = graph, device, ports, cache
         self.context = context
         self.inputs = [name for name, port in ports.items() if port.is_input]
         self.outputs: dict[str, Tensor] = {}
         self.workspace_bytes = 0
-        self._keep = (keep, engine)
+        self._logger, self._keep = logger, keep
         self._shapes: Shapes = {}
         self._addresses: dict[str, int] = {}
         self._memory: tuple[int, int] | None = None
@@ -252,8 +252,12 @@ class _Plan:
             self._memory = memory
 
     def enqueue(self, stream: int) -> None:
+        """Raises InputError when the runtime says that memory ran out, RuntimeError with its words else."""
         if not self.context.execute_async_v3(stream):
-            raise RuntimeError(f"TensorRT could not run {self.graph} with {self._shapes}")
+            said = f"{self.graph} could not be run with {self._shapes}: {self._logger.said()}"
+            if is_out_of_memory(said):
+                raise InputError(f"the GPU ran out of memory: {said}; make fewer or smaller pictures at once")
+            raise RuntimeError(said)
 
     def _readable(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor, or a copy in a place of its own if it is of another type, not contiguous, or not aligned."""

@@ -76,8 +76,9 @@ def work(job: dict[str, Any], say: Any) -> dict[str, Any]:
         config.clear_flag(trt.BuilderFlag.TF32)
     if job["workspace"] is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job["workspace"])
-    # The workspace is sized by the shapes that run, not by the largest.
-    config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
+    # The workspace is then sized by the shapes that run, not by the largest. By name, since previews come and go.
+    if feature := trt.PreviewFeature.__members__.get("RUNTIME_ACTIVATION_RESIZE_10_10"):
+        config.set_preview_feature(feature, True)
     ranges = builder.create_optimization_profile()
     for i in range(network.num_inputs):
         name = network.get_input(i).name

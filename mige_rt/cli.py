@@ -4,7 +4,7 @@ import json
 import math
 import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import click
 
 from engines import ENGINES
 from engines.interface import Precision
-from engines.plans import PLAN_ENGINES, PlanEngine
+from engines.plans import PLAN_ENGINES, NoPlanError, PlanEngine
 from mige_rt.errors import InputError
 
 if TYPE_CHECKING:
@@ -121,6 +121,7 @@ def _numbered(out: Path, number: int) -> list[Path]:
 @click.option("--engine", type=click.Choice(["auto", *ENGINES]), default="auto", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1")
 @click.option("--precision", type=click.Choice(["auto", *get_args(Precision)]), default="auto", show_default=True)
+@click.option("--build", "build_missing", is_flag=True, help="build plans for this machine if the bundle has none")
 def run(
     prompt: str | None,
     images: tuple[Path, ...],
@@ -140,6 +141,7 @@ def run(
     engine: str,
     device: str,
     precision: Any,
+    build_missing: bool,
 ) -> None:
     """Make a picture, or edit one.
 
@@ -165,13 +167,17 @@ def run(
         click.echo(f"seed {seed}", err=True)
     settings = Settings(steps, text_scale, source_scale, size, fit)
     job = _Job(settings, num_images, edit_scope, task)
+
+    def open_pipe() -> "MigePipeline":
+        return _open(model, engine, device, precision, build_missing)
+
     if prompt is not None:
         for path in _numbered(out, num_images):
             check_output(path)
         line = RequestLine(prompt, tuple(map(str, images)), None if source is None else str(source))
         request = job.read(line, Path(), seed)  # first, since it costs less than opening the model
-        job.make(_open(model, engine, device, precision), prompt, request, out)
-    elif batch is not None and not _run_batch(batch, out, seed, job, lambda: _open(model, engine, device, precision)):
+        job.make(open_pipe(), prompt, request, out)
+    elif batch is not None and not _run_batch(batch, out, seed, job, open_pipe):
         sys.exit(1)
 
 
@@ -273,13 +279,21 @@ def _lines(batch: Path) -> list[tuple[int, str]]:
     return lines
 
 
-def _open(model: Path | None, engine: str, device: str, precision: Any) -> "MigePipeline":
+def _open(model: Path | None, engine: str, device: str, precision: Any, build_missing: bool) -> "MigePipeline":
     from mige_rt.bundle import DEFAULT_MODEL
     from mige_rt.pipeline import MigePipeline
 
     if model is None:
         click.echo("using the small default model; --model names another", err=True)
-    pipe = MigePipeline.from_pretrained(model or DEFAULT_MODEL, engine, device, precision)
+    folder = model or DEFAULT_MODEL
+    try:
+        pipe = MigePipeline.from_pretrained(folder, engine, device, precision)
+    except NoPlanError as error:
+        if not build_missing:
+            raise
+        click.echo(f"building plans for {error.machine}", err=True)
+        _build(folder, error.machine.engine, None, device)
+        pipe = MigePipeline.from_pretrained(folder, engine, device, precision)
     if engine == "auto":
         opened = pipe.engine
         click.echo(f"engine {opened.name} on {opened.device} in {opened.precision}", err=True)
@@ -413,14 +427,17 @@ def build(bundle: Path, engine: PlanEngine, capabilities: tuple[str, ...], devic
     TensorRT builds for this machine's GPU and measures on it, which takes minutes. TensorRT for RTX builds in seconds,
     without a GPU too, and compiles the rest when the plans are first run.
     """
+    click.echo(_build(bundle, engine, capabilities or None, device))
+
+
+def _build(bundle: Path, engine: PlanEngine, capabilities: Sequence[str] | None, device: str) -> Path:
     from export.tensorrt import build as build_plans
 
     with _progress("build") as advance:
         try:
-            made = build_plans(bundle, engine, capabilities or None, advance, device)
+            return build_plans(bundle, engine, capabilities, advance, device)
         except RuntimeError as error:
             raise click.ClickException(str(error)) from error
-    click.echo(made)
 
 
 @main.command()

@@ -34,12 +34,12 @@ def samples(concepts: list[Concept]) -> dict[str, Sample]:
 
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Bundles of the default model by precision, exported when first asked for, not validated; not to be changed."""
+    """Bundles of the default model by precision, validated, exported when first asked for; not to be changed."""
 
     @cache
     def bundle(precision: str) -> Path:
         out = tmp_path_factory.mktemp("bundles") / precision
-        export.bundle.export_bundle("tiny", out, precision, export.bundle.Limits(2, 2), validate=False)
+        export.bundle.export_bundle("tiny", out, precision, export.bundle.Limits(4, 4, (32, 128)))
         return out
 
     return bundle

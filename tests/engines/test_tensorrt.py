@@ -11,12 +11,16 @@ from mige_rt.errors import InputError
 
 
 class Context:
-    """Takes x [1..4, 8] and flag, gives y of x's shape; counts its calls."""
+    """Takes x [1..4, 8] and flag, gives y of x's shape; writes down its calls, and is the log."""
 
     def __init__(self) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.calls: list[str] = []
         self.works = True
+        self.error = "it broke"
+
+    def said(self) -> str:
+        return self.error
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.calls.append(f"shape {name}")
@@ -57,9 +61,8 @@ def context() -> Context:
 def plan(context: Context, monkeypatch: pytest.MonkeyPatch) -> _Plan:
     monkeypatch.setattr(tensorrt, "ALIGNMENT", 64)  # that of the CPU's tensors
     ports = {"x": _Port(True, torch.float16), "flag": _Port(True, torch.bool), "y": _Port(False, torch.float32)}
-    nothing: Any = None
     told: Any = context
-    return _Plan("denoiser", "cpu", ports, nothing, told, None, None)
+    return _Plan("denoiser", "cpu", ports, told, context, None, None)
 
 
 def run(plan: _Plan, x: torch.Tensor, flag: torch.Tensor, workspace: torch.Tensor) -> bool:
@@ -123,7 +126,10 @@ def test_a_false_from_the_runtime_is_an_error(plan: _Plan, context: Context) -> 
     context.works = False
     with pytest.raises(RuntimeError, match="address of x in denoiser"):
         run(plan, torch.ones(1, 8, dtype=torch.float16), torch.ones(1, dtype=torch.bool), torch.empty(4096))
-    with pytest.raises(RuntimeError, match="could not run denoiser"):
+    with pytest.raises(RuntimeError, match=r"denoiser could not be run with .*: it broke"):
+        plan.enqueue(7)
+    context.error = "Error Code 2: OutOfMemory"
+    with pytest.raises(InputError, match="the GPU ran out of memory"):
         plan.enqueue(7)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from engines.interface import GRAPHS
+from engines.interface import GRAPHS, Range
 from engines.plans import SIDECAR, Machine, NoPlanError, check_plans, find, plans
 from export import tensorrt
 from export.tensorrt import OPTIONS, PORTABLE, build, profile
@@ -89,11 +89,11 @@ def test_all_six_graphs_become_plans(bundles: Bundles, tmp_path: Path, precision
 
 def test_profiles_are_the_bundles_ranges(bundles: Bundles) -> None:
     manifest = read_manifest(bundles("fp32"))
-    manifest = replace(manifest, ranges={**manifest.ranges, "eh": replace(manifest.ranges["eh"], largest=40)})
-    smallest, usual, largest = profile(manifest, "vae_encoder")["pixels_vae"]
-    assert (smallest, usual) == ([1, 3, 64, 64], [1, 3, 64, 64])
-    assert largest == [manifest.ranges["M"].largest, 3, 160, 64]
-    assert profile(manifest, "denoiser")["cross_kv"][1] == [2, 6, 2, 6, manifest.ranges["L"].usual, 32]
+    ranges = {**manifest.ranges, "eh": Range(8, 16, 40), "ew": Range(16, 16, 16), "M": Range(1, 2, 5)}
+    of_encoder = profile(replace(manifest, ranges=ranges), "vae_encoder")
+    assert of_encoder["pixels_vae"] == ([1, 3, 32, 64], [2, 3, 64, 64], [5, 3, 160, 64])
+    largest = manifest.ranges["R"].largest, manifest.ranges["L"].largest
+    assert profile(manifest, "denoiser")["cross_kv"][2] == [2, 6, largest[0], 6, largest[1], 32]
 
 
 def test_building_again_takes_the_place_of_what_was_there(bundle: Path, small: None) -> None:
@@ -136,6 +136,29 @@ def test_bad_input_is_one_sentence_and_writes_nothing(bundle: Path, arguments: l
     assert result.exit_code == 2
     assert re.search(sentence, " ".join(result.output.split()))
     assert left(bundle) == []
+
+
+def test_run_builds_what_is_missing_if_it_is_told_to(
+    bundle: Path, small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    machine = Machine("tensorrt-rtx", trt.__version__, "NVIDIA GeForce RTX 4090", "8.9")
+
+    def opened(folder: Path, engine: str, device: str, precision: str) -> None:
+        if left(bundle):
+            raise InputError("plans were built")
+        find(folder, read_manifest(folder), machine)
+
+    monkeypatch.setattr("engines.open_engine", opened)
+    monkeypatch.setattr(tensorrt, "find_device", lambda *_: pytest.fail("there is no GPU"))
+    monkeypatch.setattr(tensorrt, "_find_gpu", lambda *_: tensorrt._Gpu(machine.gpu, "8.9", "", 2**33))
+    arguments = ["run", "--model", str(bundle), "--engine", "tensorrt-rtx", "--prompt", "a thing"]
+    arguments += ["--out", str(tmp_path / "out.png")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2 and f"mige-rt build --bundle {bundle}" in result.output.replace("\n", "")
+    assert left(bundle) == []
+    result = CliRunner().invoke(main, [*arguments, "--build"])
+    assert "plans were built" in result.output and len(left(bundle)) == 1
+    assert not (tmp_path / "out.png").exists()
 
 
 def test_int8_is_for_another_engine(bundle: Path) -> None:
