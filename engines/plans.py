@@ -66,7 +66,7 @@ class PlanEntry:
     onnx: str
     weights: str
     seconds: float
-    peak_bytes: int  # of the building process's memory, not the GPU's
+    peak_bytes: int | None  # of the building process's memory, not the GPU's; None where the system does not tell
 
 
 @dataclass(frozen=True)

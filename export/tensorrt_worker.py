@@ -6,7 +6,6 @@ or {"error": in words}.
 
 import json
 import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -97,8 +96,17 @@ def work(job: dict[str, Any], say: Any) -> dict[str, Any]:
     Path(job["plan"]).write_bytes(plan)
     if job["engine"] == "tensorrt":
         _write_timings(config, Path(job["timing_cache"]))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": round(time.monotonic() - started, 1), "peak_bytes": peak}
+    return {"seconds": round(time.monotonic() - started, 1), "peak_bytes": _peak_bytes()}
+
+
+def _peak_bytes() -> int | None:
+    """The most memory that this process has had; None where the system does not say. (getrusage's is at least that of
+    the process which started this one.)"""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), None)
 
 
 def _for_rtx(trt: Any, config: "IBuilderConfig", capabilities: list[str]) -> None:

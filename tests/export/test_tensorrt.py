@@ -71,7 +71,7 @@ def test_all_six_graphs_become_plans(bundles: Bundles, tmp_path: Path, precision
         assert entry.onnx == manifest.graphs[graph].onnx.sha256
         # The weights, and little beside them.
         assert entry.plan.bytes > manifest.graphs[graph].weights.bytes / 2
-        assert entry.seconds > 0 and entry.peak_bytes > entry.plan.bytes
+        assert entry.seconds > 0 and (entry.peak_bytes is None or entry.peak_bytes > entry.plan.bytes)
     check_plans(bundle, made, everything=True)
     check_files(bundle, manifest)
     machine = Machine("tensorrt-rtx", trt.__version__, "NVIDIA GeForce RTX 4090", "8.9")
