@@ -68,7 +68,7 @@ def open_engine(folder: Path, engine: str, device: str, precision: Asked) -> Eng
         return _open(folder, engine, device, precision)
     # Looking for a GPU means importing torch, which takes seconds; without a driver there is none.
     devices = ["cuda", "cpu"] if device == "auto" and has_nvidia_driver() else [device]
-    errors = []
+    errors: dict[str, str] = {}
     for where in devices:
         for name in ENGINES:
             if name in PLAN_ENGINES and where in ("auto", "cpu"):
@@ -77,8 +77,9 @@ def open_engine(folder: Path, engine: str, device: str, precision: Asked) -> Eng
                 return _open(folder, name, "cpu" if where == "auto" else where, precision)
             except NotAvailableError as error:
                 if name not in PLAN_ENGINES:  # that nobody built plans is no mistake
-                    errors.append(error)
-    raise errors[0]
+                    errors[f"{name} on {where}"] = str(error)
+    said = "\n".join(f"  {what}: {why}" for what, why in errors.items())
+    raise NotAvailableError(f"no engine here can run {folder}:\n{said}")
 
 
 def _open(folder: Path, engine: str, device: str, precision: Asked) -> Engine:

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Array = Any  # NumPy on the CPU, torch on CUDA; both follow the array API
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -95,7 +95,7 @@ class Engine(Protocol):
     precision: str
     limits: Mapping[str, Range]
 
-    def array(self, values: NDArray[Any]) -> Array:
+    def array(self, values: "NDArray[Any]") -> Array:
         """values as this engine takes them, on its device."""
         ...
 
@@ -129,6 +129,8 @@ def named_sizes(axes: Sequence[int | str], shape: Sequence[int]) -> dict[str, in
     return found
 
 
-def to_numpy(values: Array) -> NDArray[Any]:
+def to_numpy(values: Array) -> "NDArray[Any]":
     """An engine's array as a NumPy array of the same type, copied from the device if need be."""
+    import numpy as np  # here, so that the command line can name engines in no time
+
     return values if isinstance(values, np.ndarray) else values.cpu().numpy()
