@@ -1,0 +1,169 @@
+"""An ONNX file run in ONNX Runtime a part at a time, for graphs whose weights do not fit into memory at once.
+
+ONNX Runtime's CPU widens half-precision weights to float32 when it loads them: T5-XXL's take 19 GB.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+Feed = Mapping[str, NDArray]
+
+CHUNK_BYTES = 1_500_000_000  # of a part's weights, as float32
+_FOLDER = "session.model_external_initializers_file_folder_path"  # where ONNX Runtime looks for a model of bytes
+
+
+@dataclass
+class Chunk:
+    """Consecutive nodes, with the weights they read and the nodes that depend on weights alone."""
+
+    nodes: list[NodeProto] = field(default_factory=list)
+    constants: dict[str, None] = field(default_factory=dict)  # names that depend on weights alone, in a run's order
+    bytes: int = 0
+
+
+def run_onnx(
+    path: Path, feeds: Sequence[Feed], limit: int | None = None, widen: bool = False
+) -> list[dict[str, NDArray]]:
+    """The outputs of an ONNX file for each of `feeds`, on the CPU.
+
+    limit: how many bytes of weights, counted as float32, are loaded at a time; None: all at once. widen: bfloat16, for
+    which ONNX Runtime's CPU has no kernels, is computed in float32. Raises NotImplementedError for a graph with
+    control flow that is to be run in parts.
+    """
+    if limit is None and not widen:
+        session = onnxruntime.InferenceSession(str(path), _options(), providers=["CPUExecutionProvider"])
+        return [_run(session, feed) for feed in feeds]
+    model = onnx.load(path, load_external_data=False)
+    if widen:
+        _widen(model)
+    parts = _Parts(model)
+    chunks = parts.divide(limit)
+    values = [dict(feed) for feed in feeds]
+    for number, chunk in enumerate(chunks):
+        read = {name for other in chunks[number + 1 :] for node in other.nodes for name in node.input}
+        later = {name for name in read if not parts.is_constant(name)} | {port.name for port in model.graph.output}
+        part = parts.model(chunk, values[0], later)
+        options = _options()
+        options.add_session_config_entry(_FOLDER, str(path.parent.absolute()))
+        session = onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        for held in values:
+            held.update(_run(session, {port.name: held[port.name] for port in session.get_inputs()}))
+            for name in held.keys() - later:
+                del held[name]
+        del session
+    return [{output.name: held[output.name] for output in model.graph.output} for held in values]
+
+
+def _run(session: onnxruntime.InferenceSession, feed: Feed) -> dict[str, NDArray]:
+    names = [port.name for port in session.get_outputs()]
+    return {name: np.asarray(made) for name, made in zip(names, session.run(names, dict(feed)), strict=True)}
+
+
+def _options() -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.enable_cpu_mem_arena = False  # which keeps the most that any run took
+    options.enable_mem_pattern = False  # which is made for runs of one shape
+    return options
+
+
+class _Parts:
+    """A graph and how its nodes and weights hang together."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.source = model
+        self.weights = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.made_by: dict[str, NodeProto] = {}  # constants that are no weights themselves
+        self.live: list[NodeProto] = []
+        for node in model.graph.node:  # in topological order, as ONNX wants it
+            if all(self.is_constant(name) for name in node.input):
+                self.made_by |= dict.fromkeys(node.output, node)
+            else:
+                self.live.append(node)
+
+    def is_constant(self, name: str) -> bool:
+        return not name or name in self.weights or name in self.made_by
+
+    def divide(self, limit: int | None) -> list[Chunk]:
+        """The nodes in as few consecutive chunks as the limit allows; nodes that depend on weights alone, such as
+        those that widen one, are repeated wherever they are needed."""
+        if limit is not None and any(attribute.HasField("g") for node in self.live for attribute in node.attribute):
+            raise NotImplementedError("a graph with control flow, whose inner graphs read values by name, in parts")
+        chunks = [Chunk()]
+        for node in self.live:
+            needed = self.closure(node)
+            more = sum(self.size(name) for name in needed if name not in chunks[-1].constants)
+            if limit is not None and chunks[-1].nodes and chunks[-1].bytes + more > limit:
+                chunks.append(Chunk())
+                more = sum(map(self.size, needed))
+            chunks[-1].nodes.append(node)
+            chunks[-1].constants |= needed
+            chunks[-1].bytes += more
+        # An output that is a constant itself belongs to no node above.
+        for output in self.source.graph.output:
+            if self.is_constant(output.name):
+                chunks[-1].constants |= self._with(output.name)
+        return chunks
+
+    def closure(self, node: NodeProto) -> dict[str, None]:
+        """The constants that a node needs, each behind those it is made of."""
+        found: dict[str, None] = {}
+        for name in node.input:
+            if name and self.is_constant(name):
+                found |= self._with(name)
+        return found
+
+    def _with(self, name: str) -> dict[str, None]:
+        return {**(self.closure(self.made_by[name]) if name in self.made_by else {}), name: None}
+
+    def size(self, name: str) -> int:
+        return 4 * int(np.prod(self.weights[name].dims, dtype=np.int64)) if name in self.weights else 0
+
+    def model(self, chunk: Chunk, values: Feed, wanted: set[str]) -> onnx.ModelProto:
+        """A chunk as a model of its own; `values` has arrays of the types that come in, `wanted` names what is to
+        come out if it is made here."""
+        makers = {self.made_by[name].output[0]: self.made_by[name] for name in chunk.constants if name in self.made_by}
+        nodes = [*makers.values(), *chunk.nodes]
+        made = {name for node in nodes for name in node.output}
+        read = dict.fromkeys(name for node in chunk.nodes for name in node.input)
+        inputs = [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(values[name].dtype), None)
+            for name in read
+            if name and name not in made and name not in chunk.constants
+        ]
+        outputs = [helper.make_empty_tensor_value_info(name) for name in made if name in wanted]
+        weights = [self.weights[name] for name in chunk.constants if name in self.weights]
+        graph = helper.make_graph(nodes, "part", inputs, outputs, weights)
+        made_model = helper.make_model(graph, opset_imports=self.source.opset_import, functions=self.source.functions)
+        made_model.ir_version = self.source.ir_version
+        return made_model
+
+
+def _widen(model: onnx.ModelProto) -> None:
+    """Replace bfloat16 by float32 throughout: in weights, which are cast when they are loaded, constants and casts."""
+    graph = model.graph
+    del graph.value_info[:]
+    casts = []
+    for tensor in graph.initializer:
+        if tensor.data_type == TensorProto.BFLOAT16:
+            wide, tensor.name = tensor.name, f"{tensor.name}.bfloat16"
+            casts.append(helper.make_node("Cast", [tensor.name], [wide], name=f"widen {wide}", to=TensorProto.FLOAT))
+    for node in graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.BFLOAT16:
+                attribute.i = TensorProto.FLOAT
+            if attribute.HasField("t") and attribute.t.data_type == TensorProto.BFLOAT16:
+                wide = numpy_helper.to_array(attribute.t).astype(np.float32)
+                attribute.t.CopyFrom(numpy_helper.from_array(wide, attribute.t.name))
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)

@@ -1,0 +1,197 @@
+"""Exported graphs compared with PyTorch in float32: each by itself, then all together as a pipeline.
+
+ONNX Runtime's CPU computes half precision in float32 and has no kernels for bfloat16. So a graph in fp16 or bf16 is
+compared twice: its file by ONNX Runtime, which shows that it is wired right (bfloat16 is computed in float32), and its
+modules by PyTorch in its precision, which shows what rounding does and would show an overflow.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.interface import GRAPHS, Array, Engine, Precision, Range
+from engines.onnx_runtime import OnnxRuntimeEngine
+from engines.pytorch import PyTorchEngine
+from export.chunks import CHUNK_BYTES, run_onnx
+from export.inputs import RealInputs, Sizes, random_feed, sample_requests, shapes_of
+from export.precision import PreciseGraph
+from export.reference import run_module, run_reference
+from mige_rt.bundle import TOKENIZER_FILE, read_config
+from mige_rt.config import ModelConfig
+from mige_rt.instruction import Tokenize, load_tokenizer
+from mige_rt.pipeline import MigePipeline, Resolved, Settings
+from trainer.checkpoint import load_model
+from trainer.preview import psnr
+
+# Relative RMS errors of a graph's outputs: two to ten times the worst measured on the default model, over all graphs,
+# shapes and inputs (fp32 1.6e-6, fp16 1.1e-3, bf16 9.4e-3, all by two CPU cores with AVX-512; int8 7.7e-2, of the text
+# encoder, the others 3e-2). Full-size graphs are deeper: 3e-4 in fp16 for the denoiser, 1.4e-2 in int8.
+TOLERANCES: Mapping[str, float] = {"fp32": 2e-5, "fp16": 5e-3, "bf16": 4e-2, "int8": 0.15}
+# Relative RMS errors of final latents after STEPS steps (measured: 5e-7, 3.2e-4, 1.0e-2, 1.6e-2).
+LATENTS: Mapping[str, float] = {"fp32": 1e-4, "fp16": 3e-3, "bf16": 5e-2, "int8": 0.1}
+# Least PSNR of the pictures in dB; above 40 dB no difference is seen (measured: no difference, 71, 54, 50 dB).
+PICTURES: Mapping[str, float] = {"fp32": 40.0, "fp16": 30.0, "bf16": 30.0, "int8": 30.0}
+STEPS = 4  # of the solver, in the pipeline's comparison
+
+OnProgress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One output compared with PyTorch's in float32, all numbers of the batch together.
+
+    rms: the error's root mean square, relative to the output's; worst: the largest absolute error; cosine: of the two
+    outputs as vectors. For pictures (graph `pipeline`, output `pictures`), values are 0 to 1 and rms is not relative,
+    so that psnr = -20 log10(rms) dB. What is not finite, or of another shape, has infinite errors.
+    """
+
+    graph: str  # or `pipeline`
+    shape: dict[str, int]  # the sizes of the named axes
+    inputs: str  # random, real; for the pipeline the task
+    output: str
+    run_by: str  # onnxruntime; onnxruntime in float32; pytorch
+    rms: float
+    worst: float
+    cosine: float
+    limit: float  # of rms
+    ok: bool
+    psnr: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(ours: NDArray, expected: NDArray, relative: bool = True) -> tuple[float, float, float]:
+    """rms, worst and cosine, see `Check`."""
+    if ours.shape != expected.shape or not np.isfinite(ours).all():
+        return np.inf, np.inf, 0.0
+    a, b = ours.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
+    norm, error = float(np.linalg.norm(b)), a - b
+    rms = float(np.linalg.norm(error)) / (norm or 1.0) if relative else float(np.sqrt(np.mean(error**2)))
+    together = float(np.linalg.norm(a)) * norm
+    return rms, float(np.abs(error).max()), float(a @ b) / together if together else float(rms == 0)
+
+
+def validate_graph(
+    graph: str,
+    folder: Path,
+    onnx_path: Path,
+    precision: Precision,
+    ranges: Mapping[str, Range],
+    small: bool,
+    on_progress: OnProgress = lambda what: None,
+) -> list[Check]:
+    """Compare a graph's ONNX file with the weights of `folder`, a model folder or a bundle, in PyTorch in float32.
+
+    small: at four shapes, with random and real inputs, the whole graph at once. Otherwise at two small shapes, the
+    larger with real inputs as well, the reference run first, and ONNX Runtime on a part of the graph at a time.
+    """
+    config = read_config(folder)
+    shapes = shapes_of(graph, config, ranges, small)
+    cases = [("random", sizes, random_feed(graph, config, sizes)) for sizes in shapes.values()]
+    on_progress("real inputs")
+    real = list(shapes.values())[0 if small else -1 :]
+    feeds = RealInputs(folder).feeds(graph, real)
+    cases += [("real", sizes, feed) for sizes, feed in zip(real, feeds, strict=True)]
+    on_progress("PyTorch")
+    expected = run_reference(folder, graph, [feed for _, _, feed in cases])
+
+    on_progress("ONNX Runtime")
+    widen = precision == "bf16"
+    made = run_onnx(onnx_path, [feed for _, _, feed in cases], None if small else CHUNK_BYTES, widen)
+    runs = [("onnxruntime in float32" if widen else "onnxruntime", made)]
+    if precision == "bf16" or (precision == "fp16" and small):
+        on_progress(f"PyTorch in {precision}")
+        module = PreciseGraph(graph, getattr(load_model(folder, dtype=None, only=[graph]), graph), precision)
+        # PyTorch's CPU is slow in half precision.
+        tried = cases if small else cases[:1]
+        runs.append(("pytorch", [run_module(graph, module, feed) for _, _, feed in tried]))
+    return [
+        _check(graph, sizes, inputs, port.name, run_by, output[port.name], reference[port.name], TOLERANCES[precision])
+        for run_by, outputs in runs
+        for (inputs, sizes, _), output, reference in zip(cases, outputs, expected, strict=False)
+        for port in GRAPHS[graph].outputs
+    ]
+
+
+def _check(
+    graph: str, sizes: Sizes, inputs: str, output: str, run_by: str, ours: NDArray, expected: NDArray, limit: float
+) -> Check:
+    rms, worst, cosine = measure(ours, expected)
+    return Check(graph, sizes, inputs, output, run_by, rms, worst, cosine, limit, rms <= limit)
+
+
+class _Watched:
+    """An engine whose final latents are kept."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.name, self.device, self.precision, self.limits = (
+            engine.name,
+            engine.device,
+            engine.precision,
+            engine.limits,
+        )
+        self.latents: Array = None
+
+    def array(self, values: NDArray[Any]) -> Array:
+        return self.engine.array(values)
+
+    def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        if graph == "vae_decoder":
+            self.latents = inputs["latents"]
+        return self.engine.run(graph, inputs)
+
+
+class _PreciseEngine(PyTorchEngine):
+    """The modules as they are exported, in PyTorch: what a bf16 bundle computes, where ONNX Runtime cannot run it."""
+
+    def __init__(self, folder: Path, precision: Precision) -> None:
+        super().__init__(load_model(folder, dtype=None), "cpu", precision)
+        self.graphs = {graph: PreciseGraph(graph, getattr(self.model, graph), precision) for graph in GRAPHS}
+
+    def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        return run_module(graph, self.graphs[graph], inputs)
+
+
+def validate_pipeline(model_folder: Path, bundle_folder: Path, precision: Precision) -> list[Check]:
+    """Make a picture of each task from the same noise by PyTorch in float32 and by the bundle on the CPU, and compare
+    the final latents and the pictures. For small models: both are in memory at once."""
+    config = read_config(model_folder)
+    tokenize = load_tokenizer(model_folder / TOKENIZER_FILE)
+    reference = _Watched(PyTorchEngine.open(model_folder, "cpu", "fp32"))
+    if precision == "bf16":
+        ours = _Watched(_PreciseEngine(bundle_folder, precision))
+    else:
+        ours = _Watched(OnnxRuntimeEngine.open(bundle_folder, "cpu", precision))
+    checks = []
+    for request in _one_of_each_task():
+        (latents, picture), (expected, truth) = (
+            _make(config, tokenize, engine, request) for engine in (ours, reference)
+        )
+        sizes = {"B": 1, "h": latents.shape[2], "w": latents.shape[3]}
+        checks.append(
+            _check("pipeline", sizes, request.task, "latents", ours.name, latents, expected, LATENTS[precision])
+        )
+        rms, worst, cosine = measure(picture / 255, truth / 255, relative=False)
+        limit = 10 ** (-PICTURES[precision] / 20)
+        errors = (rms, worst, cosine, limit, rms <= limit, psnr(picture, truth))
+        checks.append(Check("pipeline", sizes, request.task, "pictures", ours.name, *errors))
+    return checks
+
+
+def _make(config: ModelConfig, tokenize: Tokenize, engine: _Watched, request: Resolved) -> tuple[NDArray, NDArray]:
+    """The final latents, [1,c,h,w], and the picture, uint8 [H,W,3]."""
+    (picture,) = MigePipeline(config, tokenize, engine).make([request], Settings(steps=STEPS))
+    return np.asarray(engine.latents), np.asarray(picture)
+
+
+def _one_of_each_task() -> list[Resolved]:
+    found: dict[str, Resolved] = {}
+    for request in sample_requests():
+        found.setdefault(request.task, request)
+    return list(found.values())
