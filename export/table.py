@@ -21,7 +21,7 @@ def exported_table(exported: Exported) -> Table:
             next(iter(graph.precision.values())).partition(" ")[0],
             *_worst(result.get("checks")),
             f"{result['seconds'] + result.get('validation_seconds', 0):.0f}",
-            f"{result['peak_bytes'] / 1e9:.1f}",
+            "?" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 1e9:.1f}",
         )
     if (whole := exported.report.get("pipeline")) is not None:
         table.add_row("pictures", "", "", "", *_worst(whole["checks"]), f"{whole['seconds']:.0f}", "")

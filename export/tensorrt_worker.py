@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsInt
 
 from engines.trt_module import import_runtime, make_logger
+from export.memory import peak_bytes
 
 if TYPE_CHECKING:
     from tensorrt_rtx import IBuilderConfig
@@ -96,17 +97,7 @@ def work(job: dict[str, Any], say: Any) -> dict[str, Any]:
     Path(job["plan"]).write_bytes(plan)
     if job["engine"] == "tensorrt":
         _write_timings(config, Path(job["timing_cache"]))
-    return {"seconds": round(time.monotonic() - started, 1), "peak_bytes": _peak_bytes()}
-
-
-def _peak_bytes() -> int | None:
-    """The most memory that this process has had; None where the system does not say. (getrusage's is at least that of
-    the process which started this one.)"""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), None)
+    return {"seconds": round(time.monotonic() - started, 1), "peak_bytes": peak_bytes()}
 
 
 def _for_rtx(trt: Any, config: "IBuilderConfig", capabilities: list[str]) -> None:

@@ -4,7 +4,6 @@ A line is {"phase": what is being done}, or at last {"result": ...} or {"error":
 """
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from engines.interface import Range
 from export.graphs import export_graph
+from export.memory import peak_bytes
 from export.quantise import quantise
 from export.validate import validate_graph, validate_pipeline
 from mige_rt.errors import InputError
@@ -49,7 +49,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         )
         result["checks"] = [check.to_json() for check in checks]
         result["validation_seconds"] = round(time.monotonic() - started - result["seconds"], 1)
-    result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result["peak_bytes"] = peak_bytes()
     return result
 
 

@@ -1,0 +1,13 @@
+"""How much memory a process took."""
+
+from pathlib import Path
+
+
+def peak_bytes() -> int | None:
+    """The most memory that this process has had; None where the system does not say. (getrusage's is at least that of
+    the process which started this one.)"""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), None)
