@@ -145,7 +145,7 @@ def export_bundle(
     disk is full; RuntimeError when a graph's process ends otherwise.
     """
     checked = check_precision(precision)
-    with whole_folder(out) as folder, open_checkpoint(ckpt, vae, tokenizer, out) as model:
+    with _disk_errors(out), whole_folder(out) as folder, open_checkpoint(ckpt, vae, tokenizer, out) as model:
         config = read_config(model)
         ranges = axis_ranges(config, limits)
         jobs = _Jobs(model, folder, checked, ranges, validate, on_progress)
@@ -184,6 +184,14 @@ def export_bundle(
         if finish is not None:
             finish(folder)
     return Exported(manifest, report)
+
+
+@contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{out} cannot be written ({error}): make room on the disk, or give another path") from error
 
 
 def _size(model: Path) -> int:

@@ -28,8 +28,9 @@ from trainer.checkpoint import load_model
 from trainer.preview import psnr
 
 # Relative RMS errors of a graph's outputs: two to ten times the worst measured on the default model, over all graphs,
-# shapes and inputs (fp32 2.7e-5, of the VAE at 256 pixels, the others 2e-6; fp16 1.1e-3, bf16 9.4e-3, all by two CPU cores with AVX-512; int8 7.7e-2, of the text
-# encoder, the others 3e-2). Full-size graphs are deeper: 3e-4 in fp16 for the denoiser, 1.4e-2 in int8.
+# shapes and inputs, by two CPU cores with AVX-512: fp32 2.7e-5, of the VAE at 256 pixels, the others 2e-6; fp16 1.1e-3;
+# bf16 9.4e-3; int8 7.7e-2, of the text encoder, the others 3e-2. Full-size graphs are deeper: 3e-4 in fp16 for the
+# denoiser, 1.4e-2 in int8.
 TOLERANCES: Mapping[str, float] = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 4e-2, "int8": 0.15}
 # Relative RMS errors of final latents after STEPS steps (measured: 5e-7, 3.2e-4, 1.0e-2, 1.6e-2).
 LATENTS: Mapping[str, float] = {"fp32": 1e-4, "fp16": 3e-3, "bf16": 5e-2, "int8": 0.1}
