@@ -102,7 +102,7 @@ class _Parts:
         for node in self.live:
             needed = self.closure(node)
             more = sum(self.size(name) for name in needed if name not in chunks[-1].constants)
-            if limit is not None and chunks[-1].nodes and chunks[-1].bytes + more > limit:
+            if limit is not None and more and chunks[-1].nodes and chunks[-1].bytes + more > limit:
                 chunks.append(Chunk())
                 more = sum(map(self.size, needed))
             chunks[-1].nodes.append(node)
