@@ -135,12 +135,15 @@ def export_bundle(
     vae: Path | None = None,
     tokenizer: Path | None = None,
     validate: bool = True,
+    large: bool | None = None,
     finish: Callable[[Path], None] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Exported:
     """Write the bundle `out`: six graphs in `precision`, each validated against PyTorch, tokenizer, manifest, report.
 
-    ckpt: see `open_checkpoint`. finish(folder) is called before the folder gets its name, to build plans in it.
+    ckpt: see `open_checkpoint`. large: validate at two small shapes and without whole pictures, a graph at a time; by
+    default where the model has more than SMALL parameters. finish(folder) is called before the folder gets its name,
+    to build plans in it.
     Raises InputError, with nothing left at `out`, when the input cannot be used, a graph fails its validation, or the
     disk is full; RuntimeError when a graph's process ends otherwise.
     """
@@ -152,7 +155,7 @@ def export_bundle(
         (folder / "onnx").mkdir()
         (folder / TOKENIZER_FILE).parent.mkdir()
         shutil.copyfile(model / TOKENIZER_FILE, folder / TOKENIZER_FILE)
-        graphs = jobs.graphs(_size(model) < 2 * SMALL)
+        graphs = jobs.graphs(_size(model) < 2 * SMALL if large is None else not large)
         axes = resolved_axes(config)
         manifest = Manifest(
             schema=SCHEMA,

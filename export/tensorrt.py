@@ -68,18 +68,8 @@ def build(
     with whole_folder(engines / name, replace=True) as out:
         entries = {}
         for done, graph in enumerate(GRAPHS):
-            job = {
-                "engine": engine,
-                "graph": graph,
-                "onnx": str((folder / manifest.graphs[graph].onnx.path).absolute()),
-                "plan": str(out / f"{graph}.plan"),
-                "profile": profile(manifest, graph),
-                "capabilities": target.capabilities,
-                "workspace": None if gpu is None else gpu.free * 9 // 10,
-                "gpu": None if gpu is None else gpu.uuid,
-                "timing_cache": str((engines / f"timing-{engine}-{target.version}.cache").absolute()),
-                **OPTIONS,
-            }
+            plan, cache = out / f"{graph}.plan", engines / f"timing-{engine}-{target.version}.cache"
+            job = _job(folder, manifest, graph, plan, target, gpu, cache)
             result = _work(job, lambda phase, g=graph, d=done: _tell(on_progress, f"{g}: {phase}", d))
             entries[graph] = PlanEntry(
                 file_entry(out, f"{graph}.plan"),
@@ -95,6 +85,32 @@ def build(
         except OSError as error:
             raise InputError(f"{out / SIDECAR} cannot be written ({error}): make room on the disk") from error
     return engines / name
+
+
+def rehearse_plan(folder: Path, graph: str, plan: Path) -> dict[str, Any]:
+    """Build one graph's plan for the portable set of TensorRT for RTX, as the file `plan`; returns {"seconds",
+    "peak_bytes"}. Raises as `build` does."""
+    manifest = read_manifest(folder)
+    target, gpu = _target("tensorrt-rtx", PORTABLE, "auto")
+    return _work(_job(folder, manifest, graph, plan, target, gpu, plan.with_suffix(".cache")), lambda phase: None)
+
+
+def _job(
+    folder: Path, manifest: Manifest, graph: str, plan: Path, target: Target, gpu: _Gpu | None, timing_cache: Path
+) -> dict[str, Any]:
+    """What `export.tensorrt_worker` is told."""
+    return {
+        "engine": target.engine,
+        "graph": graph,
+        "onnx": str((folder / manifest.graphs[graph].onnx.path).absolute()),
+        "plan": str(plan.absolute()),
+        "profile": profile(manifest, graph),
+        "capabilities": target.capabilities,
+        "workspace": None if gpu is None else gpu.free * 9 // 10,
+        "gpu": None if gpu is None else gpu.uuid,
+        "timing_cache": str(timing_cache.absolute()),
+        **OPTIONS,
+    }
 
 
 def profile(manifest: Manifest, graph: str) -> dict[str, tuple[list[int], list[int], list[int]]]:

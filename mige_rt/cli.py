@@ -405,7 +405,9 @@ def export(
 
         finish = add_plans if engine in PLAN_ENGINES else None
         try:
-            exported = export_bundle(ckpt, out, precision, limits, vae, tokenizer, validate, finish, advance)
+            exported = export_bundle(
+                ckpt, out, precision, limits, vae, tokenizer, validate, finish=finish, on_progress=advance
+            )
         except RuntimeError as error:
             raise click.ClickException(str(error)) from error
     Console(stderr=True).print(exported_table(exported))

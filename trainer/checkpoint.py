@@ -72,7 +72,7 @@ def convert(
                 stacklevel=2,
             )
         sizes = {name: our_tensor(state, name).nbytes for name in published.our_shapes(config)}
-        _write(
+        write_model_folder(
             folder,
             config,
             sizes,
@@ -99,7 +99,7 @@ def save_model(model: Mige, tokenizer: Tokenizer, out: Path, dtype: torch.dtype,
         names = [name for name in distinct_tensors(model) if not name.startswith("vae_")]
         sizes = {name: state[name].numel() * dtype.itemsize for name in names}
         vae = {name.partition(".")[2]: stored(name) for name in state if name.startswith("vae_")}
-        _write(folder, model.config, sizes, stored, vae, tokenizer, source, None)
+        write_model_folder(folder, model.config, sizes, stored, vae, tokenizer, source, None)
 
 
 def load_model(
@@ -197,7 +197,7 @@ def fill(model: Mige, tensors: Mapping[str, Tensor]) -> None:
     model.load_state_dict(state, strict=False, assign=True)
 
 
-def _write(
+def write_model_folder(
     folder: Path,
     config: ModelConfig,
     sizes: dict[str, int],
@@ -207,7 +207,8 @@ def _write(
     source: str,
     on_progress: Progress | None,
 ) -> None:
-    """`sizes` has the bytes of each of our weights but the VAE's; `tensor` gives one, so that few are held at once."""
+    """Fill an empty folder. `sizes` has the bytes of each of our weights but the VAE's; `tensor` gives one of them, so
+    that few are held at once. Raises InputError when the disk is full."""
     total = sum(sizes.values()) + sum(value.nbytes for value in vae.values())
     done = 0
 
