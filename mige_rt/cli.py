@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from engines import ENGINES
 from engines.interface import Precision
+from engines.opening import ENGINES
 from engines.plans import PLAN_ENGINES, NoPlanError, PlanEngine
 from mige_rt.errors import InputError
 

@@ -165,7 +165,7 @@ class MigePipeline:
         device auto: cuda where there is one. precision auto: a bundle's own; with PyTorch fp32 on the CPU, bf16 on
         CUDA. Raises InputError when the folder, the engine, the device or the precision is not what it should be.
         """
-        from engines import open_engine
+        from engines.opening import open_engine
 
         folder = Path(model)
         config = read_config(folder)
