@@ -148,7 +148,7 @@ def test_run_builds_what_is_missing_if_it_is_told_to(
             raise InputError("plans were built")
         find(folder, read_manifest(folder), machine)
 
-    monkeypatch.setattr("engines.open_engine", opened)
+    monkeypatch.setattr("engines.opening.open_engine", opened)
     monkeypatch.setattr(tensorrt, "find_device", lambda *_: pytest.fail("there is no GPU"))
     monkeypatch.setattr(tensorrt, "_find_gpu", lambda *_: tensorrt._Gpu(machine.gpu, "8.9", "", 2**33))
     arguments = ["run", "--model", str(bundle), "--engine", "tensorrt-rtx", "--prompt", "a thing"]

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 ABSENT = ("torch", "transformers", "diffusers", "accelerate", "safetensors", "onnx", "trainer", "export")
 BLOCKED = f"""
@@ -32,3 +34,8 @@ def test_what_needs_torch_says_how_to_get_it(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, "-c", BLOCKED, *arguments], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and "pip install 'mige-rt[torch]'" in done.stderr, done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", ["mige_rt.bundle", "mige_rt.pipeline", "engines.interface", "engines.opening"])
+def test_each_part_can_be_imported_first(module: str) -> None:
+    subprocess.run([sys.executable, "-c", f"import {module}"], cwd=ROOT, check=True)
