@@ -1,3 +1,4 @@
+import io
 import json
 import sys
 from pathlib import Path
@@ -5,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
+from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
 import check
@@ -83,6 +86,37 @@ def test_another_golden_set_is_taken_and_its_salt_counts(
     assert recorded["none.length"] == len("a red ball") + 1
     assert recorded["both.length"] == 60
     assert recorded["none.dit"].shape[0] == 2 and recorded["both.dit"].shape[0] == 3
+
+
+def test_exported_graphs_agree_at_their_borders(recorded, tmp_path: Path) -> None:
+    # The prediction's variance channels are no part of the graph; one stage is recorded wrongly.
+    channels = np.arange(8)[:, None, None]
+    changed = {
+        "both.dit": np.where(channels < 4, recorded["both.dit"], np.float32(7)),
+        "none.t5": recorded["none.t5"] * np.float32(1 + 2e-4),
+    }
+    write(tmp_path, recorded | changed, CASES, "pepper")
+    lines = list(check.run_check(tmp_path, backend="onnxruntime"))
+    verdicts = {f"{line.case}.{line.stage}": line for line in lines}
+    assert len(verdicts) == len(lines) and [name for name, line in verdicts.items() if not line.agrees] == ["none.t5"]
+    compared = {name for name, line in verdicts.items() if line.error is not None}
+    assert compared == {f"{c}.{s}" for c in CASES for s in ("proj", "length", "t5", "dit", "sample3")}
+    assert verdicts["both.dit"].shape == (3, 4, 64, 64)
+    assert "inside a graph" in printed(check.report(lines))
+
+
+def printed(table: Table) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(table)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_first_channels_of_what_was_recorded() -> None:
+    values = made_up.normal("dit", (3, 8, 4, 5))
+    recorded = check.Recorded("case", "dit", values.ravel()[::7], 7, values.shape).first_channels(4)
+    assert recorded.compare(values[:, :4]).error == 0 and recorded.values.size == pytest.approx(3 * 4 * 20 / 7, abs=3)
+    assert not recorded.compare(values[:, 4:]).agrees
+    assert not recorded.compare(values).agrees
 
 
 @pytest.mark.parametrize("stage, limit", [("proj", 1e-5), ("dit", 1e-5), ("sample4", 1e-4)])
