@@ -135,14 +135,14 @@ def export_bundle(
     vae: Path | None = None,
     tokenizer: Path | None = None,
     validate: bool = True,
-    large: bool | None = None,
+    rehearsal: bool = False,
     finish: Callable[[Path], None] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Exported:
     """Write the bundle `out`: six graphs in `precision`, each validated against PyTorch, tokenizer, manifest, report.
 
-    ckpt: see `open_checkpoint`. large: validate at two small shapes and without whole pictures, a graph at a time; by
-    default where the model has more than SMALL parameters. finish(folder) is called before the folder gets its name,
+    ckpt: see `open_checkpoint`. rehearsal: treat the model as a large one whatever its size, and keep a graph that
+    fails its validation. finish(folder) is called before the folder gets its name,
     to build plans in it.
     Raises InputError, with nothing left at `out`, when the input cannot be used, a graph fails its validation, or the
     disk is full; RuntimeError when a graph's process ends otherwise.
@@ -155,7 +155,10 @@ def export_bundle(
         (folder / "onnx").mkdir()
         (folder / TOKENIZER_FILE).parent.mkdir()
         shutil.copyfile(model / TOKENIZER_FILE, folder / TOKENIZER_FILE)
-        graphs = jobs.graphs(_size(model) < 2 * SMALL if large is None else not large)
+        graphs = jobs.graphs(_size(model) < 2 * SMALL and not rehearsal)
+        if not rehearsal:
+            for result in graphs.values():
+                _require_good(result.get("checks", []))
         axes = resolved_axes(config)
         manifest = Manifest(
             schema=SCHEMA,
@@ -237,8 +240,6 @@ class _Jobs:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        for result in results.values():
-            _require_good(result.get("checks", []))
         return results
 
     def run(self, graph: str) -> dict[str, Any]:
