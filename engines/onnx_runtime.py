@@ -40,8 +40,13 @@ class OnnxRuntimeEngine:
                 f"{folder} was exported in {manifest.precision}, and {precision} was asked for: leave --precision out, "
                 f"or export a bundle with --precision {precision}"
             )
+        found = _device(device)
+        if manifest.precision == "bf16" and found == "cpu":
+            raise NotAvailableError(
+                "ONNX Runtime's CPU does not compute in bf16: use --engine pytorch, or export with --precision fp16"
+            )
         check_files(folder, manifest)
-        return cls(folder, manifest, _device(device))
+        return cls(folder, manifest, found)
 
     def array(self, values: NDArray[Any]) -> Array:
         if self.device == "cpu":
@@ -55,7 +60,10 @@ class OnnxRuntimeEngine:
         if self.device != "cpu":
             return self._run_bound(session, graph, inputs)
         names = [port.name for port in GRAPHS[graph].outputs]
-        return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+        try:
+            return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+        except Exception as error:  # the library's own classes derive from Exception alone
+            raise InputError(f"ONNX Runtime could not run {graph} of {self.folder} ({error})") from error
 
     def _session(self, graph: str) -> onnxruntime.InferenceSession:
         if graph not in self.sessions:

@@ -9,7 +9,7 @@ from typing import Literal
 from engines.interface import Engine, Precision
 from engines.plans import PLAN_ENGINES, PlanEngine
 from mige_rt.bundle import is_bundle
-from mige_rt.errors import NotAvailableError
+from mige_rt.errors import InputError, NotAvailableError
 
 Asked = Precision | Literal["auto"]
 
@@ -75,9 +75,12 @@ def open_engine(folder: Path, engine: str, device: str, precision: Asked) -> Eng
                 continue
             try:
                 return _open(folder, name, "cpu" if where == "auto" else where, precision)
-            except NotAvailableError as error:
-                if name not in PLAN_ENGINES:  # that nobody built plans is no mistake
-                    errors[f"{name} on {where}"] = str(error)
+            except InputError as error:
+                if name in PLAN_ENGINES:  # that nobody built plans is no mistake, and damaged ones are no obstacle
+                    continue
+                if not isinstance(error, NotAvailableError):
+                    raise
+                errors[f"{name} on {where}"] = str(error)
     said = "\n".join(f"  {what}: {why}" for what, why in errors.items())
     raise NotAvailableError(f"no engine here can run {folder}:\n{said}")
 

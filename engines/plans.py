@@ -128,6 +128,26 @@ def stale(found: Plans, manifest: Manifest) -> str | None:
     return None
 
 
+def describe(bundle: Path, manifest: Manifest) -> list[dict[str, Any]]:
+    """A bundle's plans as plain data, and under `misfit` why they are not to be used here (None: they fit).
+
+    Raises InputError as `plans` does.
+    """
+    told = []
+    for found in plans(bundle):
+        reason = stale(found, manifest)
+        if reason is None:
+            from engines.trt_module import find_machine  # imports torch, which takes seconds
+
+            try:
+                reason = misfit(found, manifest, find_machine(found.target.engine, "auto"))
+            except NotAvailableError as error:
+                reason = str(error)
+        size = sum(entry.plan.bytes for entry in found.graphs.values())
+        told.append({"name": found.folder.name, **dataclasses.asdict(found.target), "bytes": size, "misfit": reason})
+    return told
+
+
 def build_command(bundle: Path, engine: PlanEngine) -> str:
     return shlex.join(["mige-rt", "build", "--bundle", str(bundle), "--engine", engine])
 

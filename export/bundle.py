@@ -1,5 +1,6 @@
 """`mige-rt export`: from a checkpoint to a bundle."""
 
+import errno
 import json
 import re
 import shutil
@@ -7,15 +8,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from engines.interface import GRAPHS, Range
 from export.precision import TABLES, check_precision
+from export.processes import WorkerFailedError, run_worker
 from mige_rt.bundle import (
     DEFAULT_MODEL,
     MANIFEST,
@@ -37,6 +39,8 @@ from trainer.checkpoint import convert
 
 SOLVER = "dpm_solver_pp_2m"  # mige_rt.sampler
 SMALL = 200_000_000  # parameters up to which every shape is validated, and two graphs are exported at a time
+
+WORKER = (sys.executable, "-m", "export.worker")
 
 OnProgress = Callable[[str, int, int], None]  # what is being done, jobs done, jobs in all
 
@@ -99,7 +103,7 @@ def open_checkpoint(ckpt: str, vae: Path | None, tokenizer: Path | None, beside:
         yield DEFAULT_MODEL
     elif is_bundle(path) or _is_model_folder(path):
         yield path
-    elif path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", ckpt):
+    elif path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", ckpt):
         with tempfile.TemporaryDirectory(prefix=f"{beside.name}.converted-", dir=beside.absolute().parent) as scratch:
             convert(path, Path(scratch) / "model", vae, tokenizer)
             yield Path(scratch) / "model"
@@ -136,14 +140,12 @@ def export_bundle(
     tokenizer: Path | None = None,
     validate: bool = True,
     rehearsal: bool = False,
-    finish: Callable[[Path], None] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Exported:
     """Write the bundle `out`: six graphs in `precision`, each validated against PyTorch, tokenizer, manifest, report.
 
     ckpt: see `open_checkpoint`. rehearsal: treat the model as a large one whatever its size, and keep a graph that
-    fails its validation. finish(folder) is called before the folder gets its name,
-    to build plans in it.
+    fails its validation.
     Raises InputError, with nothing left at `out`, when the input cannot be used, a graph fails its validation, or the
     disk is full; RuntimeError when a graph's process ends otherwise.
     """
@@ -151,21 +153,18 @@ def export_bundle(
     with _disk_errors(out), whole_folder(out) as folder, open_checkpoint(ckpt, vae, tokenizer, out) as model:
         config = read_config(model)
         ranges = axis_ranges(config, limits)
-        jobs = _Jobs(model, folder, checked, ranges, validate, on_progress)
+        jobs = _Jobs(model, folder, checked, ranges, validate, rehearsal, on_progress)
         (folder / "onnx").mkdir()
         (folder / TOKENIZER_FILE).parent.mkdir()
         shutil.copyfile(model / TOKENIZER_FILE, folder / TOKENIZER_FILE)
-        graphs = jobs.graphs(_size(model) < 2 * SMALL and not rehearsal)
-        if not rehearsal:
-            for result in graphs.values():
-                _require_good(result.get("checks", []))
+        graphs = jobs.graphs()
         axes = resolved_axes(config)
         manifest = Manifest(
             schema=SCHEMA,
             model=config,
             source=read_source(model),
             precision=checked,
-            validated=validate,
+            validated=False,
             solver=SOLVER,
             ranges=ranges,
             graphs={
@@ -181,14 +180,13 @@ def export_bundle(
             tokenizer=file_entry(folder, TOKENIZER_FILE),
             versions={name: version(name) for name in ("mige-rt", "onnx", "onnxruntime", "onnxscript", "torch")},
         )
-        (folder / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
+        _write(folder / MANIFEST, manifest.to_json())
         report: dict[str, Any] = {"graphs": graphs}
         if validate and jobs.small:
             report["pipeline"] = jobs.run("pipeline")
-            _require_good(report["pipeline"]["checks"])
-        (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        if finish is not None:
-            finish(folder)
+        _write(folder / REPORT, report)
+        manifest = replace(manifest, validated=validate)
+        _write(folder / MANIFEST, manifest.to_json())
     return Exported(manifest, report)
 
 
@@ -197,19 +195,23 @@ def _disk_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO):
+            raise
         raise InputError(f"{out} cannot be written ({error}): make room on the disk, or give another path") from error
 
 
-def _size(model: Path) -> int:
-    return sum(path.stat().st_size for path in model.rglob("*.safetensors"))
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _require_good(checks: list[dict[str, Any]]) -> None:
+def _require_good(graph: str, checks: list[dict[str, Any]]) -> None:
     if bad := [check for check in checks if not check["ok"]]:
-        first = json.dumps(bad[0])
+        worst = max(bad, key=lambda check: check["rms"] / check["limit"])
+        sizes = ", ".join(f"{axis} {size}" for axis, size in worst["shape"].items())
         raise InputError(
-            f"{len(bad)} of {len(checks)} comparisons with PyTorch failed, the first: {first}; nothing was written. "
-            "--no-validate writes the bundle all the same"
+            f"{graph} is not what PyTorch computes: {len(bad)} of {len(checks)} comparisons failed, the worst in "
+            f"{worst['output']} at {sizes} with {worst['inputs']} inputs, a relative RMS error of {worst['rms']:.1e} "
+            f"where {worst['limit']:.0e} is allowed. Nothing was written; --no-validate writes the bundle all the same"
         )
 
 
@@ -223,24 +225,28 @@ class _Jobs:
         precision: str,
         ranges: dict[str, Range],
         validate: bool,
+        rehearsal: bool,
         on_progress: OnProgress | None,
     ) -> None:
         self.model, self.folder, self.precision, self.ranges = model, folder, precision, ranges
-        self.validate, self.on_progress = validate, on_progress
-        self.small = True
+        self.validate, self.rehearsal, self.on_progress = validate, rehearsal, on_progress
+        stored = sum(path.stat().st_size for path in model.rglob("*.safetensors"))
+        self.small = stored < 2 * SMALL and not rehearsal  # two bytes a parameter
+        self.processes: list[subprocess.Popen[str]] = []
         self.done = 0
 
-    def graphs(self, small: bool) -> dict[str, dict[str, Any]]:
-        """Export every graph; small ones two at a time."""
-        self.small = small
-        with ThreadPoolExecutor(2 if small else 1) as pool:
-            futures = {graph: pool.submit(self.run, graph) for graph in GRAPHS}
+    def graphs(self) -> dict[str, dict[str, Any]]:
+        """Export every graph; those of a small model two at a time. One that fails ends the others."""
+        with ThreadPoolExecutor(2 if self.small else 1) as pool:
+            futures = {pool.submit(self.run, graph): graph for graph in GRAPHS}
             try:
-                results = {graph: future.result() for graph, future in futures.items()}
+                results = {futures[future]: future.result() for future in as_completed(futures)}
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
+                for process in self.processes:
+                    process.kill()
                 raise
-        return results
+        return {graph: results[graph] for graph in GRAPHS}
 
     def run(self, graph: str) -> dict[str, Any]:
         """The worker's result. Raises InputError with its sentence, RuntimeError when it ended without one."""
@@ -253,39 +259,20 @@ class _Jobs:
             "validate": self.validate,
             "small": self.small,
         }
-        with (
-            tempfile.TemporaryFile("w+") as log,
-            subprocess.Popen(
-                [sys.executable, "-m", "export.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            ) as process,
-        ):
-            assert process.stdin is not None and process.stdout is not None
-            try:
-                process.stdin.write(json.dumps(job))
-                process.stdin.close()
-                result = self._follow(graph, process.stdout)
-            except BaseException:
-                process.kill()
-                raise
-            code = process.wait()
-            if result is None:
-                log.seek(0)
-                why = "it was killed, most likely since memory ran out" if code == -9 else log.read()[-2000:]
-                raise RuntimeError(f"the export of {graph} ended with exit code {code}: {why}")
+        try:
+            result = run_worker(WORKER, job, lambda phase: self._tell(graph, phase), started=self.processes.append)
+        except WorkerFailedError as error:
+            if error.said:
+                raise InputError(f"{graph}: {error}") from error
+            why = str(error) or (
+                "it was killed, most likely since memory ran out" if error.code == -9 else "it was ended"
+            )
+            raise RuntimeError(f"the export of {graph} ended with exit code {error.code}: {why}") from error
+        if not self.rehearsal:
+            _require_good(graph, result.get("checks", []))
+        self.done += 1
         return result
 
-    def _follow(self, graph: str, lines: Any) -> dict[str, Any] | None:
-        for text in lines:
-            line = json.loads(text)
-            if "error" in line:
-                raise InputError(f"{graph}: {line['error']}")
-            if "result" in line:
-                self.done += 1
-                return line["result"]
-            if self.on_progress is not None:
-                self.on_progress(f"{graph}: {line['phase']}", self.done, len(GRAPHS) + 1)
-        return None
+    def _tell(self, graph: str, phase: str) -> None:
+        if self.on_progress is not None:
+            self.on_progress(f"{graph}: {phase}", self.done, len(GRAPHS) + 1)

@@ -1,20 +1,18 @@
 """`mige-rt build`: from a bundle's graphs to TensorRT's plans, each built in a process of its own."""
 
 import json
-import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from engines.interface import GRAPHS, Range, axis_size
 from engines.plans import PRODUCTS, SIDECAR, PlanEngine, PlanEntry, Plans, Target, fingerprint
 from engines.trt_module import capabilities as known_capabilities
 from engines.trt_module import find_device, import_runtime, is_out_of_memory
+from export.processes import WorkerFailedError, run_worker
 from mige_rt.bundle import Manifest, check_files, file_entry, read_manifest
 from mige_rt.errors import InputError, NotAvailableError
 from mige_rt.folders import whole_folder
@@ -53,11 +51,8 @@ def build(
     be, a graph cannot be built, or memory or the disk is full; RuntimeError when a builder ends otherwise.
     """
     manifest = read_manifest(folder)
-    check_files(folder, manifest)
-    if manifest.precision == "int8":
-        raise InputError(
-            f"{folder} was exported in int8, which is for ONNX Runtime on the CPU: export one with --precision fp16"
-        )
+    check_files(folder, manifest, everything=True)
+    check_request(engine, manifest.precision, capabilities, device)
     target, gpu = _target(engine, capabilities, device)
     name = fingerprint(target, manifest.precision, manifest.ranges, OPTIONS)
     engines = folder / "engines"
@@ -85,6 +80,13 @@ def build(
         except OSError as error:
             raise InputError(f"{out / SIDECAR} cannot be written ({error}): make room on the disk") from error
     return engines / name
+
+
+def check_request(engine: PlanEngine, precision: str, capabilities: Sequence[str] | None, device: str = "auto") -> None:
+    """Raises InputError when plans of this precision cannot be built here for these GPUs."""
+    if precision == "int8":
+        raise InputError("int8 is for ONNX Runtime on the CPU: export with --precision fp16 for plans")
+    _target(engine, capabilities, device)
 
 
 def rehearse_plan(folder: Path, graph: str, plan: Path) -> dict[str, Any]:
@@ -185,47 +187,15 @@ def _find_gpu(engine: PlanEngine, device: str) -> _Gpu:
 def _work(job: dict[str, Any], on_phase: Callable[[str], None]) -> dict[str, Any]:
     """Run `export.tensorrt_worker`; its result. Raises as `build` does."""
     what = f"the plan of {job['graph']}"
-    with (
-        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
-        subprocess.Popen(
-            WORKER,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env={**os.environ, **({"CUDA_VISIBLE_DEVICES": job["gpu"]} if job["gpu"] else {})},
-        ) as process,
-    ):
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.write(json.dumps(job))
-            process.stdin.close()
-            result = _follow(process.stdout, on_phase)
-        except BrokenPipeError:  # it ended before it read the job: its log says why
-            result = {}
-        except BaseException:
-            process.kill()
-            raise
-        code = process.wait()
-        log.seek(0)
-        why = result.get("error") or log.read()[-2000:].strip()
-    if "seconds" in result:
-        return result
-    if code == -9 or is_out_of_memory(why):
-        raise InputError(
-            f"memory ran out while {what} was built ({why or 'the system ended the builder'}): end other programs that "
-            "use the GPU or the memory, or export with smaller limits (--max-batch, --max-references, --sizes)"
-        )
-    if "error" in result:
-        raise InputError(f"{what} could not be built with {PRODUCTS[job['engine']]}: {why}")
-    raise RuntimeError(f"the builder of {what} ended with exit code {code}: {why}")
-
-
-def _follow(lines: IO[str], on_phase: Callable[[str], None]) -> dict[str, Any]:
-    """Pass on what a builder is doing until it gives a result, which is returned; {} when it ended without one."""
-    for text in lines:
-        line = json.loads(text)
-        if "phase" not in line:
-            return line
-        on_phase(line["phase"])
-    return {}
+    try:
+        return run_worker(WORKER, job, on_phase, {"CUDA_VISIBLE_DEVICES": job["gpu"]} if job["gpu"] else None)
+    except WorkerFailedError as error:
+        if error.code == -9 or is_out_of_memory(str(error)):
+            raise InputError(
+                f"memory ran out while {what} was built ({str(error) or 'the system ended the builder'}): end other "
+                "programs that use the GPU or the memory, or export with smaller limits (--max-batch, "
+                "--max-references, --sizes)"
+            ) from error
+        if error.said:
+            raise InputError(f"{what} could not be built with {PRODUCTS[job['engine']]}: {error}") from error
+        raise RuntimeError(f"the builder of {what} ended with exit code {error.code}: {error}") from error

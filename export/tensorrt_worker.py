@@ -1,18 +1,16 @@
 """Builds one plan in a process of its own, so that a builder that dies or fills the memory takes nothing with it.
 
-A job as JSON on stdin, JSON lines out: {"phase": what is being done}, and at last {"seconds": ..., "peak_bytes": ...}
-or {"error": in words}.
+See `export.processes`; the result is {"seconds": ..., "peak_bytes": ...}.
 """
 
-import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsInt
 
 from engines.trt_module import import_runtime, make_logger
 from export.memory import peak_bytes
+from export.processes import serve
 
 if TYPE_CHECKING:
     from tensorrt_rtx import IBuilderConfig
@@ -126,19 +124,7 @@ def _write_timings(config: "IBuilderConfig", path: Path) -> None:
 
 
 def main() -> None:
-    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print goes to stderr, not between the lines
-
-    def say(**line: Any) -> None:
-        print(json.dumps(line), file=lines, flush=True)
-
-    job = json.load(sys.stdin)
-    try:
-        say(**work(job, say))
-    except (BuildError, MemoryError) as error:
-        say(error=str(error) or repr(error))
-    except OSError as error:
-        say(error=f"a file cannot be read or written ({error}): make room on the disk, or give another path")
+    serve(work, (BuildError, MemoryError))
 
 
 if __name__ == "__main__":

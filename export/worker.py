@@ -1,51 +1,44 @@
-"""One graph's export in a process of its own, so that its memory is given back: a job as JSON on stdin, JSON lines out.
+"""One graph's export in a process of its own; see `export.processes`."""
 
-A line is {"phase": what is being done}, or at last {"result": ...} or {"error": a sentence for the user}.
-"""
-
-import json
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from engines.interface import Range
 from export.graphs import export_graph
 from export.memory import peak_bytes
+from export.processes import serve
 from export.quantise import quantise
 from export.validate import validate_graph, validate_pipeline
 from mige_rt.errors import InputError
 from trainer.checkpoint import empty_model, load_model
 
 
-def _say(**line: Any) -> None:
-    print(json.dumps(line), flush=True)
-
-
-def work(job: dict[str, Any]) -> dict[str, Any]:
+def work(job: dict[str, Any], on_phase: Callable[[str], None]) -> dict[str, Any]:
     """Do a job of `export.bundle`; returns what its report says of it."""
     started = time.monotonic()
     model, folder, precision = Path(job["model"]), Path(job["folder"]), job["precision"]
     if job["graph"] == "pipeline":
-        _say(phase="pictures")
+        on_phase("pictures")
         checks = validate_pipeline(model, folder, precision)
         return {"checks": [check.to_json() for check in checks], "seconds": round(time.monotonic() - started, 1)}
     graph, ranges = job["graph"], {axis: Range(**sizes) for axis, sizes in job["ranges"].items()}
     onnx_path, weights_path = folder / f"onnx/{graph}.onnx", folder / f"onnx/{graph}.safetensors"
-    _say(phase="graph")
+    on_phase("graph")
     opened = load_model(model, dtype=None, only=[graph])
     weights = getattr(opened, graph).state_dict()
     empty = getattr(empty_model(opened.config), graph)
     written = (opened.config, ranges, onnx_path, weights_path)
     parameters = export_graph(graph, empty, weights.__getitem__, precision, *written)
     if precision == "int8":
-        _say(phase="quantise")
+        on_phase("quantise")
         quantise(graph, onnx_path, weights_path)
     result: dict[str, Any] = {"parameters": parameters, "seconds": round(time.monotonic() - started, 1)}
     if job["validate"]:
         del opened, weights, empty
         checks = validate_graph(
-            graph, model, onnx_path, precision, ranges, job["small"], lambda what: _say(phase=f"check {what}")
+            graph, model, onnx_path, precision, ranges, job["small"], lambda what: on_phase(f"check {what}")
         )
         result["checks"] = [check.to_json() for check in checks]
         result["validation_seconds"] = round(time.monotonic() - started - result["seconds"], 1)
@@ -53,14 +46,5 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
-    try:
-        _say(result=work(json.load(sys.stdin)))
-    except InputError as error:
-        _say(error=str(error))
-    except OSError as error:
-        _say(error=f"a file cannot be read or written ({error}): make room on the disk, or give another path")
-
-
 if __name__ == "__main__":
-    main()
+    serve(work, (InputError,))

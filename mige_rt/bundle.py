@@ -10,9 +10,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, get_args
 
-from engines.interface import GRAPHS, Range
+from engines.interface import GRAPHS, Precision, Range
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
 
@@ -118,6 +118,8 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(model=model, ranges=ranges, graphs=graphs, tokenizer=tokenizer, **rest)
         if missing := [graph for graph in GRAPHS if graph not in graphs]:
             raise ValueError(f"the graphs {', '.join(missing)} are missing")
+        if wrong := [what for what, holds in _rules(manifest).items() if not holds]:
+            raise ValueError(f"what does not hold: {'; '.join(wrong)}")
         for file in manifest.files:
             parts = PurePosixPath(file.path)
             if parts.is_absolute() or ".." in parts.parts or "\\" in file.path or ":" in file.path:
@@ -128,23 +130,28 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_files(folder: Path, manifest: Manifest, everything: bool = False) -> None:
-    """Raises InputError that names a file which is missing, truncated or changed, with both sizes or hashes.
+    """Raises InputError that names a file which is missing, truncated or changed, with both sizes and hashes.
 
-    Hashes are compared in bundles up to ALWAYS_HASHED bytes, and in larger ones if `everything` is asked for.
+    Every file's size is compared, and the hash of all but the weights of a bundle of more than ALWAYS_HASHED bytes,
+    which are hashed if `everything` is asked for.
     """
     hashed = everything or sum(file.bytes for file in manifest.files) <= ALWAYS_HASHED
+    weights = {graph.weights.path for graph in manifest.graphs.values()}
     for file in manifest.files:
-        path = folder / file.path
-        if not path.is_file():
-            raise InputError(f"{path} is missing from the bundle: export or copy the bundle again")
-        size = path.stat().st_size
-        if size != file.bytes:
-            raise InputError(f"{path} has {size} bytes instead of {file.bytes}: export or copy the bundle again")
-        if hashed and (found := sha256(path)) != file.sha256:
-            raise InputError(
-                f"{path} was changed: its SHA-256 is {found}, the manifest's {file.sha256}; export or copy the bundle "
-                "again"
-            )
+        check_file(folder, file, hashed or file.path not in weights)
+
+
+def check_file(folder: Path, file: FileEntry, hashed: bool = True) -> None:
+    """Raises InputError when a bundle's file is not what its manifest says."""
+    path = folder / file.path
+    if not path.is_file():
+        raise InputError(f"{path} is missing from the bundle: export or copy the bundle again")
+    size = path.stat().st_size
+    if (size != file.bytes or hashed) and (found := sha256(path)) != file.sha256:
+        raise InputError(
+            f"{path} was changed: it has {size} bytes and the SHA-256 {found}, the manifest says {file.bytes} bytes "
+            f"and {file.sha256}; export or copy the bundle again"
+        )
 
 
 def describe(folder: Path, manifest: Manifest) -> dict[str, Any]:
@@ -202,12 +209,38 @@ def resolved_axes(config: ModelConfig) -> dict[str, dict[str, list[int | str]]]:
     }
 
 
+def _rules(manifest: Manifest) -> dict[str, bool]:
+    """What must hold of a manifest, in words."""
+    strings = {"precision": str, "solver": str, "source": str}
+    return {
+        **{f"{name} is a text": isinstance(getattr(manifest, name), kind) for name, kind in strings.items()},
+        "validated is true or false": isinstance(manifest.validated, bool),
+        "precision is known": manifest.precision in get_args(Precision),
+        "every range has 1 <= smallest <= usual <= largest": all(
+            all(type(size) is int for size in vars(span).values()) and 1 <= span.smallest <= span.usual <= span.largest
+            for span in manifest.ranges.values()
+        ),
+        "there is a range for each of N, M, B, R, L, h, w, eh, ew": set(manifest.ranges)
+        == set("NMBRLhw") | {"eh", "ew"},
+        "files have a path, bytes and a SHA-256": all(
+            type(file.path) is str and type(file.bytes) is int and type(file.sha256) is str for file in manifest.files
+        ),
+        "axes are the model's": {name: graph.axes for name, graph in manifest.graphs.items()}
+        == resolved_axes(manifest.model),
+        "parameters are counted": all(type(graph.parameters) is int for graph in manifest.graphs.values()),
+        "precision tables and versions are texts by name": all(
+            isinstance(table, dict) and all(isinstance(value, str) for value in table.values())
+            for table in (manifest.versions, *(graph.precision for graph in manifest.graphs.values()))
+        ),
+    }
+
+
 def _read_json(path: Path, what: str, expected: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{what} ({error}): {expected}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("schema"), int) or "model" not in content:
+    if not isinstance(content, dict) or type(content.get("schema")) is not int or "model" not in content:
         raise InputError(f"{path} is not of a model: {expected}")
     return content
 

@@ -158,6 +158,8 @@ def run(
     from mige_rt.pipeline import Settings
     from mige_rt.requests import RequestLine
 
+    if build_missing and engine not in ("auto", *PLAN_ENGINES):
+        raise InputError(f"--build is for the engines {' and '.join(PLAN_ENGINES)}, and {engine} was given")
     if (prompt is None) == (batch is None):
         raise InputError("give either --prompt or --batch")
     if batch is not None and (images or source):
@@ -357,7 +359,11 @@ class _Sizes(click.ParamType):
 @_CAPABILITIES
 @click.option("--max-batch", type=click.IntRange(1, 63), default=4, show_default=True, help="pictures made at once")
 @click.option(
-    "--max-references", type=click.IntRange(1, 63), default=4, show_default=True, help="pictures a prompt refers to"
+    "--max-references",
+    type=click.IntRange(1, 63),
+    default=4,
+    show_default=True,
+    help="pictures referred to, for each of these",
 )
 @click.option("--size", type=click.IntRange(1), help="side of the pictures in pixels  [default: the trained size]")
 @click.option("--sizes", type=_Sizes(), help="smallest and largest side instead, as 256-1024: flexible, slower plans")
@@ -396,22 +402,19 @@ def export(
     limits = Limits(max_batch, max_references, sizes or (None if size is None else (size, size)))
     if capabilities and engine != "tensorrt-rtx":
         raise InputError(f"--compute-capability is for --engine tensorrt-rtx, and {engine} was given")
+    if engine in PLAN_ENGINES:
+        from export.tensorrt import check_request
+
+        check_request(engine, precision, capabilities or None)  # now, since an export takes long
     with _progress("export") as advance:
-
-        def add_plans(folder: Path) -> None:
-            from export.tensorrt import build as build_plans
-
-            build_plans(folder, engine, capabilities or None, advance)
-
-        finish = add_plans if engine in PLAN_ENGINES else None
         try:
-            exported = export_bundle(
-                ckpt, out, precision, limits, vae, tokenizer, validate, finish=finish, on_progress=advance
-            )
+            exported = export_bundle(ckpt, out, precision, limits, vae, tokenizer, validate, on_progress=advance)
         except RuntimeError as error:
             raise click.ClickException(str(error)) from error
     Console(stderr=True).print(exported_table(exported))
     click.echo(out)
+    if engine in PLAN_ENGINES:
+        _build(out, engine, capabilities or None, "auto")
 
 
 @main.command()
@@ -448,11 +451,16 @@ def _build(bundle: Path, engine: PlanEngine, capabilities: Sequence[str] | None,
 @click.option("--verify", is_flag=True, help="hash every file again")
 def info(bundle: Path, as_json: bool, verify: bool) -> None:
     """Show what is inside a bundle."""
+    from engines import plans
     from mige_rt.bundle import check_files, describe, read_manifest
 
     manifest = read_manifest(bundle)
     check_files(bundle, manifest, everything=verify)
-    content = describe(bundle, manifest) | ({"verified": True} if verify else {})
+    content = describe(bundle, manifest) | {"plans": plans.describe(bundle, manifest)}
+    if verify:
+        for found in plans.plans(bundle):
+            plans.check_plans(bundle, found, everything=True)
+        content["verified"] = True
     if as_json:
         click.echo(json.dumps(content, indent=1))
         return

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image as Picture
 
 from engines.interface import Array, Engine, Precision, to_numpy
-from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, read_config
+from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, check_file, is_bundle, read_config, read_manifest
 from mige_rt.config import ModelConfig, TaskDefaults
 from mige_rt.denoise import denoise
 from mige_rt.errors import InputError
@@ -169,6 +169,8 @@ class MigePipeline:
 
         folder = Path(model)
         config = read_config(folder)
+        if is_bundle(folder):
+            check_file(folder, read_manifest(folder).tokenizer)
         tokenize = load_tokenizer(folder / TOKENIZER_FILE)
         name = config.name if folder == DEFAULT_MODEL else str(model)
         return cls(config, tokenize, open_engine(folder, engine, device, precision), name)
@@ -312,7 +314,7 @@ class MigePipeline:
     def _check_limits(self, batch: Sequence[Resolved], width: int, height: int) -> None:
         """Raises InputError that names the limit of the engine's graphs, and what raises it."""
         factor = self.config.vae.factor
-        references = {id(image) for request in batch for image in request.images}
+        references = {(image.size, image.tobytes()) for request in batch for image in request.images}
         asked = {
             "B": (len(batch), 1, "pictures made at once", "--max-batch"),
             "N": (len(references), 1, "pictures that prompts refer to", "--max-references or --max-batch"),
@@ -329,7 +331,7 @@ class MigePipeline:
                 )
                 raise InputError(
                     f"{size * unit} {what} are asked for, and this model's graphs take {spoken}: export it again with "
-                    f"another {option}, or use --engine pytorch"
+                    f"another {option}" + ("" if self.engine.precision == "int8" else ", or use --engine pytorch")
                 )
 
     @property

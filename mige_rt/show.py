@@ -31,6 +31,13 @@ def bundle_tables(content: dict[str, Any]) -> Iterator[Table | str]:
         for name, check in content["checks"].items():
             checks.add_row(name, str(check["number"]), f"{check['rms']:.1e}", f"{check['limit']:.1e}")
         yield checks
+    if content["plans"]:
+        plans = Table("plans", "built with", "for", "MB", "here", title="Plans")
+        for plan in content["plans"]:
+            target = plan["gpu"] or "compute capability " + " ".join(plan["capabilities"])
+            built = f"{plan['engine']} {plan['version']}"
+            plans.add_row(plan["name"], built, target, f"{plan['bytes'] / 1e6:,.1f}", plan["misfit"] or "fits")
+        yield plans
     yield "made with " + ", ".join(f"{name} {number}" for name, number in content["versions"].items())
     if content.get("verified"):
         yield "every file is what the manifest says"
