@@ -59,7 +59,8 @@ def run_worker(
         log.seek(0)
         if "result" in last:
             return last["result"]
-        raise WorkerFailedError(last.get("error") or log.read()[-2000:].strip(), "error" in last, code)
+        # Its last words in one line, since they become part of a sentence.
+        raise WorkerFailedError(last.get("error") or " ".join(log.read()[-2000:].split()), "error" in last, code)
 
 
 def _follow(lines: IO[str], on_phase: Callable[[str], None]) -> dict[str, Any]:
