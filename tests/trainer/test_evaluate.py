@@ -215,7 +215,7 @@ def test_the_files_of_an_evaluation_and_that_it_is_repeatable(tmp_path: Path, mo
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
     data = json.loads((one / "evaluation.json").read_text())
     assert list(data["kinds"]) == ["move", "add", "generate"]
-    assert data["engine"] == {"name": "pytorch", "device": "cpu", "precision": "fp32"}
+    assert data["engine"] == {"name": "onnxruntime", "device": "cpu", "precision": "fp32"}
     assert data["seed"] == 7 and data["held_out_concepts"] == 3 and data["versions"]["torch"]
     assert data["settings"]["edit"]["steps"] == 20 and data["tolerances"]["kept"] == 8
     assert data["kinds"]["add"]["found"]["truth"]["value"] == 1
@@ -283,7 +283,7 @@ def test_bad_input_costs_2_and_writes_nothing(tmp_path: Path) -> None:
     for options, words in (
         (["--model", str(tmp_path / "none")], "none"),
         (["--engine", "steam"], "engine"),
-        (["--precision", "int8"], "model folder"),
+        (["--precision", "int8"], "--precision int8"),
         (["--samples", "0"], "0"),
     ):
         result = _run(tmp_path / "out", *options)
