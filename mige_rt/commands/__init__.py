@@ -1,0 +1,1 @@
+"""The commands of `mige-rt`, by what they are about; heavy imports stay inside them."""
