@@ -87,13 +87,15 @@ GRAPHS: dict[str, Graph] = {
 class Engine(Protocol):
     """The six graphs of one model, opened by one runtime on one device.
 
-    limits: the ranges of the named axes that it takes; an axis that is not there may be of any size.
+    limits: the ranges of the named axes that it takes; an axis that is not there may be of any size. captures: how many
+    CUDA graphs of its denoiser, of different shapes, may be alive at a time; 0 where none can be captured.
     """
 
     name: str
     device: str
     precision: str
     limits: Mapping[str, Range]
+    captures: int
 
     def array(self, values: "NDArray[Any]") -> Array:
         """values as this engine takes them, on its device."""
@@ -102,6 +104,10 @@ class Engine(Protocol):
     def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run one graph; inputs and outputs by the names of GRAPHS[graph]. Tensors that one graph hands to another
         (image_tokens, text_states, cross_kv) may be of the engine's own precision."""
+        ...
+
+    def release(self, graphs: Sequence[str]) -> None:
+        """Give back the memory that these graphs hold; a graph that is run later is loaded again."""
         ...
 
 

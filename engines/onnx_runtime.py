@@ -1,6 +1,6 @@
 """The ONNX Runtime engine: a bundle's graphs on the CPU, with NumPy arrays, or on CUDA, with torch tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ class OnnxRuntimeEngine:
     """One session a graph, made when the graph is first run."""
 
     name = "onnxruntime"
+    captures = 0
 
     def __init__(self, folder: Path, manifest: Manifest, device: str) -> None:
         """device is cpu, or cuda:N, which is there."""
@@ -64,6 +65,10 @@ class OnnxRuntimeEngine:
             return dict(zip(names, session.run(names, dict(inputs)), strict=True))
         except Exception as error:  # the library's own classes derive from Exception alone
             raise InputError(f"ONNX Runtime could not run {graph} of {self.folder} ({error})") from error
+
+    def release(self, graphs: Sequence[str]) -> None:
+        for graph in graphs:
+            self.sessions.pop(graph, None)
 
     def _session(self, graph: str) -> onnxruntime.InferenceSession:
         if graph not in self.sessions:

@@ -4,7 +4,7 @@ import logging
 import mmap
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,16 +33,20 @@ class TensorRTEngine:
 
     An output is overwritten by the next run of its graph with inputs of the same shapes. When shapes repeat, a run
     allocates nothing and reads inputs where they lie, so that a CUDA graph can be captured of it after a first run;
-    whoever captures one holds its inputs, its outputs and `workspace`. One engine serves one thread.
+    whoever captures one holds its inputs, its outputs and `workspace`, and drops it when the graph runs with another
+    shape, for which the context is set anew. One engine serves one thread.
     """
 
+    captures = 1
+
     def __init__(self, name: PlanEngine, device: str, precision: str, ranges: Mapping[str, Range]) -> None:
-        """device is cuda:N, which is there. Graphs are added with `load`."""
+        """device is cuda:N, which is there."""
         self.name: str = name
         self.device, self.precision, self.limits = device, precision, ranges
         self.workspace = torch.empty(ALIGNMENT, dtype=torch.uint8, device=device)  # shared: graphs run one by one
         self._stream = torch.cuda.Stream(device)
         self._plans: dict[str, _Plan] = {}
+        self._source: tuple[Path, Plans, _KernelCache | None] | None = None  # what plans are loaded from
 
     @classmethod
     def open(
@@ -51,8 +55,9 @@ class TensorRTEngine:
         device: str = "auto",
         precision: Precision | Literal["auto"] = "auto",
         name: PlanEngine = "tensorrt",
+        low_memory: bool = False,
     ) -> "TensorRTEngine":
-        """Open a bundle with the plans in it that fit this machine.
+        """Open a bundle with the plans in it that fit this machine. low_memory: a plan is loaded when it is first run.
 
         Raises NoPlanError, with the command that builds one, when none does; NotAvailableError when the runtime or the
         GPU is not here, or another precision is asked for than the bundle has; InputError when the folder is no
@@ -77,7 +82,9 @@ class TensorRTEngine:
                     machine.gpu,
                     cache.path,
                 )
-        engine._load(folder, found, cache)
+        engine._source = (folder, found, cache)
+        for graph in () if low_memory else found.graphs:
+            engine._load(graph)
         return engine
 
     def array(self, values: NDArray[Any]) -> Array:
@@ -87,6 +94,8 @@ class TensorRTEngine:
     @torch.no_grad()
     def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """See `Engine.run`. Raises InputError when the plan does not take the inputs' shapes, or memory runs out."""
+        if graph not in self._plans:
+            self._load(graph)
         plan = self._plans[graph]
         with torch.cuda.device(self.device):
             current = torch.cuda.current_stream()
@@ -120,43 +129,49 @@ class TensorRTEngine:
             "pictures at once, or end other programs that use the GPU"
         )
 
-    def _load(self, folder: Path, found: Plans, cache: "_KernelCache | None") -> None:
-        """Load every graph's plan. Raises InputError when one cannot be loaded."""
-        name = found.target.engine
+    def release(self, graphs: Sequence[str]) -> None:
+        torch.cuda.synchronize(self.device)
+        for graph in graphs if self._source is not None else ():
+            self._plans.pop(graph, None)
+        self.workspace = torch.empty(ALIGNMENT, dtype=torch.uint8, device=self.device)
+        torch.cuda.empty_cache()
+
+    def _load(self, graph: str) -> None:
+        """Load a graph's plan. Raises InputError when it cannot be loaded."""
+        assert self._source is not None
+        folder, found, cache = self._source
+        entry, name = found.graphs[graph], found.target.engine
         trt, logger = import_runtime(name), make_logger(name)
         runtime = trt.Runtime(logger)
         again = f"build it again with: {build_command(folder, name)}"
-        for graph, entry in found.graphs.items():
-            path = found.folder / entry.plan.path
-            with torch.cuda.device(self.device):
-                logger.lines.clear()
-                with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                    engine = runtime.deserialize_cuda_engine(content)
-                context = None if engine is None else _context(trt, engine, cache)
-            if engine is None or context is None:
-                if is_out_of_memory(logger.said()):
-                    free, total = torch.cuda.mem_get_info(self.device)
-                    raise InputError(
-                        f"the GPU has too little memory for the plan {path} ({entry.plan.bytes / 2**30:.1f} GiB): "
-                        f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free; end other programs that use it"
-                    )
-                raise InputError(f"the plan {path} could not be loaded ({logger.said()}); {again}")
-            types = {getattr(trt.DataType, trts): torchs for trts, torchs in _TYPES.items()}
-            ports = {}
-            for i in range(engine.num_io_tensors):
-                port = engine.get_tensor_name(i)
-                if engine.get_tensor_location(port) != trt.TensorLocation.DEVICE:
-                    raise InputError(
-                        f"the plan {path} wants {port} in the CPU's memory, which no graph of ours does; {again}"
-                    )
-                is_input = engine.get_tensor_mode(port) == trt.TensorIOMode.INPUT
-                ports[port] = _Port(is_input, types[engine.get_tensor_dtype(port)])
-            expected = {port.name for port in (*GRAPHS[graph].inputs, *GRAPHS[graph].outputs)}
-            if set(ports) != expected:
+        path = found.folder / entry.plan.path
+        with torch.cuda.device(self.device):
+            logger.lines.clear()
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                engine = runtime.deserialize_cuda_engine(content)
+            context = None if engine is None else _context(trt, engine, cache)
+        if engine is None or context is None:
+            if is_out_of_memory(logger.said()):
+                free, total = torch.cuda.mem_get_info(self.device)
                 raise InputError(
-                    f"the plan {path} has the ports {sorted(ports)} instead of {sorted(expected)}; {again}"
+                    f"the GPU has too little memory for the plan {path} ({entry.plan.bytes / 2**30:.1f} GiB): "
+                    f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free; end other programs that use it"
                 )
-            self._plans[graph] = _Plan(graph, self.device, ports, context, logger, (runtime, engine), cache)
+            raise InputError(f"the plan {path} could not be loaded ({logger.said()}); {again}")
+        types = {getattr(trt.DataType, trts): torchs for trts, torchs in _TYPES.items()}
+        ports = {}
+        for i in range(engine.num_io_tensors):
+            port = engine.get_tensor_name(i)
+            if engine.get_tensor_location(port) != trt.TensorLocation.DEVICE:
+                raise InputError(
+                    f"the plan {path} wants {port} in the CPU's memory, which no graph of ours does; {again}"
+                )
+            is_input = engine.get_tensor_mode(port) == trt.TensorIOMode.INPUT
+            ports[port] = _Port(is_input, types[engine.get_tensor_dtype(port)])
+        expected = {port.name for port in (*GRAPHS[graph].inputs, *GRAPHS[graph].outputs)}
+        if set(ports) != expected:
+            raise InputError(f"the plan {path} has the ports {sorted(ports)} instead of {sorted(expected)}; {again}")
+        self._plans[graph] = _Plan(graph, self.device, ports, context, logger, (runtime, engine), cache)
 
 
 _TYPES = {

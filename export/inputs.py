@@ -16,8 +16,7 @@ from mige_rt.bundle import TOKENIZER_FILE, read_config, resolved_axes
 from mige_rt.config import ModelConfig
 from mige_rt.instruction import collate, compose_prompt, encode_prompt, load_tokenizer
 from mige_rt.pictures import vae_pixels, vit_pixels
-from mige_rt.pipeline import Resolved, resolve
-from mige_rt.requests import parse_request
+from mige_rt.requests import Resolved, parse_request, resolve
 from mige_rt.sampler import ALPHAS, SIGMAS, draw_noise
 
 SAMPLES = Path(__file__).parent / "samples"  # requests.jsonl and its pictures

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from engines.interface import GRAPHS, Array, Engine, Precision, Range
 from engines.onnx_runtime import OnnxRuntimeEngine
 from engines.pytorch import PyTorchEngine
+from engines.watched import WatchedEngine
 from export.chunks import CHUNK_BYTES, run_onnx
 from export.inputs import RealInputs, Sizes, random_feed, sample_requests, shapes_of
 from export.precision import PreciseGraph
@@ -23,7 +24,8 @@ from export.reference import run_module, run_reference
 from mige_rt.bundle import TOKENIZER_FILE, read_config
 from mige_rt.config import ModelConfig
 from mige_rt.instruction import Tokenize, load_tokenizer
-from mige_rt.pipeline import MigePipeline, Resolved, Settings
+from mige_rt.pipeline import MigePipeline, Settings
+from mige_rt.requests import Resolved
 from trainer.checkpoint import load_model
 from trainer.preview import psnr
 
@@ -126,28 +128,6 @@ def _check(
     return Check(graph, sizes, inputs, output, run_by, rms, worst, cosine, limit, rms <= limit)
 
 
-class _Watched:
-    """An engine whose final latents are kept."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.name, self.device, self.precision, self.limits = (
-            engine.name,
-            engine.device,
-            engine.precision,
-            engine.limits,
-        )
-        self.latents: Array = None
-
-    def array(self, values: NDArray[Any]) -> Array:
-        return self.engine.array(values)
-
-    def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        if graph == "vae_decoder":
-            self.latents = inputs["latents"]
-        return self.engine.run(graph, inputs)
-
-
 class _PreciseEngine(PyTorchEngine):
     """The modules as they are exported, in PyTorch: what a bf16 bundle computes, where ONNX Runtime cannot run it."""
 
@@ -164,11 +144,11 @@ def validate_pipeline(model_folder: Path, bundle_folder: Path, precision: Precis
     the final latents and the pictures. For small models: both are in memory at once."""
     config = read_config(model_folder)
     tokenize = load_tokenizer(model_folder / TOKENIZER_FILE)
-    reference = _Watched(PyTorchEngine.open(model_folder, "cpu", "fp32"))
+    reference = PyTorchEngine.open(model_folder, "cpu", "fp32")
     if precision == "bf16":
-        ours = _Watched(_PreciseEngine(bundle_folder, precision))
+        ours = _PreciseEngine(bundle_folder, precision)
     else:
-        ours = _Watched(OnnxRuntimeEngine.open(bundle_folder, "cpu", precision))
+        ours = OnnxRuntimeEngine.open(bundle_folder, "cpu", precision)
     checks = []
     for request in _one_of_each_task():
         (latents, picture), (expected, truth) = (
@@ -185,10 +165,17 @@ def validate_pipeline(model_folder: Path, bundle_folder: Path, precision: Precis
     return checks
 
 
-def _make(config: ModelConfig, tokenize: Tokenize, engine: _Watched, request: Resolved) -> tuple[NDArray, NDArray]:
+def _make(config: ModelConfig, tokenize: Tokenize, engine: Engine, request: Resolved) -> tuple[NDArray, NDArray]:
     """The final latents, [1,c,h,w], and the picture, uint8 [H,W,3]."""
-    (picture,) = MigePipeline(config, tokenize, engine).make([request], Settings(steps=STEPS))
-    return np.asarray(engine.latents), np.asarray(picture)
+    kept: list[NDArray] = []
+
+    def keep(graph: str, inputs: Mapping[str, Array], run: Callable[[], dict[str, Array]]) -> dict[str, Array]:
+        if graph == "vae_decoder":
+            kept.append(np.asarray(inputs["latents"]))
+        return run()
+
+    (picture,) = MigePipeline(config, tokenize, WatchedEngine(engine, keep)).make([request], Settings(steps=STEPS))
+    return kept[0], np.asarray(picture)
 
 
 def _one_of_each_task() -> list[Resolved]:

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from mige_rt.errors import InputError
 
 Prediction = Literal["epsilon", "v_prediction"]
+Solver = Literal["dpm_solver_pp_2m", "ddim"]
 
 
 @dataclass(frozen=True)

@@ -9,49 +9,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from array_api_compat import array_namespace
-from numpy.typing import NDArray
 from PIL.Image import Image as Picture
 
-from engines.interface import Array, Engine, Precision, to_numpy
+from engines.interface import GRAPHS, Array, Engine, Precision, to_numpy
 from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, check_file, is_bundle, read_config, read_manifest
-from mige_rt.config import ModelConfig, TaskDefaults
-from mige_rt.denoise import denoise
+from mige_rt.config import ModelConfig, Solver, TaskDefaults
+from mige_rt.denoise import Savings, denoise, plain_step
+from mige_rt.encoding import Encoder, warn_of_crop
 from mige_rt.errors import InputError
 from mige_rt.guidance import branches
-from mige_rt.instruction import (
-    PLACEHOLDER,
-    Task,
-    Tokenize,
-    clean_caption,
-    collate,
-    compose_prompt,
-    count_placeholders,
-    encode_prompt,
-    load_tokenizer,
-    rewrite_instruction,
-    words_kept,
-)
-from mige_rt.pictures import Fit, aspect_size, check_picture, cropped_share, to_picture, vae_pixels, vit_pixels
-from mige_rt.sampler import dpm_solver_pp_2m, draw_noise
+from mige_rt.instruction import Task, Tokenize, load_tokenizer
+from mige_rt.pictures import Fit, aspect_size, to_picture
+from mige_rt.requests import EditScope, Request, Resolved, resolve
+from mige_rt.sampler import draw_noise, solver_table
 
-EditScope = Literal["local", "global"]
+if TYPE_CHECKING:
+    from mige_rt.capture import CapturedSteps
+
 MAX_ENLARGED = 16  # times the trained area; far beyond it, attention needs more memory than machines have
-CROP_WARNING = 0.1  # share of a picture cut away without a word
-
-
-@dataclass(frozen=True)
-class Request:
-    """One picture to make. images in placeholder order; a source makes it an edit of that picture."""
-
-    prompt: str
-    images: tuple[Picture, ...] = ()
-    source: Picture | None = None
-    seed: int = 0
-    task: Task | None = None  # None: read off the pictures
+# Of graphs that must be there together, when memory is short.
+PHASES = (("vae_encoder", "image_encoder"), ("text_encoder",), ("conditioner", "denoiser"), ("vae_decoder",))
 
 
 @dataclass(frozen=True)
@@ -60,6 +41,7 @@ class Settings:
 
     size is (width, height) in pixels, multiples of `ModelConfig.multiple`. fit: see `pictures.vae_pixels`; None is the
     published way: crop, but the references of generation are padded. With aspect, references are padded, too.
+    guidance_range and reuse save time and change the picture a little, see `denoise.Savings`; None: they do not.
     """
 
     steps: int | None = None
@@ -67,89 +49,48 @@ class Settings:
     source_scale: float | None = None
     size: tuple[int, int] | None = None
     fit: Fit | None = None
+    solver: Solver | None = None  # None: the published one
+    guidance_range: tuple[float, float] | None = None
+    reuse: float | None = None
 
-
-@dataclass(frozen=True)
-class Resolved:
-    """A request whose task is known, and whose prompt has one picture for each placeholder."""
-
-    prompt: str
-    images: tuple[Picture, ...]
-    source: Picture | None
-    seed: int
-    task: Task
-
-
-def _same(a: Picture, b: Picture) -> bool:
-    return a is b or (a.size == b.size and a.tobytes() == b.tobytes())
-
-
-def resolve(request: Request, scope: EditScope = "local") -> Resolved:
-    """Which of the three uses a request is, and its multimodal prompt (paper, section 3.1).
-
-    Without a source: subject-driven generation. With one: an edit, where every picture in the prompt is the source;
-    subject-driven editing, where some are not. A prompt without a placeholder is rewritten by the paper's rule, and
-    `images` may be left out where each placeholder can only be the source.
-
-    Raises InputError when placeholders and pictures do not match, or the task needs a source and there is none.
-    """
-    for picture in (*request.images, request.source):
-        if picture is not None and not isinstance(picture, Picture):
-            raise InputError(f"a picture is a {type(picture).__name__}; a Pillow picture is expected")
-    source = None if request.source is None else check_picture(request.source)
-    images = tuple(check_picture(image) for image in request.images)
-    if source is not None:
-        images = tuple(source if _same(image, source) else image for image in images)
-    prompt, placeholders = request.prompt, count_placeholders(request.prompt)
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"the prompt holds half a character ({error}); write it as UTF-8") from error
-    if not clean_caption(prompt):
-        raise InputError(f"the prompt is empty ({prompt!r}); say in words what the picture should be")
-    if source is not None:
-        rewritten = rewrite_instruction(prompt, scope)
-        named = (source,) * count_placeholders(rewritten)
-        if placeholders == 0 and images in ((), (source,), named):
-            prompt, images = rewritten, named
-        elif placeholders == 1 and not images:
-            images = (source,)
-        placeholders = count_placeholders(prompt)
-    if placeholders != len(images):
-        raise InputError(
-            f"the prompt has {placeholders} {PLACEHOLDER} and {len(images)} pictures were given; "
-            "give one picture for each, in their order"
-        )
-    if source is None:
-        task: Task = "subject"
-    else:
-        task = "edit" if all(image is source for image in images) else "compose"
-    if request.task is not None:
-        if (request.task == "subject") != (source is None):
-            needs = "takes no source picture" if source is not None else "needs a source picture"
-            raise InputError(f"the task {request.task!r} {needs}; the pictures given are those of {task!r}")
-        task = request.task
-    return Resolved(prompt, images, source, request.seed, task)
-
-
-def _warn_of_crop(image: Picture, width: int, height: int, warn: Callable[[str], None]) -> None:
-    share = cropped_share(image.size, width, height)
-    if share > CROP_WARNING:
-        warn(
-            f"{share:.0%} of a picture of {image.width}x{image.height} is cropped away for {width}x{height}; "
-            "fit aspect keeps the source's shape, fit pad keeps all of every picture"
-        )
+    def savings(self) -> Savings:
+        """Raises InputError when they are no shares of the steps, or a threshold below 0."""
+        first, last = self.guidance_range or (0.0, 1.0)
+        if not 0 <= first < last <= 1:
+            raise InputError(
+                f"the guidance range is {first} to {last}; a part of 0 to 1 is expected, such as 0.1 to 0.8"
+            )
+        reuse = 0.0 if self.reuse is None else self.reuse
+        if not 0 <= reuse < 1:
+            raise InputError(f"the threshold of reuse is {reuse}; 0 (none) to 1 is expected, such as 0.05")
+        return Savings((first, last), reuse)
 
 
 class MigePipeline:
     """MIGE on one engine. Make one with `from_pretrained`; call it with prompts and pictures."""
 
-    def __init__(self, config: ModelConfig, tokenize: Tokenize, engine: Engine, model_name: str = "") -> None:
-        """model_name: what to call the model in a picture's metadata; the configuration's name if empty."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenize: Tokenize,
+        engine: Engine,
+        model_name: str = "",
+        low_memory: bool = False,
+        capture: bool = True,
+    ) -> None:
+        """model_name: what to call the model in a picture's metadata; the configuration's name if empty. low_memory,
+        capture: see `from_pretrained`."""
         self.config = config
         self.model_name = model_name or config.name
-        self.tokenize = tokenize
         self.engine = engine
+        self.low_memory = low_memory
+        self.encoder = Encoder(config, tokenize, engine.array, self._run)
+        self._step = plain_step(lambda **inputs: self._run("denoiser", **inputs))
+        self._captured: CapturedSteps | None = None
+        if capture and engine.captures:
+            from mige_rt import capture as cuda  # needs torch
+
+            self._step = self._captured = cuda.CapturedSteps(self._step, engine)
 
     @classmethod
     def from_pretrained(
@@ -158,12 +99,19 @@ class MigePipeline:
         engine: str = "auto",
         device: str = "auto",
         precision: Precision | Literal["auto"] = "auto",
+        *,
+        low_memory: bool = False,
+        capture: bool = True,
+        compile: bool = False,
     ) -> "MigePipeline":
         """Open a bundle (made by `mige-rt export`) or a model folder (made by `mige-rt convert` or by training); the
         shipped default if none is named.
 
         device auto: cuda where there is one. precision auto: a bundle's own; with PyTorch fp32 on the CPU, bf16 on
-        CUDA. Raises InputError when the folder, the engine, the device or the precision is not what it should be.
+        CUDA. low_memory: the image encoders, the text encoder, the denoiser and the decoder are loaded when they are
+        needed and released before the next, which costs the time of loading. capture: on CUDA, steps are captured as
+        graphs (not by ONNX Runtime). compile: PyTorch's denoiser goes through torch.compile.
+        Raises InputError when the folder, the engine, the device or the precision is not what it should be.
         """
         from engines.opening import open_engine
 
@@ -173,7 +121,8 @@ class MigePipeline:
             check_file(folder, read_manifest(folder).tokenizer)
         tokenize = load_tokenizer(folder / TOKENIZER_FILE)
         name = config.name if folder == DEFAULT_MODEL else str(model)
-        return cls(config, tokenize, open_engine(folder, engine, device, precision), name)
+        opened = open_engine(folder, engine, device, precision, low_memory, compile)
+        return cls(config, tokenize, opened, name, low_memory, capture)
 
     def __call__(
         self,
@@ -187,6 +136,9 @@ class MigePipeline:
         source_scale: float | None = None,
         size: tuple[int, int] | None = None,
         fit: Fit | None = None,
+        solver: Solver | None = None,
+        guidance_range: tuple[float, float] | None = None,
+        reuse: float | None = None,
         scope: EditScope = "local",
         task: Task | None = None,
         on_step: Callable[[int, int], None] | None = None,
@@ -195,7 +147,7 @@ class MigePipeline:
         """Make a picture; with a list of prompts, a batch: a list of pictures a prompt, of sources, of seeds (or one
         seed, from which each gets the next).
 
-        steps, scales, size, fit: see `Settings`. on_step(done, total) is called after each step; on_warning gets one
+        steps to reuse: see `Settings`. on_step(done, total) is called after each step; on_warning gets one
         sentence. A picture depends on its own seed alone, never on the batch. Raises InputError on unusable input.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -221,7 +173,7 @@ class MigePipeline:
             Request(p, tuple(i), s, n, task)  # type: ignore[arg-type]
             for p, i, s, n in zip(prompts, per_prompt, sources, seeds, strict=True)
         ]
-        settings = Settings(steps, text_scale, source_scale, size, fit)
+        settings = Settings(steps, text_scale, source_scale, size, fit, solver, guidance_range, reuse)
         return self.make([resolve(request, scope) for request in requests], settings, on_step, on_warning)
 
     def complete(self, settings: Settings, task: Task) -> Settings:
@@ -256,27 +208,30 @@ class MigePipeline:
         settings = self.complete(settings, task)
         assert settings.steps is not None and settings.text_scale is not None
         rows = branches(settings.text_scale, None if task == "subject" else settings.source_scale)
-        table = dpm_solver_pp_2m(settings.steps, self.config.prediction)
+        table = solver_table(settings.solver or "dpm_solver_pp_2m", settings.steps, self.config.prediction)
+        savings = settings.savings()
         width, height = self.output_size(batch, settings.size, fit, warn)
         self._check_limits(batch, width, height)
         factor, channels = self.config.vae.factor, self.config.vae.channels
         noise = draw_noise([request.seed for request in batch], (channels, height // factor, width // factor))
 
-        text_states, text_mask = self._encode(batch, fit, warn)
+        source = None if task == "subject" else self.encoder.sources(batch, width, height, fit)
+        text_states, text_mask = self.encoder.prompts(batch, fit, warn)
         xp = array_namespace(text_states)
         has_text = np.repeat([row.text for row in rows], len(batch))  # [R], branch-major
         cross_kv = self._run(
             "conditioner", text_states=xp.concat([text_states] * len(rows)), has_text=self.engine.array(has_text)
         )
         latents = denoise(
-            lambda **inputs: self._run("denoiser", **inputs),
+            self._step,
             self.engine.array(noise),
-            None if task == "subject" else self._source_latents(batch, width, height, fit),
+            source,
             cross_kv,
             self.engine.array(np.tile(text_mask, (len(rows), 1))),
             rows,
             table,
             on_step,
+            savings,
         )
         pixels = self._run("vae_decoder", latents=latents / self.config.vae.scale)
         return [to_picture(picture) for picture in to_numpy(pixels)]
@@ -308,7 +263,7 @@ class MigePipeline:
                 f"and at most {MAX_ENLARGED} times that area is made"
             )
         for source in sources if fit in (None, "crop") else ():
-            _warn_of_crop(source, width, height, warn)
+            warn_of_crop(source, width, height, warn)
         return width, height
 
     def _check_limits(self, batch: Sequence[Resolved], width: int, height: int) -> None:
@@ -334,6 +289,12 @@ class MigePipeline:
                     f"another {option}" + ("" if self.engine.precision == "int8" else ", or use --engine pytorch")
                 )
 
+    def forget(self) -> None:
+        """Drop the encoded prompts and sources that are remembered, and captured graphs."""
+        self.encoder.forget()
+        if self._captured is not None:
+            self._captured.clear()
+
     @property
     def most_at_once(self) -> int:
         """How many pictures `make` takes at most."""
@@ -342,70 +303,10 @@ class MigePipeline:
 
     def _run(self, graph: str, **inputs: Array) -> Array:
         """The first output of a graph."""
+        if self.low_memory:
+            phase = next(phase for phase in PHASES if graph in phase)
+            others = [other for other in GRAPHS if other not in phase]
+            if "denoiser" in others and self._captured is not None:
+                self._captured.clear()
+            self.engine.release(others)
         return next(iter(self.engine.run(graph, inputs).values()))
-
-    def _encode(
-        self, batch: Sequence[Resolved], fit: Fit | None, warn: Callable[[str], None]
-    ) -> tuple[Array, NDArray[np.bool_]]:
-        """text_states [B,L,D] and text_mask [B,L]; each different picture is encoded once."""
-        config, side = self.config, self.config.size
-        index: dict[tuple[bytes, Fit], int] = {}
-        vit: list[NDArray[np.float32]] = []
-        vae: list[NDArray[np.float32]] = []
-        prompts = []
-        for request in batch:
-            slots = []
-            how: Fit = "crop" if fit == "crop" or (fit is None and request.task != "subject") else "pad"
-            for image in request.images:
-                if how == "crop":
-                    _warn_of_crop(image, side, side, warn)
-                key = (repr(image.size).encode() + image.tobytes(), how)
-                if key not in index:
-                    index[key] = len(vit)
-                    vit.append(vit_pixels(image, config.vision.side))
-                    vae.append(vae_pixels(image, side, side, how))
-                slots.append(index[key])
-            text = compose_prompt(request.task, request.prompt)
-            del slots[count_placeholders(text) :]  # those that the clean-up cut away with the words
-            prompt = encode_prompt(text, slots, self.tokenize, config.qformer.queries, config.max_tokens)
-            if prompt.token_ids.max() >= config.text.vocabulary:
-                raise InputError(
-                    f"the prompt has the token {prompt.token_ids.max()} and the model knows {config.text.vocabulary}: "
-                    "the tokenizer is another model's; convert the model again with its own"
-                )
-            kept = prompt.kept or words_kept(request.prompt)
-            if kept is not None:
-                warn(f"the prompt is too long and was cut after: ...{kept}")
-            prompts.append(prompt)
-        token_ids, slot_index, text_mask = collate(prompts)
-        array = self.engine.array
-        if vit:
-            ref_latents = self._run("vae_encoder", pixels_vae=array(np.stack(vae)))
-            image_tokens = self._run("image_encoder", pixels_vit=array(np.stack(vit)), ref_latents=ref_latents)
-        else:
-            image_tokens = array(np.zeros((1, config.qformer.queries, config.text.width), np.float32))
-        text_states = self._run(
-            "text_encoder",
-            token_ids=array(token_ids),
-            image_tokens=image_tokens,
-            slot_index=array(slot_index),
-            text_mask=array(text_mask),
-        )
-        return text_states, text_mask
-
-    def _source_latents(self, batch: Sequence[Resolved], width: int, height: int, fit: Fit | None) -> Array:
-        """[B,c,h,w], scaled; a source that several samples share is encoded once."""
-        pixels: list[NDArray[Any]] = []
-        index: dict[bytes, int] = {}
-        order = []
-        for request in batch:
-            assert request.source is not None
-            made = vae_pixels(request.source, width, height, fit or "crop")
-            key = made.tobytes()
-            if key not in index:
-                index[key] = len(pixels)
-                pixels.append(made)
-            order.append(index[key])
-        latents = self._run("vae_encoder", pixels_vae=self.engine.array(np.stack(pixels)))
-        xp = array_namespace(latents)
-        return xp.stack([latents[i] for i in order]) * self.config.vae.scale

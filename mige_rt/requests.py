@@ -1,17 +1,95 @@
-"""Requests in files: JSON lines with one vocabulary, for `run --batch` and for training and evaluation manifests."""
+"""Requests: in Python, what they come to once everything is known, and in files as JSON lines with one vocabulary, for
+`run --batch`, `compare --prompts`, and training and evaluation manifests."""
 
 import json
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from PIL.Image import Image as Picture
 
 from mige_rt.errors import InputError
-from mige_rt.instruction import PREFIXES, Task
-from mige_rt.pictures import open_picture
-from mige_rt.pipeline import Request
+from mige_rt.instruction import PLACEHOLDER, PREFIXES, Task, clean_caption, count_placeholders, rewrite_instruction
+from mige_rt.pictures import check_picture, open_picture
+
+EditScope = Literal["local", "global"]
 
 _ID = re.compile(r"[\w.-]{1,100}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to make. images in placeholder order; a source makes it an edit of that picture."""
+
+    prompt: str
+    images: tuple[Picture, ...] = ()
+    source: Picture | None = None
+    seed: int = 0
+    task: Task | None = None  # None: read off the pictures
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A request whose task is known, and whose prompt has one picture for each placeholder."""
+
+    prompt: str
+    images: tuple[Picture, ...]
+    source: Picture | None
+    seed: int
+    task: Task
+
+
+def _same(a: Picture, b: Picture) -> bool:
+    return a is b or (a.size == b.size and a.tobytes() == b.tobytes())
+
+
+def resolve(request: Request, scope: EditScope = "local") -> Resolved:
+    """Which of the three uses a request is, and its multimodal prompt (paper, section 3.1).
+
+    Without a source: subject-driven generation. With one: an edit, where every picture in the prompt is the source;
+    subject-driven editing, where some are not. A prompt without a placeholder is rewritten by the paper's rule, and
+    `images` may be left out where each placeholder can only be the source.
+
+    Raises InputError when placeholders and pictures do not match, or the task needs a source and there is none.
+    """
+    for picture in (*request.images, request.source):
+        if picture is not None and not isinstance(picture, Picture):
+            raise InputError(f"a picture is a {type(picture).__name__}; a Pillow picture is expected")
+    source = None if request.source is None else check_picture(request.source)
+    images = tuple(check_picture(image) for image in request.images)
+    if source is not None:
+        images = tuple(source if _same(image, source) else image for image in images)
+    prompt, placeholders = request.prompt, count_placeholders(request.prompt)
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the prompt holds half a character ({error}); write it as UTF-8") from error
+    if not clean_caption(prompt):
+        raise InputError(f"the prompt is empty ({prompt!r}); say in words what the picture should be")
+    if source is not None:
+        rewritten = rewrite_instruction(prompt, scope)
+        named = (source,) * count_placeholders(rewritten)
+        if placeholders == 0 and images in ((), (source,), named):
+            prompt, images = rewritten, named
+        elif placeholders == 1 and not images:
+            images = (source,)
+        placeholders = count_placeholders(prompt)
+    if placeholders != len(images):
+        raise InputError(
+            f"the prompt has {placeholders} {PLACEHOLDER} and {len(images)} pictures were given; "
+            "give one picture for each, in their order"
+        )
+    if source is None:
+        task: Task = "subject"
+    else:
+        task = "edit" if all(image is source for image in images) else "compose"
+    if request.task is not None:
+        if (request.task == "subject") != (source is None):
+            needs = "takes no source picture" if source is not None else "needs a source picture"
+            raise InputError(f"the task {request.task!r} {needs}; the pictures given are those of {task!r}")
+        task = request.task
+    return Resolved(prompt, images, source, request.seed, task)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ alpha^2 + sigma^2 = 1 and lambda = log(alpha / sigma). All of it is float64, mad
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mige_rt.config import Solver
 from mige_rt.errors import InputError
 
 TRAIN_STEPS = 1000  # discrete times the model is trained at; timestep i is the time (i + 1) / TRAIN_STEPS
@@ -38,12 +39,16 @@ class SolverStep:
     previous: float  # 0 on a first-order step
 
 
-def dpm_solver_pp_2m(steps: int, prediction: Literal["epsilon", "v_prediction"]) -> list[SolverStep]:
-    """DPM-Solver++(2M) (Lu et al., 2022, algorithm 2), `steps` model evaluations at times uniform from 1 to 1/1000.
+def solver_table(solver: Solver, steps: int, prediction: Literal["epsilon", "v_prediction"]) -> list[SolverStep]:
+    """A solver as `steps` model evaluations at times uniform from 1 to 1/1000.
 
-    `prediction` says what the model gives: the noise, or v = alpha * noise - sigma * data (Salimans & Ho, 2022).
-    Raises InputError when steps is below 2 or above 1000.
+    dpm_solver_pp_2m: DPM-Solver++(2M) (Lu et al., 2022, algorithm 2), the published one. ddim: DDIM without noise (Song
+    et al., 2021, equation 12), which is its first order. `prediction` says what the model gives: the noise, or
+    v = alpha * noise - sigma * data (Salimans & Ho, 2022).
+    Raises InputError when steps is below 2 or above 1000, or there is no such solver.
     """
+    if solver not in get_args(Solver):
+        raise InputError(f"there is no solver {solver!r}; expected one of {', '.join(get_args(Solver))}")
     if not 2 <= steps <= TRAIN_STEPS:
         raise InputError(
             f"the number of steps is {steps}; at least 2 and at most {TRAIN_STEPS} are possible, "
@@ -61,7 +66,7 @@ def dpm_solver_pp_2m(steps: int, prediction: Literal["epsilon", "v_prediction"])
             data_from_latents, data_from_prediction = 1 / alpha[i], -sigma[i] / alpha[i]
         else:
             data_from_latents, data_from_prediction = alpha[i], -sigma[i]
-        first_order = i == 0 or (i == steps - 1 and steps < FEW_STEPS)
+        first_order = solver == "ddim" or i == 0 or (i == steps - 1 and steps < FEW_STEPS)
         # D = data + (data - data before) / (2 r), r = h[i - 1] / h[i]
         extrapolation = 0.0 if first_order else h[i] / (2 * h[i - 1])
         gain = -alpha[i + 1] * np.expm1(-h[i])

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from rich.table import Table
 
-from mige_rt.pipeline import MigePipeline, Resolved, Settings
+from mige_rt.pipeline import MigePipeline, Settings
+from mige_rt.requests import Resolved
 from trainer.evaluate.metrics import psnr
 from trainer.world.concepts import Concept
 from trainer.world.tasks import KINDS, Sample, make_sample

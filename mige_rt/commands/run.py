@@ -12,12 +12,13 @@ import click
 from engines.interface import Precision
 from engines.opening import ENGINES
 from engines.plans import PLAN_ENGINES
-from mige_rt.commands.shared import PATH, Scale, Size, open_pipeline, progress
+from mige_rt.commands.shared import PATH, Range, Scale, Size, open_pipeline, progress
+from mige_rt.config import Solver
 from mige_rt.errors import InputError
 
 if TYPE_CHECKING:
-    from mige_rt.pipeline import MigePipeline, Resolved, Settings
-    from mige_rt.requests import RequestLine
+    from mige_rt.pipeline import MigePipeline, Settings
+    from mige_rt.requests import RequestLine, Resolved
 
 AT_ONCE = 4  # pictures of --num-images made together
 
@@ -61,6 +62,20 @@ def _numbered(out: Path, number: int) -> list[Path]:
 @click.option("--engine", type=click.Choice(["auto", *ENGINES]), default="auto", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1")
 @click.option("--precision", type=click.Choice(["auto", *get_args(Precision)]), default="auto", show_default=True)
+@click.option("--solver", type=click.Choice(get_args(Solver)), help="[default: dpm_solver_pp_2m, the published one]")
+@click.option(
+    "--guidance-range",
+    type=Range(),
+    help="compute guidance in this part of the steps alone, as 0.1-0.8: faster, a little different",
+)
+@click.option(
+    "--reuse",
+    type=click.FloatRange(0, 1, max_open=True),
+    help="skip the model while the picture changed by less than this share since it last ran, as 0.05: faster, a "
+    "little different",
+)
+@click.option("--low-vram", is_flag=True, help="load each part of the model when it is needed and release it: slower")
+@click.option("--compile", "compiled", is_flag=True, help="put the denoiser through torch.compile (engine pytorch)")
 @click.option("--build", "build_missing", is_flag=True, help="build plans for this machine if the bundle has none")
 def run(
     prompt: str | None,
@@ -81,6 +96,11 @@ def run(
     engine: str,
     device: str,
     precision: Any,
+    solver: Any,
+    guidance_range: tuple[float, float] | None,
+    reuse: float | None,
+    low_vram: bool,
+    compiled: bool,
     build_missing: bool,
 ) -> None:
     """Make a picture, or edit one.
@@ -107,11 +127,12 @@ def run(
     if seed is None:
         seed = secrets.randbelow(2**31)
         click.echo(f"seed {seed}", err=True)
-    settings = Settings(steps, text_scale, source_scale, size, fit)
+    settings = Settings(steps, text_scale, source_scale, size, fit, solver, guidance_range, reuse)
+    settings.savings()  # now, since opening the model takes longer
     job = _Job(settings, num_images, edit_scope, task)
 
     def open_pipe() -> "MigePipeline":
-        return open_pipeline(model, engine, device, precision, build_missing)
+        return open_pipeline(model, engine, device, precision, build_missing, low_vram, compiled)
 
     if prompt is not None:
         for path in _numbered(out, num_images):
@@ -135,7 +156,7 @@ class _Job:
     def read(self, line: "RequestLine", folder: Path, seed: int) -> "Resolved":
         from dataclasses import replace
 
-        from mige_rt.pipeline import resolve
+        from mige_rt.requests import resolve
 
         request = line.open(folder, seed)
         return resolve(replace(request, task=request.task or self.task), self.scope)

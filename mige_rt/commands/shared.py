@@ -47,6 +47,17 @@ class Scale(click.ParamType):
         return number
 
 
+class Range(click.ParamType):
+    name = "A-B"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
+        try:
+            first, last = map(float, str(value).split("-"))
+        except ValueError:
+            self.fail(f"{value!r} is no range; give two shares of the steps, as 0.1-0.8", param, ctx)
+        return first, last
+
+
 class Size(click.ParamType):
     name = "N|WxH"
 
@@ -57,7 +68,15 @@ class Size(click.ParamType):
         return int(parts[0]), int(parts[-1])
 
 
-def open_pipeline(model: Path | None, engine: str, device: str, precision: Any, build_missing: bool) -> "MigePipeline":
+def open_pipeline(
+    model: Path | None,
+    engine: str,
+    device: str,
+    precision: Any,
+    build_missing: bool,
+    low_vram: bool,
+    compiled: bool,
+) -> "MigePipeline":
     from mige_rt.bundle import DEFAULT_MODEL
     from mige_rt.pipeline import MigePipeline
 
@@ -65,13 +84,13 @@ def open_pipeline(model: Path | None, engine: str, device: str, precision: Any, 
         click.echo("using the small default model; --model names another", err=True)
     folder = model or DEFAULT_MODEL
     try:
-        pipe = MigePipeline.from_pretrained(folder, engine, device, precision)
+        pipe = MigePipeline.from_pretrained(folder, engine, device, precision, low_memory=low_vram, compile=compiled)
     except NoPlanError as error:
         if not build_missing:
             raise
         click.echo(f"building plans for {error.machine}", err=True)
         build_plans(folder, error.machine.engine, None, device)
-        pipe = MigePipeline.from_pretrained(folder, engine, device, precision)
+        pipe = MigePipeline.from_pretrained(folder, engine, device, precision, low_memory=low_vram, compile=compiled)
     if engine == "auto":
         opened = pipe.engine
         click.echo(f"engine {opened.name} on {opened.device} in {opened.precision}", err=True)

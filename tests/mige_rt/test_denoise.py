@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from mige_rt.denoise import denoise
+from mige_rt.denoise import denoise, plain_step
 from mige_rt.guidance import branches
-from mige_rt.sampler import dpm_solver_pp_2m, draw_noise
+from mige_rt.sampler import draw_noise, solver_table
 
 SHAPE = (4, 6, 5)
 
@@ -37,8 +37,8 @@ def run(scales: tuple[float, float | None], seeds: list[int], steps: int = 6) ->
     rows, denoiser = branches(*scales), Elementwise()
     noise, source = draw_noise(seeds, SHAPE), draw_noise([s + 100 for s in seeds], SHAPE)
     given = None if scales[1] is None else source
-    table = dpm_solver_pp_2m(steps, "v_prediction")
-    return denoise(denoiser, noise, given, *conditions(len(rows) * len(seeds)), rows, table), denoiser
+    table = solver_table("dpm_solver_pp_2m", steps, "v_prediction")
+    return denoise(plain_step(denoiser), noise, given, *conditions(len(rows) * len(seeds)), rows, table), denoiser
 
 
 @pytest.mark.parametrize("scales", [(5.0, 1.6), (5.0, 1.0), (7.0, None)])
@@ -47,10 +47,10 @@ def test_numpy_and_torch_give_the_same_latents(scales: tuple[float, float | None
     noise, source = draw_noise([1, 2], SHAPE), draw_noise([3, 4], SHAPE)
     given = None if scales[1] is None else source
     cross_kv, text_mask = conditions(2 * len(rows))
-    table = dpm_solver_pp_2m(12, "epsilon")
-    from_numpy = denoise(Elementwise(), noise, given, cross_kv, text_mask, rows, table)
+    table = solver_table("dpm_solver_pp_2m", 12, "epsilon")
+    from_numpy = denoise(plain_step(Elementwise()), noise, given, cross_kv, text_mask, rows, table)
     from_torch = denoise(
-        Elementwise(),
+        plain_step(Elementwise()),
         torch.from_numpy(noise),
         None if given is None else torch.from_numpy(given),
         torch.from_numpy(cross_kv),
@@ -66,10 +66,10 @@ def test_numpy_and_torch_give_the_same_latents(scales: tuple[float, float | None
 
 def test_the_loop_is_guidance_and_solver() -> None:
     """Against the same run written out branch by branch in float64."""
-    rows, table = branches(5.0, 1.6), dpm_solver_pp_2m(5, "v_prediction")
+    rows, table = branches(5.0, 1.6), solver_table("dpm_solver_pp_2m", 5, "v_prediction")
     noise, source = draw_noise([1, 2], SHAPE), draw_noise([3, 4], SHAPE)
     cross_kv, text_mask = conditions(6)
-    got = denoise(Elementwise(), noise, source, cross_kv, text_mask, rows, table)
+    got = denoise(plain_step(Elementwise()), noise, source, cross_kv, text_mask, rows, table)
 
     for sample in range(2):
         x, before = noise[sample : sample + 1].astype(np.float64), 0.0
@@ -111,14 +111,20 @@ def test_the_model_is_called_once_a_step_with_the_solvers_timesteps() -> None:
 
 
 def test_a_sample_does_not_depend_on_its_batch() -> None:
-    rows, table = branches(5.0, 1.6), dpm_solver_pp_2m(6, "v_prediction")
+    rows, table = branches(5.0, 1.6), solver_table("dpm_solver_pp_2m", 6, "v_prediction")
     cross_kv, text_mask = conditions(12)
     noise, source = draw_noise([1, 2, 3, 4], SHAPE), draw_noise([5, 6, 7, 8], SHAPE)
-    together = denoise(Elementwise(), noise, source, cross_kv, text_mask, rows, table)
+    together = denoise(plain_step(Elementwise()), noise, source, cross_kv, text_mask, rows, table)
     for i in range(4):
         mine = slice(i, None, 4)
         alone = denoise(
-            Elementwise(), noise[i : i + 1], source[i : i + 1], cross_kv[:, :, mine], text_mask[mine], rows, table
+            plain_step(Elementwise()),
+            noise[i : i + 1],
+            source[i : i + 1],
+            cross_kv[:, :, mine],
+            text_mask[mine],
+            rows,
+            table,
         )
         np.testing.assert_allclose(alone[0], together[i], rtol=1e-5)
 
@@ -127,8 +133,16 @@ def test_progress_is_reported_after_each_step_and_inputs_are_left_as_they_were()
     noise = draw_noise([1], SHAPE)
     before, reported = noise.copy(), []
     rows = branches(7.0, None)
-    table = dpm_solver_pp_2m(3, "epsilon")
-    denoise(Elementwise(), noise, None, *conditions(2), rows, table, lambda done, total: reported.append((done, total)))
+    table = solver_table("dpm_solver_pp_2m", 3, "epsilon")
+    denoise(
+        plain_step(Elementwise()),
+        noise,
+        None,
+        *conditions(2),
+        rows,
+        table,
+        lambda done, total: reported.append((done, total)),
+    )
     assert reported == [(1, 3), (2, 3), (3, 3)]
     np.testing.assert_array_equal(noise, before)
 
@@ -136,10 +150,10 @@ def test_progress_is_reported_after_each_step_and_inputs_are_left_as_they_were()
 def test_a_source_that_is_missing_is_an_error() -> None:
     with pytest.raises(ValueError, match="source"):
         denoise(
-            Elementwise(),
+            plain_step(Elementwise()),
             draw_noise([1], SHAPE),
             None,
             *conditions(2),
             branches(5.0, 1.0),
-            dpm_solver_pp_2m(2, "epsilon"),
+            solver_table("dpm_solver_pp_2m", 2, "epsilon"),
         )

@@ -1,38 +1,31 @@
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from engines.interface import Array
+from engines.interface import GRAPHS, Array
+from engines.watched import WatchedEngine
 from mige_rt.errors import InputError
-from mige_rt.pipeline import MigePipeline, Request, resolve
+from mige_rt.pipeline import MigePipeline
+from mige_rt.requests import Request, resolve
+from trainer.evaluate.metrics import psnr
 
 COMPOSE = "replace the thing in <imagehere> with <imagehere>"
-
-
-class Counting:
-    """An engine that counts what is asked of the real one behind it."""
-
-    def __init__(self, pipe: MigePipeline) -> None:
-        self.inner = pipe.engine
-        self.name, self.device, self.precision = self.inner.name, self.inner.device, self.inner.precision
-        self.limits = self.inner.limits
-        self.calls: list[tuple[str, int]] = []  # the graph, the rows of its first input
-
-    def array(self, values: np.ndarray) -> Array:
-        return self.inner.array(values)
-
-    def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        self.calls.append((graph, next(iter(inputs.values())).shape[0]))
-        return self.inner.run(graph, inputs)
+Calls = list[tuple[str, int]]  # the graph, the rows of its first input
 
 
 @pytest.fixture
-def counted(pipe: MigePipeline) -> tuple[MigePipeline, Counting]:
-    engine = Counting(pipe)
-    return MigePipeline(pipe.config, pipe.tokenize, engine), engine
+def counted(pipe: MigePipeline) -> tuple[MigePipeline, Calls]:
+    """A pipeline on the real engine, and what it asks of it."""
+    calls: Calls = []
+
+    def count(graph: str, inputs: Mapping[str, Array], run: Callable[[], dict[str, Array]]) -> dict[str, Array]:
+        calls.append((graph, next(iter(inputs.values())).shape[0]))
+        return run()
+
+    return MigePipeline(pipe.config, pipe.encoder.tokenize, WatchedEngine(pipe.engine, count)), calls
 
 
 def _difference(a: Image.Image, b: Image.Image) -> int:
@@ -61,9 +54,9 @@ def test_a_picture_depends_on_its_own_seed_only(pipe: MigePipeline, scene: Image
 
 
 def test_each_step_is_one_call_of_the_branches_that_count(
-    counted: tuple[MigePipeline, Counting], scene: Image.Image, reference: Image.Image
+    counted: tuple[MigePipeline, Calls], scene: Image.Image, reference: Image.Image
 ) -> None:
-    pipe, engine = counted
+    pipe, calls = counted
     steps: list[tuple[int, int]] = []
     pipe(
         [COMPOSE] * 2,
@@ -76,15 +69,15 @@ def test_each_step_is_one_call_of_the_branches_that_count(
         on_step=lambda done, total: steps.append((done, total)),
     )
     assert steps == [(1, 3), (2, 3), (3, 3)]
-    # Two different pictures for the whole batch, encoded once; one source; two branches of two samples.
-    expected = {"image_encoder": [2], "text_encoder": [2], "conditioner": [4], "denoiser": [4] * 3, "vae_decoder": [2]}
+    # Each different picture, source and prompt of the batch is encoded once; two branches of two samples.
+    expected = {"image_encoder": [2], "text_encoder": [1], "conditioner": [4], "denoiser": [4] * 3, "vae_decoder": [2]}
     for graph, rows in expected.items():
-        assert [r for g, r in engine.calls if g == graph] == rows
-    assert [r for g, r in engine.calls if g == "vae_encoder"] == [2, 1]
+        assert [r for g, r in calls if g == graph] == rows
+    assert [r for g, r in calls if g == "vae_encoder"] == [1, 2]
     for scales, branches in [((5, 1.5), 3), ((1, 1), 1), ((5, 5), 2)]:
-        engine.calls.clear()
+        calls.clear()
         pipe(COMPOSE, images=[scene, reference], source=scene, steps=2, text_scale=scales[0], source_scale=scales[1])
-        assert ("denoiser", branches) in engine.calls
+        assert ("denoiser", branches) in calls
 
 
 def test_guidance_without_a_branch_is_what_it_is_with_it(pipe: MigePipeline, scene: Image.Image) -> None:
@@ -176,3 +169,107 @@ def test_batches_that_do_not_fit_together(pipe: MigePipeline, scene: Image.Image
         pipe("a cat", text_scale=float("nan"))
     with pytest.raises(InputError, match="empty"):
         pipe("  ")
+
+
+def test_a_second_picture_of_a_prompt_encodes_nothing(
+    counted: tuple[MigePipeline, Calls], scene: Image.Image, reference: Image.Image
+) -> None:
+    pipe, calls = counted
+    first = pipe(COMPOSE, [scene, reference], scene, seed=1, steps=2)[0]
+    calls.clear()
+    again = pipe(COMPOSE, [scene.copy(), reference], scene.copy(), seed=1, steps=2)[0]
+    assert [graph for graph, _ in calls] == ["conditioner", "denoiser", "denoiser", "vae_decoder"]
+    assert again.tobytes() == first.tobytes()
+    for other in (
+        {"prompt": COMPOSE.replace("thing", "things")},
+        {"images": [scene, scene.rotate(90)]},
+        {"fit": "pad"},
+    ):
+        calls.clear()
+        pipe(**{"prompt": COMPOSE, "images": [scene, reference], "source": scene, "seed": 1, "steps": 2, **other})
+        assert "text_encoder" in [graph for graph, _ in calls], other
+    pipe.forget()
+    calls.clear()
+    pipe(COMPOSE, [scene, reference], scene, seed=1, steps=2)
+    assert [graph for graph, _ in calls if "encoder" in graph] == [
+        "vae_encoder",
+        "vae_encoder",
+        "image_encoder",
+        "text_encoder",
+    ]
+
+
+def test_remembered_prompts_beside_new_ones_give_the_same_pictures(
+    counted: tuple[MigePipeline, Calls], scene: Image.Image
+) -> None:
+    pipe, calls = counted
+    prompts = ["make it blue", "remove the thing on the left of the picture", "make it blue"]
+    together = pipe(prompts, source=scene, seed=[1, 2, 3], steps=2)
+    pipe.forget()
+    pipe(prompts[1], source=scene, seed=2, steps=2)
+    calls.clear()
+    mixed = pipe(prompts, source=scene, seed=[1, 2, 3], steps=2)
+    assert [rows for graph, rows in calls if graph == "text_encoder"] == [1]
+    for a, b in zip(together, mixed, strict=True):
+        assert psnr(np.asarray(a), np.asarray(b)) > 60
+
+
+def test_only_so_many_prompts_are_remembered(counted: tuple[MigePipeline, Calls], monkeypatch) -> None:
+    monkeypatch.setattr("mige_rt.encoding.KEPT", 2)
+    pipe, calls = counted
+    for prompt in ("a", "b", "c"):
+        pipe(f"a plain {prompt}", seed=1, steps=2)
+    calls.clear()
+    pipe("a plain c", seed=1, steps=2)
+    assert "text_encoder" not in [graph for graph, _ in calls]
+    pipe("a plain a", seed=1, steps=2)
+    assert "text_encoder" in [graph for graph, _ in calls]
+
+
+def test_with_low_memory_graphs_are_released_and_the_picture_is_the_same(
+    pipe: MigePipeline, scene: Image.Image
+) -> None:
+    from engines.onnx_runtime import OnnxRuntimeEngine
+    from engines.pytorch import PyTorchEngine
+
+    wanted = pipe("make it blue", source=scene, seed=1, steps=2)[0]
+    for name in ("onnxruntime", "pytorch"):
+        small = MigePipeline.from_pretrained(engine=name, device="cpu", low_memory=True)
+        for _ in range(2):
+            assert psnr(np.asarray(small("make it blue", source=scene, seed=1, steps=2)[0]), np.asarray(wanted)) > 60
+            small.forget()
+        if isinstance(small.engine, OnnxRuntimeEngine):
+            assert set(small.engine.sessions) == {"vae_decoder"}
+        else:
+            assert isinstance(small.engine, PyTorchEngine)
+            model = small.engine.model
+            held = {graph for graph in GRAPHS if all(not p.is_meta for p in getattr(model, graph).parameters())}
+            assert held == {"vae_decoder"}
+
+
+def test_guidance_in_a_part_of_the_steps_runs_one_branch_in_the_others(
+    counted: tuple[MigePipeline, Calls], scene: Image.Image
+) -> None:
+    pipe, calls = counted
+    exact = pipe("make it blue", source=scene, seed=1, steps=10, text_scale=5.0)[0]
+    calls.clear()
+    part = pipe("make it blue", source=scene, seed=1, steps=10, text_scale=5.0, guidance_range=(0.2, 0.6))[0]
+    assert [rows for graph, rows in calls if graph == "denoiser"] == [1, 1, 2, 2, 2, 2, 1, 1, 1, 1]
+    assert part.tobytes() != exact.tobytes()
+    with pytest.raises(InputError, match=r"guidance range is 0\.6 to 0\.2"):
+        pipe("make it blue", source=scene, guidance_range=(0.6, 0.2))
+
+
+def test_reuse_skips_the_model_where_little_changes(counted: tuple[MigePipeline, Calls], scene: Image.Image) -> None:
+    pipe, calls = counted
+    exact = np.asarray(pipe("make it blue", source=scene, seed=1, steps=30)[0])
+    evaluations, quality = [], []
+    for threshold in (0.0, 0.03, 0.1):
+        calls.clear()
+        picture = pipe("make it blue", source=scene, seed=1, steps=30, reuse=threshold)[0]
+        evaluations.append(sum(graph == "denoiser" for graph, _ in calls))
+        quality.append(psnr(np.asarray(picture), exact))
+    assert evaluations[0] == 30 and evaluations[0] > evaluations[1] > evaluations[2] >= 3
+    assert quality[0] > 60 and quality[0] > quality[1] > quality[2] > 15
+    with pytest.raises(InputError, match="reuse"):
+        pipe("make it blue", source=scene, reuse=-1.0)

@@ -39,11 +39,11 @@ from made_up import normal, weight
 from export.bundle import Limits, axis_ranges
 from export.graphs import export_graph
 from mige_rt.config import PRESETS, ModelConfig, TextConfig
-from mige_rt.denoise import denoise
+from mige_rt.denoise import denoise, plain_step
 from mige_rt.errors import InputError
 from mige_rt.guidance import Branch, branches
 from mige_rt.instruction import collate, count_placeholders, encode_prompt
-from mige_rt.sampler import dpm_solver_pp_2m
+from mige_rt.sampler import solver_table
 from trainer.checkpoint import empty_model, fill
 from trainer.model.dit import sincos_positions
 from trainer.model.mige import Mige
@@ -293,8 +293,8 @@ class Stages:
         noise, source = self.noise, np.zeros_like(self.noise) if self.source is None else self.source
         if isinstance(cross_kv, Tensor):
             noise, source = torch.from_numpy(noise), torch.from_numpy(source)
-        table = dpm_solver_pp_2m(steps, self.config.prediction)
-        return denoise(denoiser, noise, source, cross_kv, text_mask, rows, table)
+        table = solver_table("dpm_solver_pp_2m", steps, self.config.prediction)
+        return denoise(plain_step(denoiser), noise, source, cross_kv, text_mask, rows, table)
 
 
 class PyTorchStages(Stages):

@@ -66,7 +66,9 @@ def evaluate(
 
 
 @click.command(help=__doc__, context_settings={"max_content_width": 120})
-@click.option("--model", type=click.Path(path_type=Path), help="a bundle or a model folder  [default: the one with mige-rt]")
+@click.option(
+    "--model", type=click.Path(path_type=Path), help="a bundle or a model folder  [default: the one with mige-rt]"
+)
 @click.option("--engine", default="auto", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1")
 @click.option(
