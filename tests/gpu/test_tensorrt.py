@@ -16,7 +16,7 @@ from engines.interface import to_numpy
 from engines.plans import PLAN_ENGINES, NoPlanError, PlanEngine
 from engines.tensorrt import TensorRTEngine
 from export.tensorrt import build
-from mige_rt.bundle import read_config
+from mige_rt.bundle import DEFAULT_MODEL, read_config
 from mige_rt.errors import InputError
 from mige_rt.instruction import load_tokenizer
 from mige_rt.pipeline import MigePipeline
@@ -61,14 +61,14 @@ def engine(bundle: Path, name: PlanEngine) -> Iterator[TensorRTEngine]:
 
 def denoiser_inputs(engine: TensorRTEngine, rows: int = 2, tokens: int = 20) -> dict[str, torch.Tensor]:
     """Inputs of the default model's denoiser."""
-    numbers = np.random.default_rng(0)
+    numbers, channels = np.random.default_rng(0), read_config(DEFAULT_MODEL).vae.channels
 
     def noise(*shape: int) -> Any:
         return engine.array(numbers.standard_normal(shape, np.float32))
 
     return {
-        "latents": noise(rows, 4, 16, 16),
-        "source": noise(rows, 4, 16, 16),
+        "latents": noise(rows, channels, 16, 16),
+        "source": noise(rows, channels, 16, 16),
         "timestep": engine.array(np.full(rows, 500, np.float32)),
         "cross_kv": noise(2, 6, rows, 6, tokens, 32),
         "text_mask": engine.array(np.ones((rows, tokens), bool)),
