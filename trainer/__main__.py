@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 
 
 @click.command(help=__doc__)
-@click.argument("stage", type=click.Choice(["vae", "vit", "features", "mige", "save", "preview"]))
+@click.argument("stage", type=click.Choice(["vae", "vit", "features", "mige", "save", "curve", "preview"]))
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
@@ -53,6 +53,10 @@ def main(stage: str, config: Path, world: Path, state: Path) -> None:
             from trainer.save import save
 
             click.echo(save(model, state))
+        elif stage == "curve":
+            from trainer.curve import plot_curve
+
+            click.echo(plot_curve(state / "mige" / "log.jsonl", state / "curve.png"))
         else:
             from rich.console import Console
 
