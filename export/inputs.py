@@ -16,7 +16,7 @@ from mige_rt.bundle import TOKENIZER_FILE, read_config, resolved_axes
 from mige_rt.config import ModelConfig
 from mige_rt.instruction import collate, compose_prompt, encode_prompt, load_tokenizer
 from mige_rt.pictures import vae_pixels, vit_pixels
-from mige_rt.requests import Resolved, parse_request, resolve
+from mige_rt.requests import Resolved, read_requests
 from mige_rt.sampler import ALPHAS, SIGMAS, draw_noise
 
 SAMPLES = Path(__file__).parent / "samples"  # requests.jsonl and its pictures
@@ -29,8 +29,7 @@ Feed = dict[str, NDArray]
 
 def sample_requests() -> list[Resolved]:
     """The requests that come with the project, two of each task."""
-    lines = (SAMPLES / "requests.jsonl").read_text(encoding="utf-8").splitlines()
-    return [resolve(parse_request(line).open(SAMPLES, seed)) for seed, line in enumerate(lines)]
+    return list(read_requests(SAMPLES / "requests.jsonl").values())
 
 
 def shapes_of(graph: str, config: ModelConfig, ranges: Mapping[str, Range], small: bool) -> dict[str, Sizes]:

@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from mige_rt.commands.bundles import build, convert, export, info
+from mige_rt.commands.compare import compare
 from mige_rt.commands.run import run
 from mige_rt.errors import InputError
 
@@ -25,7 +26,7 @@ def main() -> None:
     """MIGE: put the thing in a picture into a new scene, change a picture as told, or both at once."""
 
 
-for command in (run, convert, export, build, info):
+for command in (run, convert, export, build, info, compare):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -119,6 +119,35 @@ class RequestLine:
         )
 
 
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """A file's lines that are not blank, numbered from 1. Raises InputError when it has none, or is no text."""
+    try:
+        lines = [(n, line) for n, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1) if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as a text file of JSON lines: {error}") from error
+    if not lines:
+        raise InputError(f"{path} holds no line; one JSON object a line is expected")
+    return lines
+
+
+def read_requests(path: Path) -> dict[str, Resolved]:
+    """Every request of a file, by its id, or the number of its line where it has none; that is its seed's default, too.
+
+    Raises InputError that names the first line which cannot be used.
+    """
+    found: dict[str, Resolved] = {}
+    for number, text in read_lines(path):
+        try:
+            line = parse_request(text)
+            name = line.id or str(number)
+            if name in found:
+                raise InputError(f"the id {name!r} stands in an earlier line; give each its own")
+            found[name] = resolve(line.open(path.parent, number))
+        except InputError as error:
+            raise InputError(f"{path} line {number}: {error}") from error
+    return found
+
+
 def parse_request(line: str) -> RequestLine:
     """Read one line. Raises InputError that says what is wrong with it."""
     try:

@@ -1,11 +1,16 @@
+import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors import safe_open
 
 import export.bundle
+from mige_rt.bundle import DEFAULT_MODEL, MANIFEST, file_entry, read_manifest
 from mige_rt.pipeline import MigePipeline
 from trainer.preview import first_of_each_kind
 from trainer.world.concepts import Concept, load_concepts
@@ -43,6 +48,36 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return out
 
     return bundle
+
+
+@pytest.fixture(scope="session")
+def change_a_weight() -> Callable[[Path, str, float], None]:
+    """Multiplies one weight in a safetensors file, where it lies."""
+
+    def change(path: Path, name: str, factor: float) -> None:
+        with safe_open(path, framework="np") as file:
+            values = file.get_tensor(name)
+        content = path.read_bytes()
+        assert content.count(values.tobytes()) == 1
+        path.write_bytes(content.replace(values.tobytes(), (values * factor).astype(values.dtype).tobytes()))
+
+    return change
+
+
+@pytest.fixture
+def other_model(change_a_weight: Callable[[Path, str, float], None], tmp_path: Path) -> Callable[..., Path]:
+    """Copies of a bundle that are really other models: one weight is multiplied, and the manifest agrees with it."""
+
+    def make(graph: str, weight: str, factor: float, bundle: Path = DEFAULT_MODEL) -> Path:
+        folder = Path(shutil.copytree(bundle, tmp_path / f"other-{graph}"))
+        change_a_weight(folder / f"onnx/{graph}.safetensors", weight, factor)
+        manifest = read_manifest(folder)
+        entry = replace(manifest.graphs[graph], weights=file_entry(folder, f"onnx/{graph}.safetensors"))
+        changed = replace(manifest, graphs={**manifest.graphs, graph: entry})
+        (folder / MANIFEST).write_text(json.dumps(changed.to_json()))
+        return folder
+
+    return make
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ A quick look at a model in training, on things that it knows; `python -m trainer
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -90,38 +91,49 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
     return lines
 
 
+@dataclass(frozen=True)
+class Strip:
+    """Pictures side by side, uint8 [H,W,3], of which None leaves a place empty, and the text below them."""
+
+    pictures: Sequence[np.ndarray | None]
+    text: str
+
+
+def sheet(strips: Sequence[Strip], titles: Sequence[str], path: Path, columns: int = 2, cell: int = CELL) -> None:
+    """Write a PNG of strips in columns, each picture `cell` pixels wide, with a title above each place of a strip."""
+    strip_width = len(titles) * (cell + GAP) + 2 * GAP
+    font = ImageFont.load_default(13)
+    texts = [_wrapped(strip.text, font, strip_width - 2 * GAP) for strip in strips]
+    heights = [
+        cell + GAP + LINE * max(len(lines) for lines in texts[first : first + columns]) + GAP
+        for first in range(0, len(strips), columns)
+    ]
+    image = Image.new("RGB", (columns * strip_width, LINE + GAP + sum(heights)), "white")
+    draw = ImageDraw.Draw(image)
+    for c in range(columns):
+        for k, title in enumerate(titles):
+            draw.text((GAP + c * strip_width + k * (cell + GAP), 3), title, fill="grey", font=font)
+    for i, strip in enumerate(strips):
+        row, column = divmod(i, columns)
+        left, top = GAP + column * strip_width, LINE + GAP + sum(heights[:row])
+        for k, picture in enumerate(strip.pictures):
+            if picture is not None:
+                shown = Image.fromarray(picture).resize((cell, cell), Image.Resampling.BICUBIC)
+                image.paste(shown, (left + k * (cell + GAP), top))
+        for k, line in enumerate(texts[i]):
+            draw.text((left, top + cell + 3 + k * LINE), line, fill="black", font=font)
+    image.save(path)
+
+
 def grid(samples: Sequence[Sample], results: Sequence[Image.Image], path: Path, columns: int = 2) -> None:
     """Write a PNG: for each sample its source, its references, the result, the ground truth, and below them its kind
     and its prompt."""
     references = [[image for image in sample.images if image is not sample.source] for sample in samples]
     most = max(len(images) for images in references)
     titles = ["source", *(["references"] + [""] * (most - 1))[:most], "result", "ground truth"]
-    cell_width = len(titles) * (CELL + GAP) + 2 * GAP
-    font = ImageFont.load_default(13)
-    texts = [_wrapped(f"{sample.kind}: {sample.prompt}", font, cell_width - 2 * GAP) for sample in samples]
-    heights = [
-        CELL + GAP + LINE * max(len(lines) for lines in texts[first : first + columns]) + GAP
-        for first in range(0, len(samples), columns)
-    ]
-    sheet = Image.new("RGB", (columns * cell_width, LINE + GAP + sum(heights)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for c in range(columns):
-        for k, title in enumerate(titles):
-            draw.text((GAP + c * cell_width + k * (CELL + GAP), 3), title, fill="grey", font=font)
-    for i, (sample, result) in enumerate(zip(samples, results, strict=True)):
-        row, column = divmod(i, columns)
-        left, top = GAP + column * cell_width, LINE + GAP + sum(heights[:row])
-        shown = [
-            sample.source,
-            *references[i],
-            *[None] * (most - len(references[i])),
-            np.asarray(result),
-            sample.target,
-        ]
-        for k, picture in enumerate(shown):
-            if picture is not None:
-                image = Image.fromarray(picture).resize((CELL, CELL), Image.Resampling.BICUBIC)
-                sheet.paste(image, (left + k * (CELL + GAP), top))
-        for k, line in enumerate(texts[i]):
-            draw.text((left, top + CELL + 3 + k * LINE), line, fill="black", font=font)
-    sheet.save(path)
+    strips = []
+    for sample, own, result in zip(samples, references, results, strict=True):
+        empty = [None] * (most - len(own))
+        pictures = [sample.source, *own, *empty, np.asarray(result), sample.target]
+        strips.append(Strip(pictures, f"{sample.kind}: {sample.prompt}"))
+    sheet(strips, titles, path, columns)

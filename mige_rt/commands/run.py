@@ -197,7 +197,7 @@ class _Job:
 def _run_batch(batch: Path, out: Path, seed: int, job: _Job, open_pipe: Callable[[], "MigePipeline"]) -> bool:
     """Make every line's pictures; a line that cannot be used is said and passed over. Returns whether none was."""
     from mige_rt.pictures import check_output
-    from mige_rt.requests import parse_request
+    from mige_rt.requests import parse_request, read_lines
 
     check_output(out.with_name(f"{out.stem}-1{out.suffix}"))  # a folder that cannot be written is no line's fault
     failures = 0
@@ -209,7 +209,7 @@ def _run_batch(batch: Path, out: Path, seed: int, job: _Job, open_pipe: Callable
         failures += 1
         click.echo(f"{batch} line {number}: {error}", err=True)
 
-    for number, text in _lines(batch):
+    for number, text in read_lines(batch):
         try:
             line = parse_request(text)
             name = line.id or str(number)
@@ -229,14 +229,3 @@ def _run_batch(batch: Path, out: Path, seed: int, job: _Job, open_pipe: Callable
         except InputError as error:
             said(number, error)
     return failures == 0
-
-
-def _lines(batch: Path) -> list[tuple[int, str]]:
-    """The lines that are not blank, with their numbers from 1."""
-    try:
-        lines = [(n, line) for n, line in enumerate(batch.read_text("utf-8-sig").split("\n"), 1) if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{batch} cannot be read as a text file of JSON lines: {error}") from error
-    if not lines:
-        raise InputError(f"{batch} holds no line; one JSON object a line is expected")
-    return lines

@@ -1,12 +1,14 @@
 """What several commands share: progress, parameter types, opening a model, building plans."""
 
 import math
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from engines.plans import NoPlanError, PlanEngine
 
@@ -95,6 +97,25 @@ def open_pipeline(
         opened = pipe.engine
         click.echo(f"engine {opened.name} on {opened.device} in {opened.precision}", err=True)
     return pipe
+
+
+def command_line() -> str:
+    """The running command with the options that were given, as one would type it again."""
+    context = click.get_current_context()
+    words = ["mige-rt", str(context.info_name)]
+    for param in context.command.params:
+        name = str(param.name)
+        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        value = context.params[name]
+        values = value if param.multiple else [value]
+        if isinstance(param, click.Option) and param.is_flag:
+            words.append(param.opts[0] if value else param.secondary_opts[0])
+        elif isinstance(param, click.Option):
+            words += [word for one in values for word in (param.opts[0], str(one))]
+        else:
+            words += [str(one) for one in values]
+    return shlex.join(words)
 
 
 def build_plans(bundle: Path, engine: PlanEngine, capabilities: Sequence[str] | None, device: str) -> Path:

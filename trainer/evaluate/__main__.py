@@ -22,6 +22,16 @@ SAMPLES, GUIDANCE_SAMPLES = 64, 8  # a kind
 SHOWN = 4  # samples a kind in the grid
 
 
+def held_out_concepts(world: Path) -> "list[Concept]":
+    """Those of a world that are held out from training. Raises InputError when they are fewer than three."""
+    from trainer.world.concepts import load_concepts
+
+    held_out = [concept for concept in load_concepts(world) if concept.held_out]
+    if len(held_out) < 3:
+        raise InputError(f"{world} has {len(held_out)} held-out concepts, 3 are needed; fetch it again")
+    return held_out
+
+
 def evaluate(
     pipe: "MigePipeline",
     concepts: "list[Concept]",
@@ -104,7 +114,6 @@ def main(
 
     console = Console(stderr=True)
     try:
-        concepts = load_concepts(world)
         with (
             whole_folder(out) as folder,
             Progress(console=console, transient=True, disable=not console.is_terminal) as bar,
@@ -118,13 +127,12 @@ def main(
                 from trainer.evaluate.sweep import check_matplotlib, known_concepts, sweep, write_sweep
 
                 check_matplotlib()
+                known = known_concepts(load_concepts(world))
                 pipe = MigePipeline.from_pretrained(model or DEFAULT_MODEL, engine, device, precision)
                 seed, each = GUIDANCE_SEED if seed is None else seed, samples or GUIDANCE_SAMPLES
-                write_sweep(pipe, sweep(pipe, known_concepts(concepts), seed, each, advance), seed, each, folder)
+                write_sweep(pipe, sweep(pipe, known, seed, each, advance), seed, each, folder)
             else:
-                held_out = [concept for concept in concepts if concept.held_out]
-                if len(held_out) < 3:
-                    raise InputError(f"{world} has {len(held_out)} held-out concepts, 3 are needed; fetch it again")
+                held_out = held_out_concepts(world)
                 pipe = MigePipeline.from_pretrained(model or DEFAULT_MODEL, engine, device, precision)
                 seed = EVALUATION_SEED if seed is None else seed
                 text = evaluate(pipe, held_out, seed, samples or SAMPLES, folder, advance)
