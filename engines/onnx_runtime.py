@@ -1,6 +1,6 @@
 """The ONNX Runtime engine: a bundle's graphs on the CPU, with NumPy arrays, or on CUDA, with torch tensors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +19,16 @@ class OnnxRuntimeEngine:
     name = "onnxruntime"
     captures = 0
 
-    def __init__(self, folder: Path, manifest: Manifest, device: str) -> None:
-        """device is cpu, or cuda:N, which is there."""
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        device: str,
+        set_options: Callable[[onnxruntime.SessionOptions], None] = lambda options: None,
+    ) -> None:
+        """device is cpu, or cuda:N, which is there. set_options changes what a session is made with."""
         self.folder, self.manifest, self.device = folder, manifest, device
+        self.set_options = set_options
         self.precision: str = manifest.precision
         self.limits: Mapping[str, Range] = manifest.ranges
         self.sessions: dict[str, onnxruntime.InferenceSession] = {}
@@ -74,6 +81,7 @@ class OnnxRuntimeEngine:
         if graph not in self.sessions:
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3  # errors; its warnings speak of the graph's making
+            self.set_options(options)
             path = self.folder / self.manifest.graphs[graph].onnx.path
             try:
                 self.sessions[graph] = onnxruntime.InferenceSession(str(path), options, providers=self._providers())
