@@ -154,16 +154,18 @@ def write_grid(pictures: Sequence[PictureParity], path: Path) -> int:
     return gain
 
 
-def table(found: Comparison) -> Table:
+def tables(found: Comparison) -> list[Table]:
     """What the command prints."""
-    made = Table(Column("figure", no_wrap=True), "worst", "allowed", "at", "", title="Parity")
+    parity = Table(Column("figure", no_wrap=True), "worst", "allowed", "at", "", title="Parity")
     for figure in found.parity.figures:
-        made.add_row(figure.what, figure.text, figure.allowed, figure.at, figure.judged)
-    for metric in found.metrics or ():
-        made.add_row(
-            f"{metric.kind}: {metric.figure}", _interval(metric.candidate), "", _interval(metric.reference), ""
-        )
-    return made
+        parity.add_row(figure.what, figure.text, figure.allowed, figure.at, figure.judged)
+    if found.metrics is None:
+        return [parity]
+    metrics = Table("kind", "figure", "reference", "candidate", title="The world's evaluation")
+    for metric in found.metrics:
+        values = (f"{estimate['value']:.3g}" for estimate in (metric.reference, metric.candidate))
+        metrics.add_row(metric.kind, metric.figure, *values)
+    return [parity, metrics]
 
 
 def _interval(estimate: Mapping[str, float]) -> str:

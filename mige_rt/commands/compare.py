@@ -90,7 +90,7 @@ def compare(
             found = comparing.compare(
                 truth, tried, requests, seeds, Settings(steps=steps), command_line(), folder, world, samples, advance
             )
-    Console(stderr=True).print(comparing.table(found))
+    Console(stderr=True).print(*comparing.tables(found))
     click.echo(found.verdict, err=True)
     click.echo(out)
     if not found.complete:

@@ -14,6 +14,7 @@ from PIL import Image
 from benchmarks.compare import write_grid
 from benchmarks.parity import PictureParity, compare_pipelines, tolerance
 from engines.interface import GRAPHS
+from engines.pytorch import PyTorchEngine
 from export import validate
 from export.inputs import SAMPLES
 from mige_rt.bundle import DEFAULT_MODEL
@@ -138,6 +139,15 @@ def test_half_precision_has_its_own_tolerance(prompts: Path, tmp_path: Path) -> 
     assert max(errors) > validate.TOLERANCES["fp32"]  # what passes here would fail there
 
 
+def test_engines_of_two_kinds_of_arrays_are_compared(pipe: MigePipeline) -> None:
+    engine = PyTorchEngine.open(DEFAULT_MODEL, "cpu", "bf16")
+    engine.device = "cpu:0"  # as on a GPU: tensors in and out, in bfloat16 between graphs, which NumPy does not have
+    tensors = MigePipeline(pipe.config, pipe.encoder.tokenize, engine)
+    for reference, candidate in ((pipe, tensors), (tensors, pipe)):
+        found = compare_pipelines(reference, candidate, EDIT, 1, Settings(steps=2))
+        assert found.ok and len(found.pictures[0].graphs) == len(PORTS), found.figures
+
+
 def test_the_wider_tolerance_of_two_precisions_counts() -> None:
     assert tolerance("fp32", "int8") == tolerance("int8", "fp32") == tolerance("int8")
     one, other = tolerance("fp32"), tolerance("fp16")
@@ -247,6 +257,7 @@ def test_the_worlds_evaluation_stands_side_by_side(
     both = found["move", "PSNR against the ground truth, dB"]
     assert both["reference"]["value"] != both["candidate"]["value"]
     assert "| move | PSNR against the ground truth, dB |" in (out / "compare.md").read_text()
+    assert "The world's evaluation" in result.stderr
 
 
 def test_without_the_evaluations_network_it_is_said_before_pictures_are_made(
