@@ -10,7 +10,6 @@ B samples, N pictures, R rows = B x guidance branches, L tokens, Q image tokens 
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace
@@ -18,11 +17,13 @@ from numpy.typing import NDArray
 from PIL.Image import Image as Picture
 
 from engines.interface import Array, Engine, to_numpy
+from engines.proxy import EngineProxy
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
 from mige_rt.guidance import Branch, branches
 from mige_rt.instruction import Task
-from mige_rt.pipeline import MigePipeline, Resolved, Settings
+from mige_rt.pipeline import MigePipeline, Settings
+from mige_rt.requests import Resolved
 
 PICTURE_SLOTS = 4  # pictures a prompt that the published code encodes, always
 
@@ -32,21 +33,12 @@ def all_branches(task: Task) -> list[Branch]:
     return branches(3.0, None if task == "subject" else 2.0)
 
 
-class CountingEngine:
+class CountingEngine(EngineProxy):
     """An engine, and how often each of its graphs was run."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.name, self.device, self.precision, self.limits = (
-            engine.name,
-            engine.device,
-            engine.precision,
-            engine.limits,
-        )
+        super().__init__(engine)
         self.calls: Counter[str] = Counter()
-
-    def array(self, values: NDArray[Any]) -> Array:
-        return self.engine.array(values)
 
     def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         self.calls[graph] += 1
@@ -85,32 +77,24 @@ class AsPublished:
         # A pipeline of its own, so that nothing is remembered from one picture to the next.
         pipe = MigePipeline(
             self.pipe.config,
-            self.pipe.tokenize,
+            self.pipe.encoder.tokenize,
             schedule(engine, self.pipe.config, len(batch), kept, all_branches(task)),
             self.pipe.model_name,
         )
         return pipe.make(batch, settings, on_step, on_warning)
 
 
-class _EncodeOnce:
+class _EncodeOnce(EngineProxy):
     """An engine that computes every branch, though it is asked for those that count."""
 
     def __init__(
         self, engine: Engine, config: ModelConfig, samples: int, kept: Sequence[Branch], every: Sequence[Branch]
     ) -> None:
-        self.engine, self.config, self.samples, self.every = engine, config, samples, every
-        self.name, self.device, self.precision, self.limits = (
-            engine.name,
-            engine.device,
-            engine.precision,
-            engine.limits,
-        )
+        super().__init__(engine)
+        self.config, self.samples, self.every = config, samples, every
         conditions = [(row.text, row.source) for row in every]
         self._kept = [conditions.index((row.text, row.source)) for row in kept]
         self._source = next((i for i, row in enumerate(kept) if row.source), None)
-
-    def array(self, values: NDArray[Any]) -> Array:
-        return self.engine.array(values)
 
     def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         if graph == "conditioner":
@@ -161,6 +145,11 @@ class _Published(_EncodeOnce):
             shape = (len(inputs["pixels_vit"]), self.config.qformer.queries, text.width)
             return {"image_tokens": self._zeros(shape)}
         if graph == "text_encoder":
+            if (given := len(inputs["token_ids"])) != self.samples:
+                raise InputError(
+                    f"the batch of {self.samples} has {given} different prompts, and the published schedule encodes "
+                    "each by itself: give prompts that differ"
+                )
             self._words = self._pad(inputs)
             return {"text_states": self._zeros((*inputs["token_ids"].shape, text.width))}
         if graph == "conditioner":

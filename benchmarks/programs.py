@@ -23,7 +23,7 @@ from mige_rt.config import ModelConfig, TaskDefaults
 from mige_rt.errors import InputError
 from mige_rt.guidance import branches
 from mige_rt.instruction import Task, compose_prompt, encode_prompt, load_tokenizer
-from mige_rt.sampler import dpm_solver_pp_2m
+from mige_rt.sampler import solver_table
 
 Program = Literal["published", "encode_once", "ours"]
 
@@ -44,7 +44,7 @@ def schedule(
     width, height = size or (config.size, config.size)
     _check(config, program, task, references, tokens, batch, width, height)
     defaults: TaskDefaults = getattr(config.defaults, task)
-    steps = len(dpm_solver_pp_2m(defaults.steps if steps is None else steps, config.prediction))
+    steps = len(solver_table("dpm_solver_pp_2m", defaults.steps if steps is None else steps, config.prediction))
     length = prompt_tokens(config, task, references) if tokens is None else tokens
     rows = all_branches(task)
     if program == "ours":

@@ -69,7 +69,7 @@ def requests(task: Task) -> list[Resolved]:
 
 def tapped(pipe: MigePipeline) -> tuple[MigePipeline, Tap]:
     tap = Tap(pipe.engine)
-    return MigePipeline(pipe.config, pipe.tokenize, tap), tap
+    return MigePipeline(pipe.config, pipe.encoder.tokenize, tap), tap
 
 
 def maker(pipe: MigePipeline, program: Program) -> MigePipeline | AsPublished:
@@ -157,7 +157,7 @@ def counted_flops() -> Iterator[FlopCounterMode]:
 
 def tokens_of(pipe: MigePipeline, request: Resolved) -> int:
     text, slots = compose_prompt(request.task, request.prompt), range(len(request.images))
-    return collate([encode_prompt(text, slots, pipe.tokenize, pipe.config.qformer.queries)])[0].shape[1]
+    return collate([encode_prompt(text, slots, pipe.encoder.tokenize, pipe.config.qformer.queries)])[0].shape[1]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -121,7 +121,7 @@ def engine_calls(task: Task, program: Program, steps: int = CALL_STEPS) -> dict[
     request = next(request for request in sample_requests() if request.task == task)
     pipe = MigePipeline.from_pretrained(engine="pytorch", device="cpu")
     counting = CountingEngine(pipe.engine)
-    counted = MigePipeline(pipe.config, pipe.tokenize, counting)
+    counted = MigePipeline(pipe.config, pipe.encoder.tokenize, counting)
     maker = counted if program == "ours" else AsPublished(counted, encode_once=program == "encode_once")
     maker.make([request], Settings(steps=steps))
     return {graph: counting.calls[graph] for graph in GRAPHS}

@@ -16,8 +16,8 @@ from PIL.Image import Image as Picture
 
 from engines.interface import GRAPHS, Array, Precision, Range, to_numpy
 from engines.onnx_runtime import OnnxRuntimeEngine
+from engines.proxy import WatchedEngine
 from engines.pytorch import PyTorchEngine
-from engines.watched import WatchedEngine
 from export.chunks import CHUNK_BYTES, run_onnx
 from export.inputs import RealInputs, Sizes, random_feed, sample_requests, shapes_of
 from export.precision import PreciseGraph

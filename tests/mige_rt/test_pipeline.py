@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from engines.interface import GRAPHS, Array
-from engines.watched import WatchedEngine
+from engines.proxy import WatchedEngine
 from mige_rt.errors import InputError
 from mige_rt.pipeline import MigePipeline
 from mige_rt.requests import Request, resolve
