@@ -1,7 +1,8 @@
 """Figures about pictures, and the intervals that they are sure to."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -48,3 +49,12 @@ def psnr(picture: np.ndarray, truth: np.ndarray) -> float:
 def within(picture: np.ndarray, other: np.ndarray, tolerance: int) -> np.ndarray:
     """Where two uint8 pictures [H,W,3] differ by at most `tolerance` of 255 in each channel; bool [H,W]."""
     return np.abs(picture.astype(np.int16) - other.astype(np.int16)).max(axis=-1) <= tolerance
+
+
+def rounded(data: Any) -> Any:
+    """With figures of six digits, so that files can be read and compared."""
+    if isinstance(data, Mapping):
+        return {key: rounded(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [rounded(value) for value in data]
+    return float(f"{data:.6g}") if isinstance(data, float) else data

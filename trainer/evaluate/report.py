@@ -12,7 +12,7 @@ from mige_rt.instruction import Task
 from mige_rt.pipeline import MigePipeline, Settings
 from trainer.evaluate import efficientnet_lite
 from trainer.evaluate.measure import EDITED_TOLERANCE, KEPT_TOLERANCE, Bar, Figures
-from trainer.evaluate.metrics import CONFIDENCE, RESAMPLES, Estimate
+from trainer.evaluate.metrics import CONFIDENCE, RESAMPLES, Estimate, rounded
 
 _PACKAGES = ("mige-rt", "numpy", "pillow", "torch", efficientnet_lite.PACKAGE)
 
@@ -36,16 +36,7 @@ def circumstances(pipe: MigePipeline, seed: int, samples: int) -> dict[str, Any]
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(_rounded(data), indent=2) + "\n")
-
-
-def _rounded(data: Any) -> Any:
-    """With figures of six digits, so that files can be read and compared."""
-    if isinstance(data, Mapping):
-        return {key: _rounded(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_rounded(value) for value in data]
-    return float(f"{data:.6g}") if isinstance(data, float) else data
+    path.write_text(json.dumps(rounded(data), indent=2) + "\n")
 
 
 def as_data(
