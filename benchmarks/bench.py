@@ -23,6 +23,7 @@ from mige_rt.bundle import is_bundle, read_config, read_manifest
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
 
+
 @dataclass(frozen=True)
 class Plan:
     """What to measure. models: of one model, in several precisions; the first is the one that PyTorch takes and that
@@ -82,7 +83,7 @@ def _one_model(models: Sequence[Path]) -> ModelConfig:
 
 @contextmanager
 def _models(plan: Plan, config: ModelConfig, found: Findings, say: OnProgress) -> Iterator[dict[str, Path]]:
-    """The model for each precision, see `candidates.wanted`; those that no bundle has are exported for the time being."""
+    """The model for each precision, see `candidates.wanted`; missing ones are exported for the time being."""
     models = {"auto": plan.models[0]}
     for path in plan.models:
         if is_bundle(path):
@@ -132,11 +133,11 @@ class _Workers:
 def _measure(
     plan: Plan, config: ModelConfig, models: dict[str, Path], workers: _Workers, found: Findings, say: OnProgress
 ) -> None:
-    precisions: list[str] = list(plan.precisions) or [p for p in models if p != "auto"] or ["auto"]
+    precisions: list[Any] = list(plan.precisions) or [p for p in models if p != "auto"] or ["auto"]
     if len(plan.models) == 1 and not plan.precisions:
         precisions = ["auto"]
     candidates = []
-    for candidate in wanted(models, list(plan.engines), plan.device, precisions):
+    for candidate in wanted(models, plan.engines, plan.device, precisions):
         say(f"opening {title(candidate)}", 0, 0)
         if workers.get(candidate.home, title(candidate)) is not None:
             candidates.append(candidate)

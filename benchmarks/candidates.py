@@ -1,5 +1,6 @@
 """What `mige-rt bench` measures: candidates (a program on an engine) and cases (what they are asked to make)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -9,11 +10,11 @@ from PIL.Image import Image as Picture
 
 import export
 from benchmarks.programs import Program
-from engines.opening import ENGINES
+from engines.opening import ENGINES, Asked
 from mige_rt.instruction import PLACEHOLDER
 from mige_rt.pictures import open_picture
-from mige_rt.pipeline import Request, Resolved, Settings, resolve
-
+from mige_rt.pipeline import Settings
+from mige_rt.requests import Request, Resolved, resolve
 
 SAMPLES = Path(export.__file__).parent / "samples"
 SCENES = ("picture-5.png", "picture-7.png", "picture-9.png", "picture-6.png")
@@ -21,6 +22,7 @@ THINGS = ("picture-8.png", "picture-10.png", "picture-1.png", "picture-2.png", "
 TITLES: dict[Program, str] = {"published": "as published", "encode_once": "encode once, all branches"}
 BASELINES: tuple[Program, ...] = ("published", "encode_once")
 SEED = 0
+SHORT = 2  # steps, the solver's least: of the runs that seconds a step are taken from
 
 # Savings that change the picture a little, see `mige_rt.denoise.Savings`.
 GUIDANCE_RANGE = (0.0, 0.5)
@@ -34,7 +36,7 @@ class Home:
     model: Path
     engine: str
     device: str
-    precision: str
+    precision: Asked
     program: Program = "ours"
     compile: bool = False
     low_vram: bool = False
@@ -60,7 +62,9 @@ class Candidate:
     @property
     def plain(self) -> bool:
         """What a user gets without asking for anything."""
-        return self.exact and not (self.cached or self.home.compile or self.home.low_vram) and self.home.program == "ours"
+        return (
+            self.exact and not (self.cached or self.home.compile or self.home.low_vram) and self.home.program == "ours"
+        )
 
     @property
     def extra(self) -> str:
@@ -132,7 +136,9 @@ def _picture(names: tuple[str, ...], number: int) -> Picture:
     return ImageChops.offset(picture, 5 * (number // len(names)))
 
 
-def wanted(models: dict[str, Path], engines: list[str], device: str, precisions: list[str]) -> list[Candidate]:
+def wanted(
+    models: dict[str, Path], engines: Sequence[str], device: str, precisions: Sequence[Asked]
+) -> list[Candidate]:
     """The candidates, slowest first: for each precision the baselines of PyTorch, then every engine; then what the
     fastest engine can do besides.
 

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks import parity
-from benchmarks.candidates import Candidate, Case, Home
+from benchmarks.candidates import SHORT, Candidate, Case, Home
 from benchmarks.cold_start import STARTS, cold_start
-from benchmarks.findings import SHORT, Fidelity, Findings, Row, title
+from benchmarks.findings import Fidelity, Findings, Row, title
 from benchmarks.measure import Latency, Turns
+from benchmarks.parity import load_similarity
+from benchmarks.tolerance import tolerance
 from benchmarks.work import Work, count, floor_seconds
 from benchmarks.worker import CandidateError, Made, Seen, Worker
 from export.validate import measure
@@ -121,8 +122,9 @@ def _time(
         turns.run(runs, warmups, lambda name, done, total: say(f"{case}: {name}", done, total))
         for name, row in rows.items():
             if row.candidate.plain and row.case == 0:
+                say(f"cold start of {name}", 0, 0)
                 try:
-                    starts[name] = cold_start(row.candidate.home, case, min(STARTS, runs), lambda: say(f"cold start of {name}", 0, 0))  # noqa: B023
+                    starts[name] = cold_start(row.candidate.home, case, min(STARTS, runs))
                 except CandidateError as error:
                     found.skip(f"the cold start of {name}", str(error))
     finally:
@@ -156,12 +158,12 @@ def _work(config: ModelConfig, candidate: Candidate, case: Case, own: Reference)
 
 
 def _fidelity(reference: Reference, own: Reference, judged: bool) -> Fidelity:
-    similarity = parity.similarity()
+    similarity = load_similarity()
     pairs = list(zip(own.made.pictures, reference.made.pictures, strict=True))
     latents = measure(own.seen.latents, reference.seen.latents)[0]
     decibels = min(psnr(a, b) for a, b in pairs)
     alike = min(similarity(a, b) for a, b in pairs)
     largest = max(int(np.abs(a.astype(np.int16) - b.astype(np.int16)).max()) for a, b in pairs)
-    allowed = parity.tolerance(own.precision, reference.precision)
+    allowed = tolerance(own.precision, reference.precision)
     ok = latents <= allowed.latents and decibels >= allowed.psnr and alike >= allowed.similarity
     return Fidelity(reference.name, latents, decibels, alike, largest, ok if judged else None)

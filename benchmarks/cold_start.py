@@ -5,7 +5,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.candidates import Case, Home, requests
@@ -15,8 +14,8 @@ from benchmarks.worker import CandidateError
 STARTS = 3
 
 
-def cold_start(home: Home, case: Case, starts: int = STARTS, on_start: Callable[[], None] = lambda: None) -> Latency:
-    """Seconds of the command itself for one picture, in a process of its own, its files in the system's cache but for the first time.
+def cold_start(home: Home, case: Case, starts: int = STARTS) -> Latency:
+    """Seconds of the command itself for one picture, in a process of its own; its files are in the system's cache.
 
     Raises CandidateError when the command fails.
     """
@@ -41,7 +40,6 @@ def cold_start(home: Home, case: Case, starts: int = STARTS, on_start: Callable[
         environment = {**os.environ, "PYTHONPATH": paths_of.rstrip(os.pathsep)}
         seconds = []
         for _ in range(starts):
-            on_start()
             start = time.perf_counter()
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
             seconds.append(time.perf_counter() - start)

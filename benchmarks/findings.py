@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL.Image import Image as Picture
 
-from benchmarks.candidates import Candidate, Case
+from benchmarks.candidates import SHORT, Candidate, Case
 from benchmarks.machine import Peaks
 from benchmarks.measure import Latency, Ratio, ratio
 from benchmarks.work import Work
@@ -15,7 +15,6 @@ from benchmarks.worker import Memory, Opened
 from trainer.evaluate.metrics import rounded
 
 SCHEMA = 1
-SHORT = 2  # steps of the run that seconds a step are taken from, the solver's least
 ENGINE_TITLES = {
     "pytorch": "PyTorch",
     "onnxruntime": "ONNX Runtime",
@@ -203,9 +202,7 @@ def _compare(case: int, rows: Sequence[Row]) -> Iterator[Comparison]:
     besides. Rows whose pictures are not right are left out."""
     counted = [row for row in rows if row.counts]
     eager = {
-        row.opened.precision: row
-        for row in counted
-        if row.candidate.plain and row.candidate.home.engine == "pytorch"
+        row.opened.precision: row for row in counted if row.candidate.plain and row.candidate.home.engine == "pytorch"
     }
     ways = [row for row in counted if row.candidate.plain and row.candidate.home.engine != "pytorch"]
 

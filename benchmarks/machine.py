@@ -1,5 +1,6 @@
 """The machine that was measured on: what it is, and the most that it was seen to do."""
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -101,10 +102,8 @@ def measure_peaks(device: str, size: int | None = None) -> Peaks:
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         flops[precision] = 2 * side**3 / _best(lambda a=a, b=b: torch.mm(a, b), wait)
     whole = torch.randint(-8, 8, (side, side), dtype=torch.int8, device=device)
-    try:
-        flops["int8"] = 2 * side**3 / _best(lambda: torch._int_mm(whole, whole), wait)
-    except RuntimeError:  # not on this device
-        pass
+    with contextlib.suppress(RuntimeError):  # not on this device
+        flops["int8"] = 2 * side**3 / _best(lambda: torch.ops.aten._int_mm(whole, whole), wait)
     if not cuda:
         flops["fp32"] = max(flops["fp32"], _numpy_flops(side))
     given = torch.ones((2**31 if cuda else 2**28) // (1 if size is None else 64), dtype=torch.uint8, device=device)

@@ -69,8 +69,8 @@ def ratio(slower: Sequence[float], faster: Sequence[float]) -> Ratio:
     logarithms = np.log(np.asarray(slower[:pairs]) / np.asarray(faster[:pairs]))
     drawn = np.random.default_rng(0).integers(pairs, size=(RESAMPLES, pairs))
     medians = np.median(logarithms[drawn], axis=1)
-    low, high = np.quantile(medians, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Ratio(*(float(np.exp(x)) for x in (np.median(logarithms), low, high)), pairs)
+    low, high = np.exp(np.quantile(medians, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
+    return Ratio(float(np.exp(np.median(logarithms))), float(low), float(high), pairs)
 
 
 class Turns:

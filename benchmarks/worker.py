@@ -4,7 +4,7 @@ nothing with it. The parent asks, the process answers; only one works at a time.
 import contextlib
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.candidates import Candidate, Case, Home, requests
-from engines.interface import Array, Engine, to_numpy
+from benchmarks.candidates import SHORT, Candidate, Case, Home, requests
+from engines.interface import Array, to_numpy
+from engines.watched import WatchedEngine
 from export.memory import peak_bytes
 from mige_rt.pipeline import MigePipeline
 
@@ -66,7 +67,6 @@ class Seen:
     latents: NDArray[np.float32]
     tokens: int
     graphs: dict[str, tuple[int, float]]
-    seconds: float
 
 
 class Worker:
@@ -118,7 +118,9 @@ class Worker:
         self._process.join(CLOSING)
         code = self._process.exitcode
         return CandidateError(
-            "its process was killed, most likely for lack of memory" if code == -signal.SIGKILL else f"its process ended with exit code {code}"
+            "its process was killed, most likely for lack of memory"
+            if code == -signal.SIGKILL
+            else f"its process ended with exit code {code}"
         )
 
 
@@ -154,32 +156,33 @@ class _Rooms:
         start = time.perf_counter()
         self.home = home
         self.pipe = MigePipeline.from_pretrained(
-            home.model, home.engine, home.device, home.precision, low_vram=home.low_vram, compile=home.compile
+            home.model, home.engine, home.device, home.precision, low_memory=home.low_vram, compile=home.compile
         )
         engine = self.pipe.engine
         self.cuda = engine.device != "cpu"
         self.free = self._free()
         self.loading = peak_bytes() or 0
-        self.opened = Opened(self.pipe.model_name, engine.device, engine.precision, _threads(), time.perf_counter() - start)
+        self.opened = Opened(
+            self.pipe.model_name, engine.device, engine.precision, _threads(), time.perf_counter() - start
+        )
 
     def make(self, candidate: Candidate, case: Case) -> Made:
         self._forget_peaks()
-        pictures = self._make(self.pipe, candidate, case)
+        self._prepare(self.pipe, candidate, case)
+        pictures = self._program(self.pipe).make(requests(case), candidate.settings(case))
         return Made([np.asarray(picture) for picture in pictures], self._peaks())
 
     def look(self, candidate: Candidate, case: Case) -> Seen:
-        watched = _Watched(self.pipe.engine, self._wait)
-        pipe = MigePipeline(self.pipe.config, self.pipe.tokenize, watched, self.pipe.model_name)
-        start = time.perf_counter()
-        self._make(pipe, candidate, case)
-        took = time.perf_counter() - start
-        return Seen(to_numpy(watched.latents).astype(np.float32), watched.tokens, watched.graphs, took)
+        seen = _Look(self._wait)
+        watched = WatchedEngine(self.pipe.engine, seen)
+        pipe = MigePipeline(self.pipe.config, self.pipe.encoder.tokenize, watched, low_memory=self.home.low_vram)
+        self._prepare(pipe, candidate, case)
+        seen.reset()
+        self._program(pipe).make(requests(case), candidate.settings(case))
+        return Seen(to_numpy(seen.latents).astype(np.float32), seen.tokens, seen.graphs)
 
     def seconds(self, candidate: Candidate, case: Case) -> float:
-        if candidate.cached:  # what was made before may have been another prompt
-            self._make(self.pipe, candidate, replace(case, steps=2))
-        else:
-            self.pipe.forget()
+        self._prepare(self.pipe, candidate, case)
         batch, settings = requests(case), candidate.settings(case)
         program = self._program(self.pipe)
         self._wait()
@@ -187,9 +190,11 @@ class _Rooms:
         program.make(batch, settings)  # ends with the pictures on the host
         return time.perf_counter() - start
 
-    def _make(self, pipe: MigePipeline, candidate: Candidate, case: Case) -> list[Any]:
-        pipe.forget()
-        return self._program(pipe).make(requests(case), candidate.settings(case))
+    def _prepare(self, pipe: MigePipeline, candidate: Candidate, case: Case) -> None:
+        """Forget what was encoded; or, where the prompt is to be remembered, encode it. Captured steps are kept."""
+        pipe.encoder.forget()
+        if candidate.cached:
+            self._program(pipe).make(requests(case), replace(candidate.settings(case), steps=SHORT))
 
     def _program(self, pipe: MigePipeline) -> Any:
         if self.home.program == "ours":
@@ -229,27 +234,28 @@ class _Rooms:
         return Memory(most, self.free - torch.cuda.mem_get_info()[0], torch.cuda.max_memory_allocated())
 
 
-class _Watched:
-    """An engine whose graphs are timed, and whose final latents and prompt's length are kept."""
+class _Look:
+    """What a watched engine is seen to do: each graph timed, the final latents and the prompt's length kept."""
 
-    def __init__(self, engine: Engine, wait: Any) -> None:
-        self.engine, self.wait = engine, wait
-        self.name, self.device, self.precision, self.limits = engine.name, engine.device, engine.precision, engine.limits
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self.wait = wait
+        self.reset()
+
+    def reset(self) -> None:
         self.latents: Array = None
         self.tokens = 0
         self.graphs: dict[str, tuple[int, float]] = {}
 
-    def array(self, values: NDArray[Any]) -> Array:
-        return self.engine.array(values)
-
-    def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def __call__(
+        self, graph: str, inputs: Mapping[str, Array], run: Callable[[], dict[str, Array]]
+    ) -> dict[str, Array]:
         if graph == "vae_decoder":
             self.latents = inputs["latents"]
-        elif graph == "text_encoder":
-            self.tokens = max(self.tokens, int(inputs["text_mask"].sum(-1).max()))
+        elif graph == "denoiser":
+            self.tokens = int(inputs["text_mask"].shape[-1])
         self.wait()
         start = time.perf_counter()
-        outputs = self.engine.run(graph, inputs)
+        outputs = run()
         self.wait()
         calls, seconds = self.graphs.get(graph, (0, 0.0))
         self.graphs[graph] = (calls + 1, seconds + time.perf_counter() - start)
