@@ -3,24 +3,26 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from PIL import ImageChops
 from PIL.Image import Image as Picture
 
 import export
-from benchmarks.programs import Program
 from engines.opening import ENGINES, Asked
 from mige_rt.instruction import PLACEHOLDER
 from mige_rt.pictures import open_picture
 from mige_rt.pipeline import Settings
 from mige_rt.requests import Request, Resolved, resolve
 
+if TYPE_CHECKING:
+    from benchmarks.programs import Program  # needs torch, whose memory is no other engine's
+
 SAMPLES = Path(export.__file__).parent / "samples"
 SCENES = ("picture-5.png", "picture-7.png", "picture-9.png", "picture-6.png")
 THINGS = ("picture-8.png", "picture-10.png", "picture-1.png", "picture-2.png", "picture-3.png", "picture-4.png")
-TITLES: dict[Program, str] = {"published": "as published", "encode_once": "encode once, all branches"}
-BASELINES: tuple[Program, ...] = ("published", "encode_once")
+TITLES: "dict[Program, str]" = {"published": "as published", "encode_once": "encode once, all branches"}
+BASELINES: "tuple[Program, ...]" = ("published", "encode_once")
 SEED = 0
 SHORT = 2  # steps, the solver's least: of the runs that seconds a step are taken from
 
@@ -37,7 +39,7 @@ class Home:
     engine: str
     device: str
     precision: Asked
-    program: Program = "ours"
+    program: "Program" = "ours"
     compile: bool = False
     low_vram: bool = False
 
