@@ -9,6 +9,7 @@ from PIL import ImageChops
 from PIL.Image import Image as Picture
 
 import export
+from benchmarks.table import TITLES
 from engines.opening import ENGINES, Asked
 from mige_rt.instruction import PLACEHOLDER
 from mige_rt.pictures import open_picture
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 SAMPLES = Path(export.__file__).parent / "samples"
 SCENES = ("picture-5.png", "picture-7.png", "picture-9.png", "picture-6.png")
 THINGS = ("picture-8.png", "picture-10.png", "picture-1.png", "picture-2.png", "picture-3.png", "picture-4.png")
-TITLES: "dict[Program, str]" = {"published": "as published", "encode_once": "encode once, all branches"}
 BASELINES: "tuple[Program, ...]" = ("published", "encode_once")
 SEED = 0
 SHORT = 2  # steps, the solver's least: of the runs that seconds a step are taken from
@@ -72,7 +72,7 @@ class Candidate:
     def extra(self) -> str:
         """What sets it apart from the plain candidate of its engine, in words; "" where nothing does."""
         home = self.home
-        said = [TITLES[home.program]] if home.program in TITLES else []
+        said = [TITLES[home.program]] if home.program != "ours" else []
         said += ["torch.compile"] if home.compile else []
         said += ["low VRAM"] if home.low_vram else []
         said += ["prompt cached"] if self.cached else []

@@ -4,6 +4,7 @@ latency.svg, the page's main plot."""
 import base64
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,29 +113,27 @@ def _cards(found: Findings) -> list[dict[str, str]]:
 def _sections(found: Findings) -> list[Section]:
     made = [_speed(found, number) for number in range(len(found.cases)) if any(r.latency for r in found.of(number))]
     made += [part for part in (_over(found), _work(found), _parity(found), _grid(found), _skipped(found)) if part]
-    made.append(
-        Section(
-            "How it was measured",
-            [
-                f"Each candidate is in a process of its own, and they take turns, one picture each: {found.warmups} "
-                f"warm-ups that do not count, then {found.runs} rounds. Latency is the median of those, in brackets the "
-                "10th and 90th percentile, from words and pictures to the finished picture; all is encoded anew each "
-                "time, except where it says that the prompt is cached.",
-                "A comparison divides runs that stood next to each other, pair by pair: the median, and a bootstrap "
-                "interval of 95 %. Where the interval spans 1, no difference was shown.",
-                "The floor is the least that the program's arithmetic and memory traffic can take on this machine: per "
-                "graph, its operations over the speed of a large matrix product in the same precision, or its bytes "
-                "over that of a large copy, whichever is longer. A row counts if its pictures are those of PyTorch in "
-                "float32, within the precision's tolerance.",
-                f"Seconds a step come from the difference to a run of {SHORT} steps. Cold start is that of `mige-rt run` as a "
-                "command, from its start to its end. Memory is the process's own peak, the model's opening included; "
-                "on a GPU, what the process holds beyond the CUDA context.",
-            ],
-            facts=words.environment(found),
-        )
-    )
+    made.append(Section("How it was measured", _method(found), facts=words.environment(found)))
     made.append(Section("Repeat it", [], code=found.command))
     return made
+
+
+def _method(found: Findings) -> list[str]:
+    return [
+        "Each candidate is in a process of its own, and they take turns, one picture each: "
+        f"{found.warmups} warm-ups that do not count, then {found.runs} rounds. Latency is the median of those, in "
+        "brackets the 10th and 90th percentile, from words and pictures to the finished picture; all is encoded anew "
+        "each time, except where it says that the prompt is cached.",
+        "A comparison divides runs that stood next to each other, pair by pair: the median, and a bootstrap interval of "
+        "95 %. Where the interval spans 1, no difference was shown.",
+        "The floor is the least that the program's arithmetic and memory traffic can take on this machine: per graph, "
+        "its operations over the speed of a large matrix product in the same precision, or its bytes over that of a "
+        "large copy, whichever is longer. A row counts if its pictures are those of PyTorch in float32, within the "
+        "precision's tolerance.",
+        f"Seconds a step come from the difference to a run of {SHORT} steps. Cold start is that of the command "
+        "`mige-rt run`, from its start to its end. Memory is the process's own peak, the model's opening included; on a "
+        "GPU, what the process holds beyond the CUDA context.",
+    ]
 
 
 def _latency_bars(rows: list[Row], standalone: bool = False) -> str:
@@ -268,28 +267,25 @@ def _series(found: Findings, axis: str) -> dict[str, dict[int, Latency]]:
 
 def _work(found: Findings) -> Section | None:
     """Where the operations go, in the programs of the first case."""
-    programs = {row.candidate.home.program: row.work for row in found.of(0) if row.work is not None}
-    if len(programs) < 2:
+    counted = {row.candidate.home.program: row.work for row in found.of(0) if row.work is not None}
+    works = {title: counted[program] for program, title in TITLES.items() if program in counted}
+    if len(works) < 2:
         return None
-    parts = {TITLES[name]: {w.graph: w.flops / 1e9 for w in work.graphs} for name, work in programs.items()}
-    totals = {TITLES[name]: words.amount(work.flops, "FLOP") for name, work in programs.items()}
+
+    def cells(graph: str) -> Iterator[str]:
+        for work in works.values():
+            yield str(work.of(graph).calls)
+            yield words.amount(work.of(graph).flops, "FLOP")
+
+    parts = {title: {w.graph: w.flops / 1e9 for w in work.graphs} for title, work in works.items()}
+    totals = {title: words.amount(work.flops, "FLOP") for title, work in works.items()}
     table = Table(
-        ["graph", *(f"{TITLES[name]}, {what}" for name in programs for what in ("calls", "FLOP"))],
-        [
-            [
-                graph,
-                *(
-                    text
-                    for work in programs.values()
-                    for text in (str(work.of(graph).calls), words.amount(work.of(graph).flops, "FLOP"))
-                ),
-            ]
-            for graph in figures.GRAPH_COLOURS
-        ],
+        ["graph", *(f"{title}, {what}" for title in works for what in ("calls", "FLOP"))],
+        [[graph, *cells(graph)] for graph in figures.GRAPH_COLOURS],
     )
-    biggest, least = max(w.flops for w in programs.values()), min(w.flops for w in programs.values())
+    most, least = max(work.flops for work in works.values()), min(work.flops for work in works.values())
     said = [
-        f"Counted, not measured. For {found.cases[0]}, {words.amount(biggest, 'FLOP')} as published against {words.amount(least, 'FLOP')}: {biggest / least:.2f} times as many."
+        f"Counted, not measured, for {found.cases[0]}: the first program has {most / least:.2f} times as many as ours."
     ]
     plot = Plot("Floating-point operations by graph", "A multiply-add is two.", figures.stacks(parts, totals, "GFLOP"))
     return Section("Where the work goes", said, [plot], table)
@@ -314,9 +310,9 @@ def _parity(found: Findings) -> Section | None:
     ]
     start = 0 if len(found.cases) > 1 else 1
     said = [
-        "The same noise through both. Latents: relative RMS error of the final ones; PSNR and SSIM of the pictures, and "
-        "the largest difference of a pixel's channel, of 255. Opt-in savings are meant to differ, and are compared with "
-        "the same engine's exact picture."
+        "The same noise through both. Latents: relative RMS error of the final ones; PSNR and SSIM of the pictures, "
+        "and the largest difference of a pixel's channel, of 255. Opt-in savings are meant to differ, and are compared "
+        "with the same engine's exact picture."
     ]
     return Section(
         "Parity", said, table=Table(head[start:], [row[start:] for row in cells], (1, 2) if start == 0 else (1,))

@@ -92,3 +92,15 @@ def headline(found: Findings) -> list[str]:
         if comparison.what == "all together":
             said.append(f"Beside {comparison.before}, in the same run, it is {gain(comparison.ratio)}.")
     return said
+
+
+def summary(found: Findings) -> list[str]:
+    """What the command says at its end."""
+    said = headline(found) if found.rows else []
+    said += [f"skipped: {skipped['what']}: {skipped['why']}" for skipped in found.skipped]
+    said += [
+        f"parity fails, so it does not count: {row.name}, {found.cases[row.case]} "
+        f"(latents {row.fidelity.latents:.1e}, PSNR {decibels(row.fidelity)})"
+        for row in found.failed
+    ]
+    return said if found.complete else [*said, "interrupted: the report has what was measured until then"]

@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from mige_rt.commands.bench import bench
 from mige_rt.commands.bundles import build, convert, export, info
 from mige_rt.commands.compare import compare
 from mige_rt.commands.run import run
@@ -26,7 +27,7 @@ def main() -> None:
     """MIGE: put the thing in a picture into a new scene, change a picture as told, or both at once."""
 
 
-for command in (run, convert, export, build, info, compare):
+for command in (run, convert, export, build, info, bench, compare):
     main.add_command(command)
 
 if __name__ == "__main__":
