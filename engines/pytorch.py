@@ -62,6 +62,8 @@ class PyTorchEngine:
             raise NotAvailableError(
                 f"the pytorch engine has no precision {precision!r}; expected one of {', '.join(_DTYPES)}"
             )
+        if precision == "fp32" and device != "cpu":
+            torch.backends.cudnn.allow_tf32 = False  # whose 10 bits are not what fp32 promises
         first = {"vae_encoder"} if low_memory else set(GRAPHS)
         engine = cls(load_model(folder, _DTYPES[precision], device, first), device, precision, folder)
         engine._released = set(GRAPHS) - first

@@ -193,3 +193,36 @@ def test_the_readme_is_finished() -> None:
     assert "PLACEHOLDER" not in text
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
     assert links and all((root / link).exists() for link in links), links
+
+
+def test_savings_solver_and_low_vram_are_options(scene_path: Path, tmp_path: Path) -> None:
+    def make(name: str, *options: str) -> bytes:
+        out = tmp_path / f"{name}.png"
+        steps = ["--steps", "12", "--seed", "1"]
+        result = _run("--prompt", "make it blue", "--source", scene_path, "--out", out, *steps, *options)
+        assert result.exit_code == 0, result.output
+        with Image.open(out) as picture:
+            assert set(options[::2]) <= {f"--{key.replace('_', '-')}" for key in picture.info} | {"--low-vram"}
+            return picture.tobytes()
+
+    plain = make("plain")
+    assert make("low", "--low-vram") == plain
+    for options in (("--solver", "ddim"), ("--guidance-range", "0-0.5"), ("--reuse", "0.1")):
+        assert make(options[0][2:], *options) != plain
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--guidance-range", "0.5"], "0.1-0.8"),
+        (["--guidance-range", "0.8-0.1"], "guidance range is 0.8 to 0.1"),
+        (["--reuse", "2"], "reuse"),
+        (["--solver", "euler"], "dpm_solver_pp_2m"),
+        (["--compile", "--engine", "onnxruntime"], "torch.compile is for the engine pytorch"),
+    ],
+)
+def test_bad_savings_cost_exit_code_2(options: list[str], words: str, scene_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    result = _run("--prompt", "make it blue", "--source", scene_path, "--out", out, *QUICK, *options)
+    assert result.exit_code == 2 and words in result.output, result.output
+    assert not out.exists()
