@@ -68,7 +68,7 @@ def measure_case(
             beside = truth if candidate.exact else made.get(candidate.home, truth)
             short = None if case.steps <= SHORT else _short(worker, candidate, case, say, name)
         except CandidateError as error:
-            found.skip(f"{name}, {case}", str(error))
+            found.skip(f"{name}, {case}", str(error), error.wrong)
             continue
         work = _work(config, candidate, case, own)
         floor = None
@@ -166,4 +166,4 @@ def _fidelity(reference: Reference, own: Reference, judged: bool) -> Fidelity:
     largest = max(int(np.abs(a.astype(np.int16) - b.astype(np.int16)).max()) for a, b in pairs)
     allowed = tolerance(own.precision, reference.precision)
     ok = latents <= allowed.latents and decibels >= allowed.psnr and alike >= allowed.similarity
-    return Fidelity(reference.name, latents, decibels, alike, largest, ok if judged else None)
+    return Fidelity(reference.name, latents, decibels, alike, largest, ok if judged else None, allowed)

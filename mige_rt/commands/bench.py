@@ -8,10 +8,8 @@ import click
 
 from engines.interface import Precision
 from engines.opening import ENGINES
-from mige_rt.commands.shared import PATH, Scale, Size, command_line, progress
+from mige_rt.commands.shared import INTERRUPTED, PATH, Scale, Size, command_line, progress
 from mige_rt.errors import InputError
-
-INTERRUPTED = 130  # the exit code of what Ctrl-C ended
 
 
 class _Values(tuple[Any, ...]):

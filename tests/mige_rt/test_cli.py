@@ -202,7 +202,7 @@ def test_savings_solver_and_low_vram_are_options(scene_path: Path, tmp_path: Pat
         result = _run("--prompt", "make it blue", "--source", scene_path, "--out", out, *steps, *options)
         assert result.exit_code == 0, result.output
         with Image.open(out) as picture:
-            assert set(options[::2]) <= {f"--{key.replace('_', '-')}" for key in picture.info} | {"--low-vram"}
+            assert set(options[::2]) <= {f"--{str(key).replace('_', '-')}" for key in picture.info} | {"--low-vram"}
             return picture.tobytes()
 
     plain = make("plain")
