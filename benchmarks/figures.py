@@ -2,6 +2,7 @@
 the page's own colours for text and lines."""
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +71,7 @@ def bars(items: Sequence[Bar], unit: str, standalone: bool = False) -> str:
             if item.floor is not None:
                 axes.plot(item.floor, y, marker="D", color=INK, markersize=4.5, markeredgewidth=0)
             axes.text(end + 0.015 * top, y, item.text, va="center", fontsize=8.5)
-            axes.text(0, y - 0.3, item.name, va="bottom", fontsize=9)
+            axes.text(0, y - 0.3, item.name, va="bottom", fontsize=9, in_layout=False)
         axes.set_xlim(0, 1.22 * top)
         axes.set_ylim(len(items) - 0.6, -0.85)
         axes.set_yticks([])
@@ -92,7 +93,7 @@ def stacks(items: Mapping[str, Mapping[str, float]], totals: Mapping[str, str], 
                 axes.barh(y, part, left=left, height=0.42, color=colour, label=graph if y == 0 else None)
                 left += part
             axes.text(left + 0.015 * top, y, totals[name], va="center", fontsize=8.5)
-            axes.text(0, y - 0.3, name, va="bottom", fontsize=9)
+            axes.text(0, y - 0.3, name, va="bottom", fontsize=9, in_layout=False)
         axes.set_xlim(0, 1.24 * top)
         axes.set_ylim(len(items) - 0.6, -0.85)
         axes.set_yticks([])
@@ -105,30 +106,30 @@ def stacks(items: Mapping[str, Mapping[str, float]], totals: Mapping[str, str], 
 
 def gains(items: Sequence[tuple[str, Ratio]]) -> str:
     """Each ratio with its interval, on a logarithmic axis; a hollow one shows no difference."""
+    low = min(1.0, *(found.low for _, found in items)) / 1.12
+    high = max(1.0, *(found.high for _, found in items)) * 1.12
+    span = math.log(high / low)
 
     def draw(axes: Axes) -> None:
         for y, (name, found) in enumerate(items):
-            colour = SCALE["program"] if found.verdict == "no difference shown" else SCALE["ours"]
+            shown = found.verdict != "no difference shown"
+            colour = SCALE["ours"] if shown else SCALE["program"]
             axes.plot((found.low, found.high), (y, y), color=colour, linewidth=2.4, solid_capstyle="round")
-            full = colour if found.verdict != "no difference shown" else "none"
-            axes.plot(found.value, y, marker="o", markersize=6.5, color=colour, markerfacecolor=full)
-            axes.annotate(
-                f"{found.value:.2f}x",
-                (found.high, y),
-                xytext=(7, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8.5,
+            axes.plot(
+                found.value, y, marker="o", markersize=6.5, color=colour, markerfacecolor=colour if shown else "none"
             )
-            axes.annotate(
-                name, (0, y), xycoords=("axes fraction", "data"), xytext=(0, 7), textcoords="offset points", fontsize=9
-            )
-        low, high = min(1.0, *(f.low for _, f in items)), max(1.0, *(f.high for _, f in items))
-        axes.axvline(1, color=INK, linewidth=0.9)
+            # Neither text is to make room for itself by moving the axis.
+            near = {"textcoords": "offset points", "in_layout": False, "annotation_clip": False}
+            axes.annotate(f"{found.value:.2f}x", (found.high, y), xytext=(7, 0), va="center", fontsize=8.5, **near)
+            axes.annotate(name, (0, y), xycoords=("axes fraction", "data"), xytext=(0, 8), fontsize=9, **near)
+        axes.axvline(1, color=RULE, linewidth=1.6, zorder=0.5)
         axes.set_xscale("log")
-        axes.set_xlim(low / 1.12, high * (high / low) ** 0.16 * 1.06)
-        marks = [m for m in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 50) if low / 1.12 <= m <= high * 1.06]
-        axes.set_xticks(marks, [f"{m:g}x" for m in marks])
+        axes.set_xlim(low, high * math.exp(0.13 * span))
+        marks: list[float] = []
+        for mark in (1, 2, 0.5, 3, 5, 10, 20, 0.25, 0.1, 1.5, 1.25, 0.75, 1.1, 0.9):  # in order of interest
+            if low <= mark <= high and all(abs(math.log(mark / other)) > 0.12 * span for other in marks):
+                marks.append(mark)
+        axes.set_xticks(marks, [f"{mark:g}x" for mark in marks])
         axes.minorticks_off()
         axes.set_ylim(len(items) - 0.55, -0.75)
         axes.set_yticks([])

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image as Picture
@@ -10,8 +11,10 @@ from PIL.Image import Image as Picture
 from benchmarks.candidates import SHORT, Candidate, Case
 from benchmarks.machine import Peaks
 from benchmarks.measure import Latency, Ratio, ratio
+from benchmarks.tolerance import Tolerance, finite
 from benchmarks.work import Work
 from benchmarks.worker import Memory, Opened
+from mige_rt.bundle import DEFAULT_MODEL
 from trainer.evaluate.metrics import rounded
 
 SCHEMA = 1
@@ -21,6 +24,11 @@ ENGINE_TITLES = {
     "tensorrt": "TensorRT",
     "tensorrt-rtx": "TensorRT for RTX",
 }
+
+
+def model_name(path: Path) -> str:
+    """As reports have it: the default model has another path on every machine."""
+    return "tiny" if path == DEFAULT_MODEL else str(path)
 
 
 def title(candidate: Candidate, opened: Opened | None = None) -> str:
@@ -35,7 +43,7 @@ class Fidelity:
     """How far a candidate's pictures are from the reference's, the worst of the batch, from the same noise.
 
     latents: relative RMS error of the final latents; psnr in dB; similarity: SSIM; largest: difference of a pixel's
-    channel, of 255. ok: within the precision's tolerance; None where the candidate is meant to differ.
+    channel, of 255. ok: within what is allowed for the precision; None where the candidate is meant to differ.
     """
 
     reference: str
@@ -44,6 +52,23 @@ class Fidelity:
     similarity: float
     largest: int
     ok: bool | None
+    allowed: Tolerance
+
+    @property
+    def shortfall(self) -> str:
+        """What is beyond the tolerance, in words."""
+        said = []
+        if self.latents > self.allowed.latents:
+            said.append(f"final latents differ by {self.latents:.1e}, at most {self.allowed.latents:.1e} is allowed")
+        if self.psnr < self.allowed.psnr:
+            said.append(f"PSNR {self.psnr:.1f} dB, at least {self.allowed.psnr:g} is needed")
+        if self.similarity < self.allowed.similarity:
+            said.append(f"SSIM {self.similarity:.4f}, at least {self.allowed.similarity:g} is needed")
+        return "; ".join(said)
+
+    def to_json(self) -> dict[str, Any]:
+        """An infinite error is null."""
+        return {**vars(self), "latents": finite(self.latents), "allowed": vars(self.allowed)}
 
 
 @dataclass(frozen=True)
@@ -114,7 +139,7 @@ class Row:
             "torch_threads": self.opened.threads,
             "opening_seconds": self.opened.seconds,
             "counts": self.counts,
-            "fidelity": vars(self.fidelity),
+            "fidelity": self.fidelity.to_json(),
             "latency_seconds": None if self.latency is None else vars(self.latency),
             "two_steps_seconds": None if self.short is None else vars(self.short),
             "seconds_a_step": self.seconds_a_step,
@@ -159,17 +184,22 @@ class Findings:
     cases: list[Case] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)  # of each case's prompts
     rows: list[Row] = field(default_factory=list)
-    skipped: list[dict[str, str]] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
     references: list[tuple[Picture, ...]] = field(default_factory=list)  # each case's pictures by the reference
     complete: bool = False
 
-    def skip(self, what: str, why: str) -> None:
-        self.skipped.append({"what": what, "why": why})
+    def skip(self, what: str, why: str, wrong: bool = False) -> None:
+        """wrong: it made something that is no picture, which is as bad as one that fails parity."""
+        self.skipped.append({"what": what, "why": why.replace(str(DEFAULT_MODEL), "tiny"), "wrong": wrong})
 
     @property
-    def failed(self) -> list[Row]:
-        """The rows whose pictures are not right."""
-        return [row for row in self.rows if row.fidelity.ok is False]
+    def failed(self) -> list[str]:
+        """What made pictures that are not right, or none, in words."""
+        rows = (row for row in self.rows if row.fidelity.ok is False)
+        return [
+            *(f"{row.name}, {self.cases[row.case]}: {row.fidelity.shortfall}" for row in rows),
+            *(f"{skipped['what']}: {skipped['why']}" for skipped in self.skipped if skipped["wrong"]),
+        ]
 
     @property
     def comparisons(self) -> list[Comparison]:

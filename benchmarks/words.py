@@ -1,5 +1,7 @@
 """Figures in words, as the report says them."""
 
+from typing import Any
+
 from benchmarks.findings import Fidelity, Findings
 from benchmarks.measure import CONFIDENCE, Latency, Ratio
 
@@ -47,11 +49,15 @@ def where(found: Findings) -> str:
     """When and on what it was measured."""
     env = found.environment
     gpus = ", ".join(f"{gpu['name']} (driver {gpu['driver']})" for gpu in env["gpus"]) or "no GPU"
-    cores = f"{env['cores']} core{'s' * (env['cores'] != 1)}"
+    cores = _cores(env)
     commit = f", commit {env['commit'][:10]}{'+' * env['commit'].endswith('+')}" if env["commit"] else ""
     return (
         f"Measured on {found.date} on {cores} of {env['cpu']}, {amount(env['memory_bytes'])} of memory, {gpus}{commit}."
     )
+
+
+def _cores(env: dict[str, Any]) -> str:
+    return f"{env['cores']} core{'s' * (env['cores'] != 1)}"
 
 
 def environment(found: Findings) -> list[tuple[str, str]]:
@@ -60,7 +66,7 @@ def environment(found: Findings) -> list[tuple[str, str]]:
     own = sorted({row.opened.threads for row in found.rows if row.opened.threads is not None})
     facts = [
         ("Model", f"{found.model['name']}, trained for {found.model['side']} pixels"),
-        ("Processor", f"{env['cpu']}, {env['cores']} cores"),
+        ("Processor", f"{env['cpu']}, {_cores(env)}"),
         ("GPU", ", ".join(f"{gpu['name']}, {gpu['memory']}, driver {gpu['driver']}" for gpu in env["gpus"]) or "none"),
         ("Memory", amount(env["memory_bytes"])),
         ("System", env["system"]),
@@ -97,10 +103,6 @@ def headline(found: Findings) -> list[str]:
 def summary(found: Findings) -> list[str]:
     """What the command says at its end."""
     said = headline(found) if found.rows else []
-    said += [f"skipped: {skipped['what']}: {skipped['why']}" for skipped in found.skipped]
-    said += [
-        f"parity fails, so it does not count: {row.name}, {found.cases[row.case]} "
-        f"(latents {row.fidelity.latents:.1e}, PSNR {decibels(row.fidelity)})"
-        for row in found.failed
-    ]
+    said += [f"skipped: {skipped['what']}: {skipped['why']}" for skipped in found.skipped if not skipped["wrong"]]
+    said += [f"parity fails, so it does not count: {failure}" for failure in found.failed]
     return said if found.complete else [*said, "interrupted: the report has what was measured until then"]

@@ -18,13 +18,18 @@ from benchmarks.candidates import SHORT, Candidate, Case, Home, requests
 from engines.interface import Array, to_numpy
 from engines.proxy import WatchedEngine
 from export.memory import peak_bytes
+from mige_rt.errors import NotFiniteError
 from mige_rt.pipeline import MigePipeline
 
 CLOSING = 10  # seconds that a process is given to end by itself
 
 
 class CandidateError(Exception):
-    """A candidate cannot be measured; the message says why."""
+    """A candidate cannot be measured; the message says why. wrong: it made something that is no picture."""
+
+    def __init__(self, why: str, wrong: bool = False) -> None:
+        super().__init__(why)
+        self.wrong = wrong
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ class Worker:
         except (EOFError, OSError):
             raise self._ended() from None
         if not good:
-            raise CandidateError(answer)
+            raise CandidateError(*answer)
         return answer
 
     def _ended(self) -> CandidateError:
@@ -131,7 +136,7 @@ def _serve(connection: Connection, home: Home) -> None:
         try:
             rooms = _Rooms(home)
         except Exception as error:  # whatever a runtime raises, the others go on
-            connection.send((False, _words(error)))
+            connection.send((False, (_words(error),)))
             return
         connection.send((True, rooms.opened))
         while True:
@@ -139,7 +144,7 @@ def _serve(connection: Connection, home: Home) -> None:
             try:
                 answer = (True, getattr(rooms, name)(*question))
             except Exception as error:  # as above
-                answer = (False, _words(error))
+                answer = (False, (_words(error), isinstance(error, NotFiniteError)))
             connection.send(answer)
 
 

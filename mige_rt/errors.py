@@ -10,3 +10,7 @@ class InputError(ValueError):
 
 class NotAvailableError(InputError):
     """What was asked for is not to be had on this machine, or not with this model; another engine may have it."""
+
+
+class NotFiniteError(InputError):
+    """The model overflowed: there are NaN or infinite values where a picture should be."""

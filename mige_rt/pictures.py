@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, PngImagePlugin
 
-from mige_rt.errors import InputError
+from mige_rt.errors import InputError, NotFiniteError
 
 Fit = Literal["crop", "pad", "aspect"]
 
@@ -120,12 +120,12 @@ def aspect_size(image_size: tuple[int, int], area: int, multiple: int) -> tuple[
 def to_picture(pixels: NDArray[np.float32]) -> Image.Image:
     """An RGB picture from [3,H,W] values, -1 black and 1 white; what lies outside is clipped.
 
-    Raises InputError when a value is not a finite number: the model overflowed, for want of precision or for scales
+    Raises NotFiniteError when a value is not a finite number: the model overflowed, for want of precision or for scales
     too large.
     """
     if not np.isfinite(pixels).all():
         bad = int(np.count_nonzero(~np.isfinite(pixels)))
-        raise InputError(
+        raise NotFiniteError(
             f"{bad} of the picture's {pixels.size} values are NaN or infinite, finite ones are expected: "
             "the model overflowed; try smaller scales, or the precision fp32"
         )

@@ -8,11 +8,10 @@ import click
 
 from engines.interface import Precision
 from engines.opening import ENGINES
-from mige_rt.commands.shared import PATH, command_line, open_pipeline, progress
+from mige_rt.commands.shared import INTERRUPTED, PATH, command_line, open_pipeline, progress
 from mige_rt.errors import InputError
 
 _PRECISION = click.Choice(["auto", *get_args(Precision)])
-INTERRUPTED = 130  # the exit code of what Ctrl-C ended
 
 
 @click.command()

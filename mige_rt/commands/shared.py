@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mige_rt.pipeline import MigePipeline
 
 PATH = click.Path(path_type=Path)
+INTERRUPTED = 130  # the exit code of what Ctrl-C ended
 NO_TORCH = "install it with: pip install 'mige-rt[torch]'"
 
 
