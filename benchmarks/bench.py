@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
@@ -39,7 +39,7 @@ class Plan:
     steps: tuple[int, ...] = (60,)  # the published edits'
     text_scale: float = 5.0
     source_scale: float = 1.0
-    effort: Effort = Effort()
+    effort: Effort = field(default_factory=Effort)
     compile: bool = True  # torch.compile as a candidate
     peak_side: int | None = None  # see `machine.measure_peaks`
     command: str = "mige-rt bench"
