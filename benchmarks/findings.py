@@ -98,10 +98,11 @@ class Row:
 
     @property
     def seconds_a_step(self) -> float | None:
-        """The difference to a run of two steps, over the steps that it had less."""
+        """The difference to a run of two steps, over the steps that it had less; None where noise hides it."""
         if self.latency is None or self.short is None:
             return None
-        return (self.latency.median - self.short.median) / (self.steps - SHORT)
+        step = (self.latency.median - self.short.median) / (self.steps - SHORT)
+        return step if step > 0 else None
 
     @property
     def counts(self) -> bool:
