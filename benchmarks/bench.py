@@ -5,15 +5,15 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from benchmarks.candidates import Case, Home, besides, wanted
-from benchmarks.case import OnProgress, measure_case
-from benchmarks.findings import Findings, title
+from benchmarks.case import Effort, OnProgress, measure_case
+from benchmarks.findings import Findings, model_name, title
 from benchmarks.machine import environment, measure_peaks
 from benchmarks.worker import CandidateError, Worker
 from engines.interface import Precision
@@ -39,8 +39,8 @@ class Plan:
     steps: tuple[int, ...] = (60,)  # the published edits'
     text_scale: float = 5.0
     source_scale: float = 1.0
-    runs: int = 10
-    warmups: int = 3
+    effort: Effort = field(default_factory=Effort)
+    compile: bool = True  # torch.compile as a candidate
     peak_side: int | None = None  # see `machine.measure_peaks`
     command: str = "mige-rt bench"
 
@@ -61,8 +61,9 @@ def bench(plan: Plan, on_progress: OnProgress = lambda what, done, total: None) 
     reference to compare with.
     """
     config = _one_model(plan.models)
-    about = {"name": config.name, "side": config.size, "models": [str(path) for path in plan.models]}
-    found = Findings(plan.command, date.today().isoformat(), about, environment(), plan.runs, plan.warmups)
+    about = {"name": config.name, "side": config.size, "models": list(map(model_name, plan.models))}
+    effort = plan.effort
+    found = Findings(plan.command, date.today().isoformat(), about, environment(), effort.runs, effort.warmups)
     try:
         with _models(plan, config, found, on_progress) as models, _Workers(found) as workers:
             _measure(plan, config, models, workers, found, on_progress)
@@ -137,7 +138,7 @@ def _measure(
     if len(plan.models) == 1 and not plan.precisions:
         precisions = ["auto"]
     candidates = []
-    for candidate in wanted(models, plan.engines, plan.device, precisions):
+    for candidate in wanted(models, plan.engines, plan.device, precisions, plan.compile):
         say(f"opening {title(candidate)}", 0, 0)
         if workers.get(candidate.home, title(candidate)) is not None:
             candidates.append(candidate)
@@ -158,7 +159,7 @@ def _measure(
         found.peaks = pool.submit(measure_peaks, device, plan.peak_side).result()
     for case in plan.cases(config):
         try:
-            measure_case(case, config, candidates, workers.open, reference, found, plan.runs, plan.warmups, say)
+            measure_case(case, config, candidates, workers.open, reference, found, plan.effort, say)
         except CandidateError as error:
             found.skip(str(case), f"the reference cannot make it: {error}")
 

@@ -139,13 +139,13 @@ def _picture(names: tuple[str, ...], number: int) -> Picture:
 
 
 def wanted(
-    models: dict[str, Path], engines: Sequence[str], device: str, precisions: Sequence[Asked]
+    models: dict[str, Path], engines: Sequence[str], device: str, precisions: Sequence[Asked], compile: bool
 ) -> list[Candidate]:
     """The candidates, slowest first: for each precision the baselines of PyTorch, then every engine; then what the
     fastest engine can do besides.
 
     models: a model for each precision and, under "auto", the one that is taken for precisions which PyTorch makes of it
-    itself. engines in the order of `engines.opening.ENGINES`, without auto.
+    itself. compile: PyTorch through torch.compile is one.
     """
     found: list[Candidate] = []
     for precision in precisions:
@@ -155,7 +155,7 @@ def wanted(
             if engine == "pytorch":
                 home = Home(models["auto"], engine, device, precision)
                 found += [Candidate(replace(home, program=p)) for p in BASELINES]
-                found += [Candidate(home), Candidate(replace(home, compile=True))]
+                found += [Candidate(home)] + ([Candidate(replace(home, compile=True))] if compile else [])
             else:
                 found.append(Candidate(home))
     return found

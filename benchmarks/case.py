@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.candidates import SHORT, Candidate, Case, Home
-from benchmarks.cold_start import STARTS, cold_start
+from benchmarks.cold_start import cold_start
 from benchmarks.findings import Fidelity, Findings, Row, title
 from benchmarks.measure import Latency, Turns
 from benchmarks.parity import load_similarity
@@ -21,6 +21,15 @@ from trainer.evaluate.metrics import psnr
 
 SHORT_RUNS = 3
 OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How often everything is run: runs that count, warm-ups before them, and starts of the command."""
+
+    runs: int = 10
+    warmups: int = 3
+    cold_starts: int = 3
 
 
 @dataclass(frozen=True)
@@ -40,8 +49,7 @@ def measure_case(
     workers: Mapping[Home, Worker],
     reference: Home,
     found: Findings,
-    runs: int,
-    warmups: int,
+    effort: Effort,
     say: OnProgress,
 ) -> None:
     """Adds the case's rows to `found`, as far as it gets. Raises CandidateError when the reference cannot make it."""
@@ -89,7 +97,7 @@ def measure_case(
             tuple(map(Image.fromarray, own.made.pictures)),
             short,
         )
-    _time(case, rows, workers, found, runs, warmups, say)
+    _time(case, rows, workers, found, effort, say)
 
 
 def _seconds_of(worker: Worker, candidate: Candidate, case: Case) -> Callable[[], float]:
@@ -108,8 +116,7 @@ def _time(
     rows: Mapping[str, Row],
     workers: Mapping[Home, Worker],
     found: Findings,
-    runs: int,
-    warmups: int,
+    effort: Effort,
     say: OnProgress,
 ) -> None:
     """Times the rows in turn; they are added to `found` with what was measured, also when it is interrupted."""
@@ -119,12 +126,12 @@ def _time(
     )
     starts: dict[str, Latency] = {}
     try:
-        turns.run(runs, warmups, lambda name, done, total: say(f"{case}: {name}", done, total))
+        turns.run(effort.runs, effort.warmups, lambda name, done, total: say(f"{case}: {name}", done, total))
         for name, row in rows.items():
-            if row.candidate.plain and row.case == 0:
+            if row.candidate.plain and row.case == 0 and effort.cold_starts:
                 say(f"cold start of {name}", 0, 0)
                 try:
-                    starts[name] = cold_start(row.candidate.home, case, min(STARTS, runs))
+                    starts[name] = cold_start(row.candidate.home, case, effort.cold_starts)
                 except CandidateError as error:
                     found.skip(f"the cold start of {name}", str(error))
     finally:

@@ -11,10 +11,8 @@ from benchmarks.candidates import Case, Home, requests
 from benchmarks.measure import Latency
 from benchmarks.worker import CandidateError
 
-STARTS = 3
 
-
-def cold_start(home: Home, case: Case, starts: int = STARTS) -> Latency:
+def cold_start(home: Home, case: Case, starts: int) -> Latency:
     """Seconds of the command itself for one picture, in a process of its own; its files are in the system's cache.
 
     Raises CandidateError when the command fails.

@@ -58,16 +58,17 @@ class Bar:
 
 
 def bars(items: Sequence[Bar], unit: str, standalone: bool = False) -> str:
-    """Horizontal bars; the spread as a thin line, the floor as a diamond."""
+    """Horizontal bars; the spread as a thin line, cut far beyond the longest bar; the floor as a diamond."""
+    longest = max(max(item.value, item.floor or 0) for item in items)
+    top = min(max(max(item.value, (item.spread or (0, 0))[1]) for item in items), 1.35 * longest)
 
     def draw(axes: Axes) -> None:
-        top = max(max(item.value, (item.spread or (0, 0))[1]) for item in items)
         for y, item in enumerate(items):
             axes.barh(y, item.value, height=0.42, color=item.colour)
             end = item.value
             if item.spread is not None:
-                axes.plot(item.spread, (y, y), color=INK, linewidth=1.1)
-                end = max(end, item.spread[1])
+                end = max(end, min(item.spread[1], top))
+                axes.plot((item.spread[0], end), (y, y), color=INK, linewidth=1.1)
             if item.floor is not None:
                 axes.plot(item.floor, y, marker="D", color=INK, markersize=4.5, markeredgewidth=0)
             axes.text(end + 0.015 * top, y, item.text, va="center", fontsize=8.5)
@@ -152,7 +153,7 @@ def lines(items: Mapping[str, Mapping[int, Latency]], axis: str) -> str:
             axes.errorbar(xs, ys, yerr=spread, color=colour, marker="o", markersize=4, linewidth=1.6, label=name)
         every = sorted({x for points in items.values() for x in points})
         axes.set_xticks(every, [str(x) for x in every])
-        axes.set_ylim(0)
+        axes.set_ylim(0, 1.3 * max(latency.median for points in items.values() for latency in points.values()))
         axes.set_xlim(0 if axis == "steps" else None)
         axes.set_xlabel(axis)
         axes.set_ylabel("seconds")

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image as Picture
@@ -13,6 +14,7 @@ from benchmarks.measure import Latency, Ratio, ratio
 from benchmarks.tolerance import Tolerance, finite
 from benchmarks.work import Work
 from benchmarks.worker import Memory, Opened
+from mige_rt.bundle import DEFAULT_MODEL
 from trainer.evaluate.metrics import rounded
 
 SCHEMA = 1
@@ -22,6 +24,11 @@ ENGINE_TITLES = {
     "tensorrt": "TensorRT",
     "tensorrt-rtx": "TensorRT for RTX",
 }
+
+
+def model_name(path: Path) -> str:
+    """As reports have it: the default model has another path on every machine."""
+    return "tiny" if path == DEFAULT_MODEL else str(path)
 
 
 def title(candidate: Candidate, opened: Opened | None = None) -> str:
@@ -91,10 +98,11 @@ class Row:
 
     @property
     def seconds_a_step(self) -> float | None:
-        """The difference to a run of two steps, over the steps that it had less."""
+        """The difference to a run of two steps, over the steps that it had less; None where noise hides it."""
         if self.latency is None or self.short is None:
             return None
-        return (self.latency.median - self.short.median) / (self.steps - SHORT)
+        step = (self.latency.median - self.short.median) / (self.steps - SHORT)
+        return step if step > 0 else None
 
     @property
     def counts(self) -> bool:
@@ -183,7 +191,7 @@ class Findings:
 
     def skip(self, what: str, why: str, wrong: bool = False) -> None:
         """wrong: it made something that is no picture, which is as bad as one that fails parity."""
-        self.skipped.append({"what": what, "why": why, "wrong": wrong})
+        self.skipped.append({"what": what, "why": why.replace(str(DEFAULT_MODEL), "tiny"), "wrong": wrong})
 
     @property
     def failed(self) -> list[str]:

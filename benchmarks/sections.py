@@ -168,7 +168,18 @@ def _memory(rows: list[Row], which: Literal["host", "gpu"]) -> str:
 
 
 def _table(rows: list[Row]) -> Table:
-    head = ["candidate", "latency", "floor", "times floor", "a step", "a minute", "cold start", "host", "GPU", "parity"]
+    head = [
+        "candidate",
+        "latency",
+        "floor",
+        "times floor",
+        "a step",
+        "pictures a minute",
+        "cold start",
+        "host memory",
+        "GPU memory",
+        "parity",
+    ]
     cells = [
         [
             row.name,

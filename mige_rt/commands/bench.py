@@ -72,6 +72,13 @@ class _Several(click.ParamType):
 @click.option("--source-scale", type=Scale(), default=1.0, show_default=True, help="how strongly the source counts")
 @click.option("--runs", type=click.IntRange(1), default=10, show_default=True, help="that count, of each candidate")
 @click.option("--warmups", type=click.IntRange(0), default=3, show_default=True, help="that do not count, before them")
+@click.option(
+    "--compile/--no-compile",
+    "compiled",
+    default=True,
+    show_default=True,
+    help="PyTorch through torch.compile as well, which takes a minute or more to compile",
+)
 @click.option("--out", type=PATH, default=Path("report"), show_default=True, help="folder to make for the report")
 def bench(
     models: tuple[Path, ...],
@@ -86,6 +93,7 @@ def bench(
     source_scale: float,
     runs: int,
     warmups: int,
+    compiled: bool,
     out: Path,
 ) -> None:
     """Measure how fast pictures are made here, beside the published program and beside what is possible.
@@ -122,8 +130,8 @@ def bench(
         steps=steps,
         text_scale=text_scale,
         source_scale=source_scale,
-        runs=runs,
-        warmups=warmups,
+        effort=benching.Effort(runs, warmups),
+        compile=compiled,
         command=command_line(),
     )
     with whole_folder(out) as folder:

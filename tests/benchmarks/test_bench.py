@@ -1,0 +1,210 @@
+"""`mige-rt bench` end to end, on the default model."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks.bench import Plan, bench
+from benchmarks.candidates import Case, requests
+from benchmarks.case import Effort
+from benchmarks.findings import Findings
+from benchmarks.report import write_report
+from benchmarks.worker import CandidateError, Worker
+from mige_rt.bundle import DEFAULT_MODEL, MANIFEST, file_entry
+from mige_rt.cli import main
+
+QUICK = {"effort": Effort(runs=2, warmups=0, cold_starts=0), "compile": False, "peak_side": 128}
+
+
+def test_every_row_has_what_the_report_promises(found: Findings) -> None:
+    assert found.complete and not found.failed
+    names = [row.name for row in found.rows]
+    assert names[:4] == [
+        "PyTorch fp32, as published",
+        "PyTorch fp32, encode once",
+        "PyTorch fp32",
+        "ONNX Runtime fp32",
+    ]
+    for row in found.rows:
+        assert row.latency is not None and len(row.latency.runs) == 3 and row.latency.median > 0
+        assert row.graphs["denoiser"][1] > 0
+        if row.candidate.exact:
+            assert row.fidelity.ok and row.fidelity.latents < 1e-4 and row.fidelity.psnr > 40
+        else:
+            assert row.fidelity.ok is None
+    shipped = next(row for row in found.rows if row.name == "ONNX Runtime fp32")
+    assert shipped.cold_start is not None and shipped.latency is not None
+    assert shipped.cold_start.median > shipped.latency.median
+    assert shipped.floor_seconds is not None and 0 < shipped.floor_seconds < shipped.latency.median
+
+
+def test_programs_run_the_graphs_that_they_are_counted_with(found: Findings) -> None:
+    for row in found.rows:
+        if row.work is not None:
+            counted = {graph.graph: graph.calls for graph in row.work.graphs}
+            assert counted == {graph: calls for graph, (calls, _) in row.graphs.items()}, row.name
+
+
+def test_a_cached_prompt_is_not_encoded_again(found: Findings) -> None:
+    cached = next(row for row in found.rows if row.candidate.cached)
+    plain = next(row for row in found.rows if row.name == "ONNX Runtime fp32")
+    assert "text_encoder" in plain.graphs and "image_encoder" in plain.graphs
+    assert "text_encoder" not in cached.graphs and "image_encoder" not in cached.graphs
+    assert cached.fidelity.ok
+
+
+def test_a_process_has_its_own_memory(found: Findings) -> None:
+    memory = {row.name: row.memory for row in found.rows}
+    onnxruntime, pytorch = memory["ONNX Runtime fp32"], memory["PyTorch fp32"]
+    assert onnxruntime is not None and pytorch is not None
+    if onnxruntime.host is None or pytorch.host is None:
+        pytest.skip("this system does not say how much memory a process took")
+    assert onnxruntime.host < pytorch.host  # it has no PyTorch in it
+    assert memory["ONNX Runtime fp32, prompt cached"] is None  # which runs in the process of another row
+
+
+def test_each_change_has_its_own_share(found: Findings) -> None:
+    changes = {(c.what, c.after): c for c in found.comparisons}
+    assert changes["encoding once", "PyTorch fp32, encode once"].before == "PyTorch fp32, as published"
+    assert changes["leaving out branches of weight zero", "PyTorch fp32"].before == "PyTorch fp32, encode once"
+    assert changes["the runtime", "ONNX Runtime fp32"].before == "PyTorch fp32"
+    whole = changes["all together", "ONNX Runtime fp32"]
+    assert whole.before == "PyTorch fp32, as published" and whole.ratio.pairs == 3
+
+
+def test_an_engine_that_is_not_there_is_skipped_with_its_reason(found: Findings) -> None:
+    (skipped,) = found.skipped
+    assert skipped["what"] == "TensorRT" and "tensorrt" in skipped["why"].lower() and not skipped["wrong"]
+    assert str(DEFAULT_MODEL) not in json.dumps(found.to_json())  # it is elsewhere on every machine
+
+
+def test_the_json_has_the_machine_and_the_command(report: Path) -> None:
+    data = json.loads((report / "report.json").read_text())
+    assert data["command"] == "mige-rt bench --steps 4" and data["complete"] is True
+    assert {"cpu", "cores", "gpus", "threads", "versions", "commit"} <= data["environment"].keys()
+    assert {"python", "torch", "onnxruntime", "numpy"} <= data["environment"]["versions"].keys()
+    assert data["peaks"]["bytes"] > 1e8 and data["peaks"]["flops"]["fp32"] > 1e8
+    assert data["cases"] == [
+        {
+            "references": 1,
+            "batch": 1,
+            "steps": 4,
+            "size": [64, 64],
+            "text_scale": 5.0,
+            "source_scale": 1.0,
+            "task": "edit",
+            "tokens": data["cases"][0]["tokens"],
+        }
+    ]
+    assert len(data["rows"][0]["latency_seconds"]["runs"]) == 3
+
+
+def test_a_batch_has_pictures_of_its_own() -> None:
+    for references in (1, 4):
+        batch = requests(Case(references, 4, 60, (64, 64), 5.0, 1.0))
+        pictures = {image.tobytes() for request in batch for image in request.images}
+        assert len(pictures) == 4 * references
+        assert all(request.source is not None and request.source in request.images for request in batch)
+        assert {request.task for request in batch} == {"edit" if references == 1 else "compose"}
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
+    def interrupt(what: str, done: int, total: int) -> None:
+        if total and done == 9:  # of four candidates: two rounds and one run
+            signal.raise_signal(signal.SIGINT)
+
+    plan = Plan((DEFAULT_MODEL,), ("onnxruntime",), "cpu", steps=(2,), **{**QUICK, "effort": Effort(5, 0, 0)})
+    found = bench(plan, interrupt)
+    assert not found.complete
+    assert [len(row.latency.runs) for row in found.rows if row.latency] == [3, 2, 2, 2]
+    write_report(found, tmp_path)
+    assert (
+        "incomplete" in (tmp_path / "report.html").read_text() and "incomplete" in (tmp_path / "report.md").read_text()
+    )
+    assert json.loads((tmp_path / "report.json").read_text())["complete"] is False
+
+
+def _damaged(out: Path, precision: str, byte: int) -> Path:
+    """The default model with half of its decoder's weights made of one byte, said to be of another precision, so that
+    it is measured beside the whole one."""
+    shutil.copytree(DEFAULT_MODEL, out)
+    manifest = json.loads((out / MANIFEST).read_text())
+    weights = manifest["graphs"]["vae_decoder"]["weights"]
+    content = (out / weights["path"]).read_bytes()
+    half = len(content) // 2
+    (out / weights["path"]).write_bytes(content[:half] + bytes([byte]) * (len(content) - half))
+    weights.update(vars(file_entry(out, weights["path"])))
+    (out / MANIFEST).write_text(json.dumps({**manifest, "precision": precision}))
+    return out
+
+
+def test_what_fails_parity_is_shown_and_the_exit_code_tells(tmp_path: Path) -> None:
+    wrong, overflowing = _damaged(tmp_path / "wrong", "fp16", 0), _damaged(tmp_path / "nan", "int8", 0xFF)
+    arguments = ["--model", str(DEFAULT_MODEL), "--model", str(wrong), "--model", str(overflowing)]
+    arguments += ["--engines", "onnxruntime", "--device", "cpu", "--steps", "2", "--runs", "2", "--warmups", "0"]
+    result = CliRunner().invoke(main, ["bench", *arguments, "--out", str(tmp_path / "report")])
+    assert result.exit_code == 1, result.output
+    assert "parity fails" in result.stderr and result.stdout == f"{tmp_path / 'report'}\n"
+    data = json.loads((tmp_path / "report" / "report.json").read_text())
+    rows = {row["name"]: row for row in data["rows"]}
+    assert rows["ONNX Runtime fp32"]["counts"] and not rows["ONNX Runtime fp16"]["counts"]
+    assert rows["ONNX Runtime fp16"]["fidelity"]["ok"] is False
+    assert [skipped["what"].split(",")[0] for skipped in data["skipped"] if skipped["wrong"]] == ["ONNX Runtime int8"]
+    assert "ONNX Runtime fp16" not in json.dumps(data["comparisons"])
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "2 rows fail parity" in page and "fails parity" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "nowhere"], "nowhere"),
+        (["--engines", "onnx"], "onnx"),
+        (["--references", "1,5"], "5"),
+        (["--steps", "60,60"], "twice"),
+        (["--batch", "x"], "x"),
+        (["--sizes", "64,big"], "big"),
+        (["--runs", "0"], "0"),
+    ],
+)
+def test_bad_input_costs_exit_code_2_and_leaves_nothing(arguments: list[str], said: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["bench", *arguments, "--out", str(tmp_path / "report")])
+    assert result.exit_code == 2 and said in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.bench.bench", lambda *_: pytest.fail("it was measured"))
+    (tmp_path / "there").mkdir()
+    (tmp_path / "file").write_text("x")
+    for out, why in (
+        ("there", "exists already"),
+        ("file/report", "cannot be written"),
+        ("no/report", "cannot be written"),
+    ):
+        result = CliRunner().invoke(main, ["bench", "--out", str(tmp_path / out)])
+        assert result.exit_code == 2 and why in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there"]
+
+
+def test_without_its_packages_it_says_how_to_get_them(tmp_path: Path) -> None:
+    blocked = "import sys; sys.modules['jinja2'] = None; from mige_rt.cli import main; main(['bench', '--out', 'r'])"
+    done = subprocess.run([sys.executable, "-c", blocked], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "pip install 'mige-rt[bench]'" in done.stderr
+
+
+def test_a_process_that_dies_is_told_and_is_not_waited_for(found: Findings) -> None:
+    home = next(row.candidate.home for row in found.rows if row.name == "ONNX Runtime fp32")
+    worker = Worker(home)
+    worker._process.kill()
+    with pytest.raises(CandidateError, match="killed"):
+        worker.seconds(found.rows[3].candidate, found.cases[0])
+    worker.close()
