@@ -33,6 +33,7 @@ class Variant:
 
     threads: within a node; 0 is one a core, each bound to its own. arena: memory is kept between runs. pattern: it is
     laid out in advance for a shape that was seen. spinning: threads wait for work in a loop. int8: the quantised model.
+    rows: rows side by side, with as many threads as the engine has for that.
     """
 
     threads: int = 0
@@ -41,9 +42,11 @@ class Variant:
     optimisation: Literal["basic", "extended", "all"] = "all"
     spinning: bool = True
     int8: bool = False
+    rows: bool = False
 
     def set_options(self, options: onnxruntime.SessionOptions) -> None:
-        options.intra_op_num_threads = self.threads
+        if not self.rows:
+            options.intra_op_num_threads = self.threads
         options.enable_cpu_mem_arena = self.arena
         options.enable_mem_pattern = self.pattern
         options.graph_optimization_level = _LEVELS[self.optimisation]
@@ -51,6 +54,7 @@ class Variant:
 
 
 DEFAULTS = "defaults"
+OURS = "rows side by side, neither arena nor pattern"  # what the engine sets
 VARIANTS: dict[str, Variant] = {
     DEFAULTS: Variant(),
     "1 thread": Variant(threads=1),
@@ -62,7 +66,10 @@ VARIANTS: dict[str, Variant] = {
     "basic optimisation": Variant(optimisation="basic"),
     "no spinning": Variant(spinning=False),
     "1 thread, neither arena nor pattern": Variant(threads=1, arena=False, pattern=False),
+    "rows side by side": Variant(rows=True),
+    OURS: Variant(rows=True, arena=False, pattern=False),
     "int8": Variant(int8=True),
+    f"int8, {OURS}": Variant(int8=True, rows=True, arena=False, pattern=False),
     "int8, no spinning": Variant(int8=True, spinning=False),
     "int8, 1 thread": Variant(int8=True, threads=1),
 }
@@ -76,7 +83,7 @@ def open_variant(bundle: Path, variant: Variant) -> None:
     global _pipe
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     manifest = read_manifest(bundle)
-    engine = OnnxRuntimeEngine(bundle, manifest, "cpu", variant.set_options)
+    engine = OnnxRuntimeEngine(bundle, manifest, "cpu", variant.set_options, split_rows=variant.rows)
     _pipe = MigePipeline(manifest.model, load_tokenizer(bundle / TOKENIZER_FILE), engine)
 
 

@@ -1,6 +1,8 @@
 """The ONNX Runtime engine: a bundle's graphs on the CPU, with NumPy arrays, or on CUDA, with torch tensors."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,12 +11,17 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from engines.interface import GRAPHS, Array, Precision, Range, axis_size, named_sizes
+from engines.rows import groups_of, row_count, run_in_groups, usable_cores
 from mige_rt.bundle import Manifest, check_files, read_manifest
 from mige_rt.errors import InputError, NotAvailableError
 
 
 class OnnxRuntimeEngine:
-    """One session a graph, made when the graph is first run."""
+    """One session a graph, made when the graph is first run.
+
+    On the CPU, a graph's rows are run side by side where there are enough of them (engines/rows.py), by a session of
+    one thread, which is another than that of few rows.
+    """
 
     name = "onnxruntime"
     captures = 0
@@ -25,13 +32,18 @@ class OnnxRuntimeEngine:
         manifest: Manifest,
         device: str,
         set_options: Callable[[onnxruntime.SessionOptions], None] = lambda options: None,
+        split_rows: bool = True,
     ) -> None:
-        """device is cpu, or cuda:N, which is there. set_options changes what a session is made with."""
+        """device is cpu, or cuda:N, which is there. set_options changes what a session is made with; split_rows: run
+        rows side by side on the CPU."""
         self.folder, self.manifest, self.device = folder, manifest, device
         self.set_options = set_options
         self.precision: str = manifest.precision
         self.limits: Mapping[str, Range] = manifest.ranges
-        self.sessions: dict[str, onnxruntime.InferenceSession] = {}
+        self.cores = usable_cores() if device == "cpu" else 1
+        self.split_rows = split_rows and self.cores > 1
+        self.pool = ThreadPoolExecutor(self.cores, "rows") if self.split_rows else None  # it starts threads when used
+        self.sessions: dict[tuple[str, int], onnxruntime.InferenceSession] = {}  # by graph and threads
 
     @classmethod
     def open(
@@ -64,9 +76,16 @@ class OnnxRuntimeEngine:
         return torch.from_numpy(values).to(self.device)
 
     def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        session = self._session(graph)
         if self.device != "cpu":
-            return self._run_bound(session, graph, inputs)
+            return self._run_bound(self._session(graph, 0), graph, inputs)
+        groups = groups_of(row_count(graph, inputs), self.cores)
+        if self.pool is None or groups == 1:
+            return self._run_alone(self._session(graph, self.cores), graph, inputs)
+        return run_in_groups(graph, inputs, groups, self.pool, partial(self._run_alone, self._session(graph, 1), graph))
+
+    def _run_alone(
+        self, session: onnxruntime.InferenceSession, graph: str, inputs: Mapping[str, Array]
+    ) -> dict[str, Array]:
         names = [port.name for port in GRAPHS[graph].outputs]
         try:
             return dict(zip(names, session.run(names, dict(inputs)), strict=True))
@@ -74,23 +93,27 @@ class OnnxRuntimeEngine:
             raise InputError(f"ONNX Runtime could not run {graph} of {self.folder} ({error})") from error
 
     def release(self, graphs: Sequence[str]) -> None:
-        for graph in graphs:
-            self.sessions.pop(graph, None)
+        for key in [key for key in self.sessions if key[0] in graphs]:
+            del self.sessions[key]
 
-    def _session(self, graph: str) -> onnxruntime.InferenceSession:
-        if graph not in self.sessions:
+    def _session(self, graph: str, threads: int) -> onnxruntime.InferenceSession:
+        """threads: within a node. The options are set from what benchmarks/results/runtime-settings.md measured."""
+        if (graph, threads) not in self.sessions:
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3  # errors; its warnings speak of the graph's making
+            options.intra_op_num_threads = threads  # ONNX Runtime's own number overlooks what a process is bound to
+            options.enable_cpu_mem_arena = options.enable_mem_pattern = self.device != "cpu"
             self.set_options(options)
             path = self.folder / self.manifest.graphs[graph].onnx.path
             try:
-                self.sessions[graph] = onnxruntime.InferenceSession(str(path), options, providers=self._providers())
+                session = onnxruntime.InferenceSession(str(path), options, providers=self._providers())
             except Exception as error:  # the library's own classes derive from Exception alone
                 raise InputError(
                     f"ONNX Runtime {onnxruntime.__version__} cannot load {path} for {self.device} ({error}); "
                     "try --device cpu, another precision, or export the bundle again"
                 ) from error
-        return self.sessions[graph]
+            self.sessions[graph, threads] = session
+        return self.sessions[graph, threads]
 
     def _providers(self) -> list[Any]:
         if self.device == "cpu":

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.runtime_settings import FILES, REQUEST, main, markdown, measure_settings
-from benchmarks.runtime_variants import DEFAULTS, VARIANTS, Variant
+from benchmarks.runtime_variants import DEFAULTS, OURS, VARIANTS, Variant
 from engines.onnx_runtime import OnnxRuntimeEngine
 from export.inputs import SAMPLES, random_feed
 from mige_rt.bundle import DEFAULT_MODEL, read_manifest
@@ -18,12 +18,22 @@ from mige_rt.requests import read_requests
 EDIT = read_requests(SAMPLES / "requests.jsonl")[REQUEST]
 
 
-def _options(variant: Variant) -> onnxruntime.SessionOptions:
-    """Those of a session that made a latent."""
+def _options(variant: Variant | None) -> onnxruntime.SessionOptions:
+    """Those of a session that made a latent; None: as the engine sets them."""
     manifest = read_manifest(DEFAULT_MODEL)
-    engine = OnnxRuntimeEngine(DEFAULT_MODEL, manifest, "cpu", variant.set_options)
+    if variant is None:
+        engine = OnnxRuntimeEngine(DEFAULT_MODEL, manifest, "cpu")
+    else:
+        engine = OnnxRuntimeEngine(DEFAULT_MODEL, manifest, "cpu", variant.set_options, split_rows=variant.rows)
     engine.run("vae_encoder", random_feed("vae_encoder", manifest.model, {"M": 1, "eh": 16, "ew": 16}))
-    return engine.sessions["vae_encoder"].get_session_options()
+    (session,) = engine.sessions.values()
+    return session.get_session_options()
+
+
+def test_the_engine_is_one_of_the_variants() -> None:
+    engine, ours = _options(None), _options(VARIANTS[OURS])
+    for name in ("intra_op_num_threads", "enable_cpu_mem_arena", "enable_mem_pattern", "graph_optimization_level"):
+        assert getattr(engine, name) == getattr(ours, name), name
 
 
 def test_every_variant_is_what_it_is_called() -> None:
