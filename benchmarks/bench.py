@@ -150,9 +150,7 @@ def _measure(
     device = workers.open[reference].opened.device
     fastest = min(plain, key=lambda home: ENGINES.index(home.engine))
     candidates += [
-        candidate
-        for candidate in besides(fastest, device != "cpu")
-        if workers.get(candidate.home, title(candidate)) is not None
+        candidate for candidate in besides(fastest) if workers.get(candidate.home, title(candidate)) is not None
     ]
     say("the machine's peaks", 0, 0)
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:

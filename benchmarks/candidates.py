@@ -161,11 +161,11 @@ def wanted(
     return found
 
 
-def besides(fastest: Home, cuda: bool) -> list[Candidate]:
+def besides(fastest: Home) -> list[Candidate]:
     """What the fastest engine can do besides: the prompt remembered, savings, less memory."""
-    found = [
+    return [
         Candidate(fastest, cached=True),
         Candidate(fastest, guidance_range=GUIDANCE_RANGE),
         Candidate(fastest, reuse=REUSE),
+        Candidate(replace(fastest, low_vram=True)),
     ]
-    return found + ([Candidate(replace(fastest, low_vram=True))] if cuda else [])

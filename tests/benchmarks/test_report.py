@@ -108,7 +108,7 @@ def test_a_reader_finds_the_figures_in_words(page: Chrome) -> None:
         "Measured on",
         "ONNX Runtime fp32",
         "as published",
-        "all 5 judged rows pass parity",
+        "all 6 judged rows pass parity",
         "mige-rt bench --steps 4",
     ):
         assert words in said
