@@ -1,5 +1,6 @@
 """Stage 4: MIGE itself, all but the two image encoders, jointly (paper, section 4.1)."""
 
+import math
 from collections.abc import Iterator
 from copy import copy, deepcopy
 from functools import partial
@@ -19,7 +20,7 @@ from mige_rt.sampler import TRAIN_STEPS
 from trainer.checkpoint import COMPONENTS
 from trainer.features import Batch, FeatureStore
 from trainer.loop import train
-from trainer.model.dit import CrossAttention
+from trainer.model.dit import CrossAttention, Denoiser, sincos_positions
 from trainer.model.mige import Mige
 from trainer.model.vae import VAEDecoder, VAEEncoder
 from trainer.objective import add_noise, objective
@@ -29,20 +30,21 @@ from trainer.world.concepts import Concept
 from trainer.world.tasks import KINDS
 
 PREVIEW_EVERY = 1000  # steps
+COPY_GAIN = 0.5  # of latents and source in their own channels at the start
+COPY_LATENTS, COPY_SOURCE = 0.5, -0.8  # what they count for in v at the start: about right in mid-schedule
 DROP = 0.05  # chance to drop the text, the same to drop the source, the same to drop both
 
 
 def initialise(model: Mige) -> None:
-    """The DiT's starting weights (DiT, Peebles & Xie, 2023): gates, cross-attention and output start at zero, so each
-    block starts as the identity; and the source channels start at zero (MIGE's paper, section 4.1)."""
+    """The DiT's starting weights: gates and cross-attention start at zero, so that each block starts as the identity
+    (DiT, Peebles & Xie, 2023); and what is in the latents and in the source can be read off the last layer's input as
+    it is, so that the network need not first find out how to copy (ours: published weights start from PixArt-alpha's,
+    with zeros for the source's channels)."""
     denoiser, conditioner = model.denoiser, model.conditioner
     for module in [*denoiser.modules(), *conditioner.modules()]:
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-    embedder = denoiser.x_embedder.proj
-    nn.init.xavier_uniform_(embedder.weight.data.view(embedder.weight.shape[0], -1))
-    embedder.weight.data[:, model.config.vae.channels :] = 0
     for part in (denoiser.t_embedder.mlp, denoiser.t_block):
         for layer in part:
             if isinstance(layer, nn.Linear):
@@ -50,7 +52,37 @@ def initialise(model: Mige) -> None:
     for module in denoiser.modules():
         if isinstance(module, CrossAttention):
             nn.init.zeros_(module.proj.weight)
-    nn.init.zeros_(denoiser.final_layer.linear.weight)
+    _start_as_a_copy(denoiser)
+
+
+@torch.no_grad()
+def _start_as_a_copy(denoiser: Denoiser) -> None:
+    """Give each value of a patch, of the latents and of the source, a channel of its own, which the output adds up.
+
+    v is (alpha * noisy - data) / sigma, and the data are nearly the source's: the timestep's factors are left to learn.
+    The channels are those whose positions hardly vary.
+    """
+    config = denoiser.config
+    dit, channels = config.dit, config.vae.channels
+    positions = sincos_positions(dit.trained_grid, dit.trained_grid, dit.width, dit.trained_grid)
+    values = dit.patch**2 * channels
+    order = positions.std(dim=0).argsort()[: 2 * values]
+    weight = denoiser.x_embedder.proj.weight  # [width,2c,patch,patch]
+    flat = weight.view(dit.width, -1)
+    nn.init.xavier_uniform_(flat)
+    flat[order] = 0
+    flat[order, torch.arange(2 * values)] = COPY_GAIN
+    assert denoiser.x_embedder.proj.bias is not None
+    nn.init.zeros_(denoiser.x_embedder.proj.bias)
+    spread = math.sqrt(float(positions.var(dim=1, unbiased=False).mean()) + float(flat.square().sum()) / dit.width)
+    last = denoiser.final_layer.linear.weight  # [patch*patch*out,width], the patch's place before the channel
+    nn.init.zeros_(last)
+    out = last.shape[0] // dit.patch**2
+    for c in range(channels):
+        for place in range(dit.patch**2):
+            row, value = place * out + c, c * dit.patch**2 + place
+            last[row, order[value]] = COPY_LATENTS * spread / COPY_GAIN
+            last[row, order[values + value]] = COPY_SOURCE * spread / COPY_GAIN
 
 
 class TrainedPart(nn.Module):

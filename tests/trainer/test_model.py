@@ -48,7 +48,7 @@ def _inputs(batch: int, pictures: int, length: int, height: int, width: int) -> 
     }
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 12, 16, 16), (3, 4, 20, 8, 24)])
+@pytest.mark.parametrize("sizes", [(1, 1, 24, 16, 16), (3, 4, 40, 8, 24)])
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_each_module_has_the_ports_of_its_graph(model: Mige, graph: str, sizes: tuple[int, int, int, int, int]) -> None:
     inputs = _inputs(*sizes)
@@ -96,11 +96,11 @@ def test_padding_to_a_longer_prompt_changes_nothing(
 
 
 def test_rows_without_text_see_the_null_table_alone(model: Mige) -> None:
-    inputs = _inputs(2, 1, 12, 16, 16)
+    inputs = _inputs(2, 1, 24, 16, 16)
     kv = model.conditioner(inputs["text_states"], torch.tensor([True, False]))
     other = model.conditioner(inputs["text_states"] + 1, torch.tensor([True, False]))
     assert torch.equal(kv[:, :, 1], other[:, :, 1]) and not torch.equal(kv[:, :, 0], other[:, :, 0])
-    null = model.conditioner(model.conditioner.y_embedding[None, :12], torch.tensor([True]))
+    null = model.conditioner(model.conditioner.y_embedding[None, :24], torch.tensor([True]))
     torch.testing.assert_close(kv[:, :, 1], null[:, :, 0])
 
 

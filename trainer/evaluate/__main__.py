@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 EVALUATION_SEED, GUIDANCE_SEED = 10**6 + 1, 10**6 + 2  # of series of the world that training never sees
 SAMPLES, GUIDANCE_SAMPLES = 64, 8  # a kind
-SHOWN = 4  # samples a kind in the grid
+SHOWN = 2  # samples a kind in the grid
 
 
 def held_out_concepts(world: Path) -> "list[Concept]":
