@@ -108,7 +108,8 @@ def markdown(content: Mapping[str, Any], rows: list[Row]) -> str:
         f"{machine['versions']['onnxruntime']}"
         + ("." if content["complete"] else "; **incomplete: it was interrupted**."),
         "",
-        f"One edit of the model {content['model']} with one reference and {content['steps']} steps, in a process for "
+        f"One edit of the model {content['model']} with one reference and {content['steps']} steps at the published "
+        "guidance scales, in a process for "
         f"each variant. They took turns, {content['warmups']} rounds to warm up and {content['runs']} measured. A gain "
         "is how many times as fast as the defaults it is, the median over rounds, in brackets its "
         f"{CONFIDENCE:.0%} interval; where that spans 1, no difference was shown. Memory is the most that the process "
