@@ -30,8 +30,10 @@ TABLES: dict[str, dict[str, dict[str, str]]] = {
     "fp16": {graph: {**_HALF, "residual": "float16"} for graph in GRAPHS}
     | {"text_encoder": {**_HALF, "feed-forward's product and wo": "float32", "residual": "float32"}},
     "bf16": {graph: {**_BRAIN, "residual": "bfloat16"} for graph in GRAPHS},
-    # Convolutions gain nothing from dynamic quantisation, so the VAE stays as it is.
+    # Convolutions gain nothing from dynamic quantisation, so the VAE stays as it is. The inputs of T5's wo have
+    # outliers that one scale for all of them cannot hold beside the rest.
     "int8": {graph: {**_INT8, "residual": "float32"} for graph in GRAPHS}
+    | {"text_encoder": {**_INT8, "feed-forward's wo": "float32", "residual": "float32"}}
     | {graph: {**_FULL, "residual": "float32"} for graph in ("vae_encoder", "vae_decoder")},
 }
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
