@@ -8,10 +8,11 @@ from mige_rt.errors import InputError
 from trainer.settings import load_settings
 
 HERE = Path(__file__).parent
+STARTED = ("features", "mige", "save")  # the stages that a model to go on from has a say in
 
 
 @click.command(help=__doc__)
-@click.argument("stage", type=click.Choice(["vae", "vit", "features", "mige", "save", "curve", "preview"]))
+@click.argument("stage", type=click.Choice(["vae", "vit", "features", "qformer", "mige", "save", "curve", "preview"]))
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
@@ -24,11 +25,18 @@ HERE = Path(__file__).parent
 @click.option(
     "--state", type=click.Path(path_type=Path), required=True, help="folder for states, logs, previews; resumed from"
 )
-def main(stage: str, config: Path, world: Path, state: Path) -> None:
+@click.option(
+    "--start",
+    type=click.Path(path_type=Path),
+    help="model folder or bundle to go on from, for the stages features, mige and save; the others are not needed then",
+)
+def main(stage: str, config: Path, world: Path, state: Path, start: Path | None) -> None:
     from mige_rt.config import PRESETS
     from trainer.world.concepts import load_concepts
 
     try:
+        if start is not None and stage not in STARTED:
+            raise InputError(f"--start means nothing to the stage {stage}, only to {', '.join(STARTED)}")
         settings = load_settings(config)
         if settings.model not in PRESETS:
             raise InputError(f"{config}: model is {settings.model!r}, expected one of {', '.join(PRESETS)}")
@@ -36,23 +44,27 @@ def main(stage: str, config: Path, world: Path, state: Path) -> None:
         if stage == "vae":
             from trainer.vae import train_vae
 
-            train_vae(model, settings.vae, concepts, state)
+            train_vae(model, settings.stage("vae"), concepts, state)
         elif stage == "vit":
             from trainer.vit import train_vit
 
-            train_vit(model, settings.vit, concepts, state)
+            train_vit(model, settings.stage("vit"), concepts, state)
         elif stage == "features":
             from trainer.features import compute_features
 
-            compute_features(model, settings.features, concepts, state)
+            compute_features(model, settings.features(), concepts, state, start)
+        elif stage == "qformer":
+            from trainer.qformer import train_qformer
+
+            train_qformer(model, settings.stage("qformer"), state)
         elif stage == "mige":
             from trainer.mige import train_mige
 
-            train_mige(model, settings.mige, concepts, state)
+            train_mige(model, settings.stage("mige"), concepts, state, start)
         elif stage == "save":
             from trainer.save import save
 
-            click.echo(save(model, state))
+            click.echo(save(model, state, start))
         elif stage == "curve":
             from trainer.curve import plot_curve
 

@@ -22,14 +22,16 @@ from safetensors.torch import load_model
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from mige_rt.bundle import TOKENIZER_FILE
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
 from mige_rt.instruction import PLACEHOLDER, Tokenize, compose_prompt, encode_prompt, load_tokenizer
 from mige_rt.pictures import vae_pixels, vit_pixels
+from trainer.checkpoint import load_model as load_model_folder
 from trainer.model.encoders import ImageEncoder
 from trainer.model.mige import Mige
 from trainer.model.vae import VAEEncoder
-from trainer.settings import FeatureSettings
+from trainer.settings import FeatureSettings, StageSettings
 from trainer.tokenizer import train_tokenizer
 from trainer.world.concepts import Concept
 from trainer.world.tasks import KINDS, Sample, make_sample
@@ -111,24 +113,41 @@ def _shard(
     return arrays, pictures, vit_rows
 
 
-def compute_features(config: ModelConfig, settings: FeatureSettings, concepts: list[Concept], state: Path) -> Path:
-    """Write the shards that are missing, and the tokenizer; returns their folder, state/features.
-
-    Raises InputError when the VAE or the ViT has not been trained yet.
-    """
+def _image_encoders(config: ModelConfig, state: Path) -> tuple[VAEEncoder, ImageEncoder]:
+    """The trained VAE's encoder, and an image encoder with the trained ViT, of a state folder."""
     trained = (state / "vae" / "trained", state / "vit" / "trained.safetensors")
     for path in trained:
         if not path.exists():
             raise InputError(f"{path} is not there; run the stages vae and vit first")
+    vision = Mige(config).image_encoder
+    load_model(vision.vision, trained[1])
+    return VAEEncoder(AutoencoderKL.from_pretrained(trained[0])), vision
+
+
+def compute_features(
+    config: ModelConfig, settings: FeatureSettings, concepts: list[Concept], state: Path, start: Path | None = None
+) -> Path:
+    """Write the shards that are missing, and the tokenizer; returns their folder, state/features. start: the model
+    folder or bundle whose VAE, ViT and tokenizer are taken, rather than those that the earlier stages made.
+
+    Raises InputError when the VAE or the ViT has not been trained yet, or `start` is no such folder.
+    """
+    if start is None:
+        encoder, vision = _image_encoders(config, state)
+    else:
+        model = load_model_folder(start, only=("vae_encoder", "image_encoder"))
+        encoder, vision = model.vae_encoder, model.image_encoder
     folder = state / "features"
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer_path = folder / "tokenizer.json"
     if not tokenizer_path.is_file():
-        world_tokenizer(concepts, settings, config.text.vocabulary).save(str(tokenizer_path))
+        if start is not None:
+            tokenizer = Tokenizer.from_file(str(start / TOKENIZER_FILE))
+        else:
+            tokenizer = world_tokenizer(concepts, settings, config.text.vocabulary)
+        tokenizer.save(str(tokenizer_path))
     tokenize = load_tokenizer(tokenizer_path)
-    encoder = VAEEncoder(AutoencoderKL.from_pretrained(trained[0])).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    vision = Mige(config).image_encoder
-    load_model(vision.vision, trained[1])
+    encoder = encoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     for number in track(range(settings.shards), "features"):
         shard = folder / f"shard-{number:03d}"
         if shard.is_dir():
@@ -213,3 +232,11 @@ class FeatureStore:
             slot_index=torch.from_numpy(slot_index),
             text_mask=torch.from_numpy(text_mask),
         )
+
+
+def batches(store: FeatureStore, settings: StageSettings, step: int, rank: int, ranks: int) -> Iterator[Batch]:
+    """The batches of one process from a step on: the same ones whenever it is asked."""
+    while True:
+        rng = np.random.default_rng([settings.seed, step, rank])
+        yield store.batch(rng.integers(len(store), size=settings.batch))
+        step += 1

@@ -1,12 +1,11 @@
-"""Stage 4: MIGE itself, all but the two image encoders, jointly (paper, section 4.1)."""
+"""Stage 5: MIGE itself, all but the two image encoders, jointly (paper, section 4.1)."""
 
 import math
-from collections.abc import Iterator
 from copy import copy, deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import load_model
@@ -14,11 +13,13 @@ from torch import Tensor, nn
 
 from engines.pytorch import PyTorchEngine
 from mige_rt.config import ModelConfig
+from mige_rt.errors import InputError
 from mige_rt.instruction import load_tokenizer
 from mige_rt.pipeline import MigePipeline, Settings
 from mige_rt.sampler import TRAIN_STEPS
 from trainer.checkpoint import COMPONENTS
-from trainer.features import Batch, FeatureStore
+from trainer.checkpoint import load_model as load_model_folder
+from trainer.features import Batch, FeatureStore, batches
 from trainer.loop import train
 from trainer.model.dit import CrossAttention, Denoiser, sincos_positions
 from trainer.model.mige import Mige
@@ -41,6 +42,9 @@ def initialise(model: Mige) -> None:
     it is, so that the network need not first find out how to copy (ours: published weights start from PixArt-alpha's,
     with zeros for the source's channels)."""
     denoiser, conditioner = model.denoiser, model.conditioner
+    for name, weight in model.text_encoder.named_parameters():
+        if name.endswith((".o.weight", ".wo.weight")):
+            nn.init.zeros_(weight)
     for module in [*denoiser.modules(), *conditioner.modules()]:
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -93,9 +97,7 @@ class TrainedPart(nn.Module):
         self.config = model.config
         self.image_encoder, self.text_encoder = model.image_encoder, model.text_encoder
         self.conditioner, self.denoiser = model.conditioner, model.denoiser
-        vision = self.image_encoder.vision
-        for frozen in (vision.embeddings, vision.encoder):
-            frozen.requires_grad_(False)
+        self.image_encoder.freeze_vit()
 
     def with_vae(self, other: Mige) -> Mige:
         """A whole model that shares this part's weights and another's VAE."""
@@ -109,13 +111,6 @@ class TrainedPart(nn.Module):
         states = self.text_encoder(batch.token_ids, image_tokens, batch.slot_index, batch.text_mask)
         cross_kv = self.conditioner(states, has_text)
         return self.denoiser.predict(noisy, source, timestep.float(), cross_kv, batch.text_mask)
-
-
-def _batches(store: FeatureStore, settings: StageSettings, step: int, rank: int, ranks: int) -> Iterator[Batch]:
-    while True:
-        rng = np.random.default_rng([settings.seed, step, rank])
-        yield store.batch(rng.integers(len(store), size=settings.batch))
-        step += 1
 
 
 def _loss(config: ModelConfig, module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
@@ -136,7 +131,7 @@ def _loss(config: ModelConfig, module: nn.Module, batch: Batch) -> tuple[Tensor,
     return losses.mean(), figures
 
 
-def assemble(config: ModelConfig, state: Path) -> Mige:
+def starting_model(config: ModelConfig, state: Path) -> Mige:
     """A model with the trained VAE and ViT of a state folder; the rest at its starting weights."""
     model = Mige(config)
     vae = AutoencoderKL.from_pretrained(state / "vae" / "trained")
@@ -148,13 +143,36 @@ def assemble(config: ModelConfig, state: Path) -> Mige:
     return model
 
 
-def train_mige(config: ModelConfig, settings: StageSettings, concepts: list[Concept], state: Path) -> None:
-    """Train on the features of a state folder; the state, with the moving average of the weights, and previews are in
-    state/mige. Raises InputError when the features are not there."""
+def assemble(config: ModelConfig, state: Path, start: Path | None = None) -> Mige:
+    """The model that training starts from: that of the model folder or bundle `start`; without it the trained VAE and
+    image encoder of a state folder, the rest at its starting weights.
+
+    Raises InputError when `start` is no such folder or its sizes are not those of `config`, or the Q-Former of the
+    state folder has not been trained yet.
+    """
+    if start is not None:
+        model = load_model_folder(start)
+        if replace(model.config, defaults=config.defaults) != config:
+            raise InputError(f"{start} holds a model of other sizes than the config's ({config.name}): change either")
+        return model.train()
+    path = state / "qformer" / "trained.safetensors"
+    if not path.exists():
+        raise InputError(f"{path} is not there; run the stage qformer first")
+    model = starting_model(config, state)
+    load_model(model.image_encoder, path)
+    return model
+
+
+def train_mige(
+    config: ModelConfig, settings: StageSettings, concepts: list[Concept], state: Path, start: Path | None = None
+) -> None:
+    """Train on the features of a state folder, from a model's weights if `start` gives one; the state, with the moving
+    average of the weights, and previews are in state/mige. Raises InputError when the features are not there, and as
+    `assemble` does."""
     torch.manual_seed(settings.seed)
     folder = state / "mige"
     store = FeatureStore(state / "features", config)
-    model = assemble(config, state)
+    model = assemble(config, state, start)
     samples = first_of_each_kind(concepts, config.size, PREVIEW_SEED, 4)
     tokenize = load_tokenizer(state / "features" / "tokenizer.json")
 
@@ -164,5 +182,5 @@ def train_mige(config: ModelConfig, settings: StageSettings, concepts: list[Conc
         grid(samples, answer(pipe, samples, Settings()), folder / f"preview-{step:06d}.png")
 
     module = TrainedPart(model)
-    batches = partial(_batches, store, settings)
-    train("mige", module, partial(_loss, config), batches, settings, folder, preview, PREVIEW_EVERY)
+    stream = partial(batches, store, settings)
+    train("mige", module, partial(_loss, config), stream, settings, folder, preview, PREVIEW_EVERY)

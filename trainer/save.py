@@ -1,4 +1,4 @@
-"""Stage 5: the trained model as a model folder, which `mige-rt run --model` opens."""
+"""Stage 6: the trained model as a model folder, which `mige-rt run --model` opens."""
 
 from pathlib import Path
 
@@ -11,15 +11,15 @@ from trainer.checkpoint import save_model
 from trainer.mige import TrainedPart, assemble
 
 
-def save(config: ModelConfig, state: Path) -> Path:
-    """Write the moving average of the weights, in half precision, to state/model; returns it.
+def save(config: ModelConfig, state: Path, start: Path | None = None) -> Path:
+    """Write the moving average of the weights, in half precision, to state/model; returns it. start: as for `assemble`.
 
     Raises InputError when the stage mige has not run yet, or state/model is there already.
     """
     path = state / "mige" / "state.pt"
     if not path.is_file():
         raise InputError(f"{path} is not there; run the stage mige first")
-    model = assemble(config, state)
+    model = assemble(config, state, start)
     kept = torch.load(path, map_location="cpu", weights_only=True)
     average = {k.removeprefix("module."): v for k, v in kept["average"].items() if k.startswith("module.")}
     TrainedPart(model).load_state_dict(average)

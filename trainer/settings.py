@@ -1,11 +1,14 @@
 """A training config file: TOML, one table a stage, read into frozen dataclasses."""
 
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from mige_rt.errors import InputError
+
+TRAINED = ("vae", "vit", "qformer", "mige")  # the stages that train
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,24 @@ class FeatureSettings:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    model: str  # a preset's name
-    vae: StageSettings
-    vit: StageSettings
-    features: FeatureSettings
-    mige: StageSettings
+    """A config file: a preset's name, and the tables of the stages that it is for."""
+
+    path: Path
+    model: str
+    stages: Mapping[str, StageSettings]
+    scenes: FeatureSettings | None
+
+    def stage(self, name: str) -> StageSettings:
+        """The table of a stage that trains. Raises InputError when the file has none."""
+        if name not in self.stages:
+            raise InputError(f"{self.path} has no table [{name}]")
+        return self.stages[name]
+
+    def features(self) -> FeatureSettings:
+        """The table of the stage features. Raises InputError when the file has none."""
+        if self.scenes is None:
+            raise InputError(f"{self.path} has no table [features]")
+        return self.scenes
 
 
 def _table(kind: type[Any], data: dict[str, Any], where: str) -> Any:
@@ -60,8 +76,13 @@ def load_settings(path: Path) -> TrainingSettings:
         data = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"{path} cannot be read as a TOML file: {error}") from error
-    stages = {"vae": StageSettings, "vit": StageSettings, "features": FeatureSettings, "mige": StageSettings}
-    for name, kind in stages.items():
-        if isinstance(data.get(name), dict):
-            data[name] = _table(kind, data[name], f"{path} [{name}]")
-    return _table(TrainingSettings, data, str(path))
+    model = data.pop("model", None)
+    unknown = [name for name, table in data.items() if name not in (*TRAINED, "features") or type(table) is not dict]
+    if type(model) is not str or unknown:
+        what = f"unknown {', '.join(unknown)}" if unknown else f"model is {model!r}, expected a preset's name"
+        raise InputError(f"{path}: {what}; it has a model and tables [{'], ['.join((*TRAINED, 'features'))}]")
+    tables = {
+        name: _table(FeatureSettings if name == "features" else StageSettings, table, f"{path} [{name}]")
+        for name, table in data.items()
+    }
+    return TrainingSettings(path, model, {n: t for n, t in tables.items() if n != "features"}, tables.get("features"))

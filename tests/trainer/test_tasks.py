@@ -13,7 +13,7 @@ from trainer.world.backgrounds import COLOURS
 from trainer.world.concepts import Concept
 from trainer.world.edits import FACTORS, STYLE_WORDS
 from trainer.world.sample import CONTRAST, MOSTLY, SEEN
-from trainer.world.scene import LARGE, PLACES, SMALL
+from trainer.world.scene import LARGE, MIDDLE, PLACES, SMALL
 from trainer.world.tasks import KINDS, SHARES, Mark, Sample, make_sample
 from trainer.world.wording import TOWARDS
 
@@ -175,12 +175,15 @@ def test_sizes_are_as_asked(concepts: list[Concept]) -> None:
         if min(sample.before[index].mask.sum(), sample.after[index].mask.sum()) > 60:
             assert after / before == pytest.approx(factor, rel=0.25), sample.prompt
     for sample in _some(concepts, "add", 3 * MANY):
-        for word, (least, most) in {"small": SMALL, "little": SMALL, "large": LARGE, "big": LARGE}.items():
-            if f"a {word} <imagehere>" in sample.prompt:
+        sizes = {"small ": SMALL, "little ": SMALL, "large ": LARGE, "big ": LARGE}
+        if len(sample.asked) == 1 and " as " not in sample.prompt and " than " not in sample.prompt:
+            sizes[""] = MIDDLE
+        for word, size in sizes.items():
+            if f"add a {word}<imagehere>" in sample.prompt or f"put a {word}<imagehere>" in sample.prompt:
                 box = sample.after[sample.asked[0]].box
                 assert box is not None
                 longest = max(box[2] - box[0], box[3] - box[1]) / 64
-                assert least - 0.06 < longest < most + 0.04
+                assert size - 0.08 < longest < size + 0.04
 
 
 def test_replacing_keeps_place_and_size(concepts: list[Concept]) -> None:

@@ -84,6 +84,11 @@ class ImageEncoder(nn.Module):
         self.fusion = FeatureFusion(qformer.width, config.dit.width, qformer.fusion_heads)
         self.projection = nn.Linear(qformer.width, config.text.width)
 
+    def freeze_vit(self) -> None:
+        """Train all but the ViT, whose features training computes once (paper, section 4.1)."""
+        self.vision.embeddings.requires_grad_(False)
+        self.vision.encoder.requires_grad_(False)
+
     def vit(self, pixels_vit: Tensor) -> Tensor:
         """pixels_vit [N,3,p,p] -> the frozen ViT's features before ln_vision, [N,1+patches,ViT width]"""
         dtype = self.vision.embeddings.patch_embedding.weight.dtype

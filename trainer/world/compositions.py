@@ -8,10 +8,11 @@ from trainer.world.atmosphere import TIMES, WEATHERS
 from trainer.world.sample import Sample, Stock, composition, generation
 from trainer.world.scene import (
     LARGE,
+    MIDDLE,
     SMALL,
     Scene,
     Subject,
-    inside,
+    put,
     random_background,
     random_pattern,
     random_subject,
@@ -34,16 +35,12 @@ SIZED_SHARE = 0.25  # of the subjects that may be asked for in a size: those tha
 AIR_SHARE = 0.15  # of the generated pictures: those at a time of day or in some weather
 
 
-def _in_size(subject: Subject, size: float) -> Subject:
-    return replace(subject, size=size, centre=inside(subject.centre, size))
-
-
 def _sized(rng: np.random.Generator, subject: Subject) -> tuple[str, Subject]:
     """An article, with SIZED_SHARE a size too, and the subject in that size."""
     if rng.random() >= SIZED_SHARE:
-        return "a", subject
+        return "a", put(subject, MIDDLE)
     word = pick(rng, list(SIZE_WORDS))
-    return f"a {word}", _in_size(subject, float(rng.uniform(*SIZE_WORDS[word])))
+    return f"a {word}", put(subject, SIZE_WORDS[word])
 
 
 def add(rng: np.random.Generator, stock: Stock) -> Sample | None:
@@ -59,12 +56,13 @@ def add(rng: np.random.Generator, stock: Stock) -> Sample | None:
         prompt = f"{before}{pick(rng, ('add', 'put'))} {first} and {second}{behind}"
         pair = (number, number + 1)
         named = (*pair, None) if last else (None, *pair)
-        return composition("add", rng, stock, prompt, scene, replace(scene, subjects=subjects), named)
+        after = replace(scene, subjects=(*subjects[:number], *(put(s, MIDDLE) for s in subjects[number:])))
+        return composition("add", rng, stock, prompt, scene, after, named)
     where = whereabouts(rng, scene, subjects[-1].place)
-    what, subject, compared = "<imagehere>", subjects[-1], ""
+    what, subject, compared = "<imagehere>", put(subjects[-1], MIDDLE), ""
     if number and rng.random() < SIZED_SHARE:
         other, words = int(rng.integers(number)), pick(rng, list(COMPARED))
-        subject = _in_size(subject, subjects[other].size * COMPARED[words])
+        subject = put(subject, subjects[other].size * COMPARED[words])
         compared = f", {words} {naming(rng, scene, other)}"
     elif rng.random() < 0.7:
         article, subject = _sized(rng, subject)
@@ -130,9 +128,10 @@ def generate(rng: np.random.Generator, stock: Stock) -> Sample | None:
         prompt = pick(rng, [f"{article} <imagehere> {place} {ground}", f"{article} <imagehere> {ground} {place}"])
     elif number == 2 and rng.random() < 0.6:
         words, places = pick(rng, list(PAIRS.items()))
-        subjects = tuple(random_subject(rng, s.concept, p) for s, p in zip(subjects, places, strict=True))
+        subjects = tuple(put(s, MIDDLE, p) for s, p in zip(subjects, places, strict=True))
         prompt = f"a <imagehere> {words} a <imagehere> {ground}"
     else:
+        subjects = tuple(put(s, MIDDLE) for s in subjects)
         each = [f"a <imagehere> {subject.place}" for subject in subjects]
         prompt = f"{', '.join(each[:-1])} and {each[-1]} {ground}"
     return generation(rng, stock, prompt, Scene(background, subjects, air), range(number))

@@ -12,10 +12,10 @@ from trainer.world.scene import (
     Scene,
     Sizes,
     Subject,
-    centre_at,
     free_places,
     grid_way,
     inside,
+    put,
     random_background,
     random_pattern,
     random_subjects,
@@ -124,7 +124,7 @@ def move(rng: np.random.Generator, stock: Stock) -> Sample | None:
         [f"move {what} {where}", f"shift {what} {where}", f"move {what} in the picture {where}"],
         [f"move {what} in <imagehere> {where}", f"in <imagehere> shift {what} {where}"],
     )
-    after = _with(scene, index, replace(subject, place=place, centre=centre_at(rng, place, subject.size)))
+    after = _with(scene, index, put(subject, subject.size, place))
     return edit("move", stock, prompt, scene, after, [index])
 
 
