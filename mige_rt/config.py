@@ -222,9 +222,9 @@ PRESETS: dict[str, ModelConfig] = {
         prediction="v_prediction",
         learned_variance=False,
         defaults=Defaults(
-            subject=TaskDefaults(steps=20, text_scale=3.0, source_scale=1.0),
+            subject=TaskDefaults(steps=20, text_scale=1.5, source_scale=1.0),
             edit=TaskDefaults(steps=20, text_scale=2.0, source_scale=1.5),
-            compose=TaskDefaults(steps=20, text_scale=1.0, source_scale=1.5),
+            compose=TaskDefaults(steps=20, text_scale=1.0, source_scale=2.5),
         ),
     ),
 }
