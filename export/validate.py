@@ -32,10 +32,10 @@ from trainer.checkpoint import load_model
 from trainer.preview import psnr
 
 # Relative RMS errors of a graph's outputs: two to ten times the worst measured on the default model, over all graphs,
-# shapes and inputs, by two CPU cores with AVX-512: fp32 2.7e-5, of the VAE at 256 pixels, the others 2e-6; fp16 1.1e-3;
-# bf16 9.4e-3; int8 7.7e-2, of the text encoder, the others 3e-2. Full-size graphs are deeper: 3e-4 in fp16 for the
-# denoiser, 1.4e-2 in int8.
-TOLERANCES: Mapping[str, float] = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 4e-2, "int8": 0.15}
+# shapes and inputs, by two CPU cores with AVX-512: fp32 2.7e-5, of the VAE at 256 pixels, the others 2e-6; fp16 5.4e-3,
+# of the image encoder on noise, on pictures 3e-4, the others 3.4e-3; bf16 9.4e-3; int8 7.7e-2, of the text encoder, the
+# others 3e-2. Full-size graphs are deeper: 3e-4 in fp16 for the denoiser, 1.4e-2 in int8.
+TOLERANCES: Mapping[str, float] = {"fp32": 1e-4, "fp16": 1.5e-2, "bf16": 4e-2, "int8": 0.15}
 # Relative RMS errors of final latents. Measured after STEPS steps, the worst of 3 pictures: fp32 5e-7, fp16 3.2e-4,
 # bf16 1.0e-2, int8 1.6e-2; after 20 steps, of 24 pictures, by `benchmarks.parity`: 1.3e-6, 2.7e-3, 2.1e-2, 2.8e-2.
 LATENTS: Mapping[str, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "int8": 0.1}
