@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image as Picture
 
 from engines.interface import Array, Engine, to_numpy
-from engines.proxy import EngineProxy
+from engines.wrapper import EngineProxy
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
 from mige_rt.guidance import Branch, branches

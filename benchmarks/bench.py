@@ -16,9 +16,9 @@ from benchmarks.case import Effort, OnProgress, measure_case
 from benchmarks.findings import Findings, model_name, title
 from benchmarks.machine import environment, measure_peaks
 from benchmarks.worker import CandidateError, Worker
+from engines.factory import ENGINES, has_nvidia_driver
 from engines.interface import Precision
-from engines.opening import ENGINES, has_nvidia_driver
-from export.bundle import Limits, export_bundle
+from export.exporter import Limits, export_bundle
 from mige_rt.bundle import is_bundle, read_config, read_manifest
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError

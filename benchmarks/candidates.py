@@ -10,14 +10,14 @@ from PIL.Image import Image as Picture
 
 import export
 from benchmarks.table import TITLES
-from engines.opening import ENGINES, Asked
+from engines.factory import ENGINES, Asked
+from mige_rt.images import open_picture
 from mige_rt.instruction import PLACEHOLDER
-from mige_rt.pictures import open_picture
 from mige_rt.pipeline import Settings
 from mige_rt.requests import Request, Resolved, resolve
 
 if TYPE_CHECKING:
-    from benchmarks.programs import Program  # needs torch, whose memory is no other engine's
+    from benchmarks.variants import Program  # needs torch, whose memory is no other engine's
 
 SAMPLES = Path(export.__file__).parent / "samples"
 SCENES = ("picture-5.png", "picture-7.png", "picture-9.png", "picture-6.png")

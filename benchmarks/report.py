@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jinja2
 
-from benchmarks import words
+from benchmarks import formatting as words
 from benchmarks.findings import Findings
 from benchmarks.sections import Section, latency_bars, report_sections
 

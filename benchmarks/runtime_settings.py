@@ -136,7 +136,7 @@ def _int8_of(bundle: Path, given: Path | None) -> Iterator[Path]:
     if given is not None:
         yield given
         return
-    from export.bundle import Limits, export_bundle
+    from export.exporter import Limits, export_bundle
 
     with tempfile.TemporaryDirectory(prefix="runtime-settings-") as scratch:
         export_bundle(str(bundle), Path(scratch) / "int8", "int8", Limits(1, 4), validate=False)

@@ -9,11 +9,12 @@ from typing import Any, Literal
 from PIL import Image, ImageChops
 from PIL.Image import Image as Picture
 
-from benchmarks import figures, words
+from benchmarks import formatting as words
+from benchmarks import plots as figures
 from benchmarks.candidates import SHORT, requests
-from benchmarks.figures import Bar
 from benchmarks.findings import Comparison, Findings, Row
 from benchmarks.measure import Latency
+from benchmarks.plots import Bar
 from benchmarks.table import TITLES
 
 AMPLIFIED = 8  # times, of the differences that are shown

@@ -7,7 +7,7 @@ from engines.interface import GRAPHS
 from mige_rt.instruction import Task
 
 if TYPE_CHECKING:
-    from benchmarks.programs import Program
+    from benchmarks.variants import Program
     from benchmarks.work import GraphWork, Work
 
 TITLES: "dict[Program, str]" = {"published": "as published", "encode_once": "encode once", "ours": "ours"}

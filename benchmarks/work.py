@@ -1,7 +1,7 @@
 """The work of a picture, counted exactly: `python -m benchmarks.work [--model xl] [--task edit] [--references 1]`.
 
 Per graph, the floating-point operations and the least bytes of the program as published, of one that encodes once but
-computes every guidance branch, and of ours (`benchmarks.programs` says what each runs how often; `benchmarks.meter`
+computes every guidance branch, and of ours (`benchmarks.variants` says what each runs how often; `benchmarks.meter`
 what an operation and a byte is: matrix products, convolutions and attention, a multiply-add as two; weights, inputs
 and outputs once a call). With --write, the counts that `pytest benchmarks` compares with are written anew.
 """
@@ -18,13 +18,13 @@ from rich.table import Table
 
 from benchmarks.baseline import AsPublished, CountingEngine
 from benchmarks.meter import flops, least_bytes
-from benchmarks.programs import Program, prompt_tokens, schedule
 from benchmarks.table import markdown, table_rows
+from benchmarks.variants import Program, prompt_tokens, schedule
 from engines.interface import GRAPHS, Precision
 from export.inputs import sample_requests
 from export.precision import check_precision
 from mige_rt.bundle import read_config
-from mige_rt.commands.shared import Size
+from mige_rt.cli.shared import Size
 from mige_rt.config import PRESETS, ModelConfig
 from mige_rt.errors import InputError
 from mige_rt.instruction import Task
@@ -155,7 +155,7 @@ def full_size() -> str:
     introduction = (
         f"Counted on the meta device, nothing measured; written by `{WRITE}`. Published sizes, {config.size} pixels, "
         "fp16, the published defaults of each task. A multiply-add is two operations; bytes are the least, each "
-        "graph's weights, inputs and outputs once a call. `benchmarks/programs.py` says what the programs are."
+        "graph's weights, inputs and outputs once a call. `benchmarks/variants.py` says what the programs are."
     )
     return markdown(introduction, works, described)
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from benchmarks.candidates import SHORT, Candidate, Case, Home, requests
 from engines.interface import Array, to_numpy
-from engines.proxy import WatchedEngine
+from engines.wrapper import WatchedEngine
 from export.memory import peak_bytes
 from mige_rt.errors import NotFiniteError
 from mige_rt.pipeline import MigePipeline

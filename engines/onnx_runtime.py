@@ -10,8 +10,8 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from engines.batch_parallel import groups_of, row_count, run_in_groups, usable_cores
 from engines.interface import GRAPHS, Array, Precision, Range, axis_size, named_sizes
-from engines.rows import groups_of, row_count, run_in_groups, usable_cores
 from mige_rt.bundle import Manifest, check_files, read_manifest
 from mige_rt.errors import InputError, NotAvailableError
 
@@ -19,8 +19,8 @@ from mige_rt.errors import InputError, NotAvailableError
 class OnnxRuntimeEngine:
     """One session a graph, made when the graph is first run.
 
-    On the CPU, a graph's rows are run side by side where there are enough of them (engines/rows.py), by a session of
-    one thread, which is another than that of few rows.
+    On the CPU, a graph's rows are run side by side where there are enough of them (engines/batch_parallel.py), by a
+    session of one thread, which is another than that of few rows.
     """
 
     name = "onnxruntime"

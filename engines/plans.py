@@ -137,7 +137,7 @@ def describe(bundle: Path, manifest: Manifest) -> list[dict[str, Any]]:
     for found in plans(bundle):
         reason = stale(found, manifest)
         if reason is None:
-            from engines.trt_module import find_machine  # imports torch, which takes seconds
+            from engines.trt_runtime import find_machine  # imports torch, which takes seconds
 
             try:
                 reason = misfit(found, manifest, find_machine(found.target.engine, "auto"))

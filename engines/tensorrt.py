@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engines.interface import GRAPHS, Array, Precision, Range
 from engines.plans import PlanEngine, Plans, build_command, find
-from engines.trt_module import find_device, find_machine, import_runtime, is_out_of_memory, make_logger
+from engines.trt_runtime import find_device, find_machine, import_runtime, is_out_of_memory, make_logger
 from mige_rt.bundle import read_manifest
 from mige_rt.errors import InputError, NotAvailableError
 

@@ -14,10 +14,10 @@ from engines.interface import GRAPHS, Range, axis_size, split_axis
 from export.reference import run_reference
 from mige_rt.bundle import TOKENIZER_FILE, read_config, resolved_axes
 from mige_rt.config import ModelConfig
+from mige_rt.images import vae_pixels, vit_pixels
 from mige_rt.instruction import collate, compose_prompt, encode_prompt, load_tokenizer
-from mige_rt.pictures import vae_pixels, vit_pixels
 from mige_rt.requests import Resolved, read_requests
-from mige_rt.sampler import ALPHAS, SIGMAS, draw_noise
+from mige_rt.scheduler import ALPHAS, SIGMAS, draw_noise
 
 SAMPLES = Path(__file__).parent / "samples"  # requests.jsonl and its pictures
 TIMESTEP = 600  # at which the real latents are noisy

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from engines.interface import GRAPHS
-from trainer.checkpoint import load_model
+from trainer.checkpoints.model_folder import load_model
 
 Feed = Mapping[str, NDArray]
 

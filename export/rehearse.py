@@ -21,15 +21,15 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from export.bundle import Exported, Limits, export_bundle
-from export.tensorrt import rehearse_plan
+from export.build_plans import rehearse_plan
+from export.exporter import Exported, Limits, export_bundle
+from mige_rt.atomic import whole_folder
 from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE
 from mige_rt.config import PRESETS, ModelConfig
 from mige_rt.errors import InputError
-from mige_rt.folders import whole_folder
-from trainer.checkpoint import write_model_folder
+from trainer.checkpoints.convert_published import our_shapes
+from trainer.checkpoints.model_folder import write_model_folder
 from trainer.model.vae import make_vae
-from trainer.published import our_shapes
 
 BLOCK = 4_194_301  # numbers drawn once and repeated; a prime, so that rows differ
 

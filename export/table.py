@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
-from export.bundle import Exported
+from export.exporter import Exported
 
 
 def exported_table(exported: Exported) -> Table:

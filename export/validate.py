@@ -16,19 +16,19 @@ from PIL.Image import Image as Picture
 
 from engines.interface import GRAPHS, Array, Precision, Range, to_numpy
 from engines.onnx_runtime import OnnxRuntimeEngine
-from engines.proxy import WatchedEngine
 from engines.pytorch import PyTorchEngine
+from engines.wrapper import WatchedEngine
 from export.chunks import CHUNK_BYTES, run_onnx
 from export.inputs import RealInputs, Sizes, random_feed, sample_requests, shapes_of
 from export.precision import PreciseGraph
 from export.reference import run_module, run_reference
 from mige_rt.bundle import TOKENIZER_FILE, read_config
 from mige_rt.errors import InputError
+from mige_rt.images import to_picture
 from mige_rt.instruction import load_tokenizer
-from mige_rt.pictures import to_picture
 from mige_rt.pipeline import MigePipeline, Settings
 from mige_rt.requests import Resolved
-from trainer.checkpoint import load_model
+from trainer.checkpoints.model_folder import load_model
 from trainer.preview import psnr
 
 # Relative RMS errors of a graph's outputs: two to ten times the worst measured on the default model, over all graphs,

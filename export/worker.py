@@ -12,11 +12,11 @@ from export.processes import serve
 from export.quantise import quantise
 from export.validate import validate_graph, validate_pipeline
 from mige_rt.errors import InputError
-from trainer.checkpoint import empty_model, load_model
+from trainer.checkpoints.model_folder import empty_model, load_model
 
 
 def work(job: dict[str, Any], on_phase: Callable[[str], None]) -> dict[str, Any]:
-    """Do a job of `export.bundle`; returns what its report says of it."""
+    """Do a job of `export.exporter`; returns what its report says of it."""
     started = time.monotonic()
     model, folder, precision = Path(job["model"]), Path(job["folder"]), job["precision"]
     if job["graph"] == "pipeline":

@@ -11,7 +11,7 @@ from array_api_compat import array_namespace, device
 
 from engines.interface import Array
 from mige_rt.guidance import Branch
-from mige_rt.sampler import SolverStep
+from mige_rt.scheduler import SolverStep
 
 
 class Denoiser(Protocol):

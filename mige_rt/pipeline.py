@@ -17,18 +17,18 @@ from PIL.Image import Image as Picture
 
 from engines.interface import GRAPHS, Array, Engine, Precision, to_numpy
 from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, check_file, is_bundle, read_config, read_manifest
+from mige_rt.conditioning import Encoder, warn_of_crop
 from mige_rt.config import ModelConfig, Solver, TaskDefaults
 from mige_rt.denoise import Savings, denoise, plain_step
-from mige_rt.encoding import Encoder, warn_of_crop
 from mige_rt.errors import InputError
 from mige_rt.guidance import branches
+from mige_rt.images import Fit, aspect_size, to_picture
 from mige_rt.instruction import Task, Tokenize, load_tokenizer
-from mige_rt.pictures import Fit, aspect_size, to_picture
 from mige_rt.requests import EditScope, Request, Resolved, resolve
-from mige_rt.sampler import draw_noise, solver_table
+from mige_rt.scheduler import draw_noise, solver_table
 
 if TYPE_CHECKING:
-    from mige_rt.capture import CapturedSteps
+    from mige_rt.cuda_graphs import CapturedSteps
 
 MAX_ENLARGED = 16  # times the trained area; far beyond it, attention needs more memory than machines have
 # Of graphs that must be there together, when memory is short.
@@ -88,7 +88,7 @@ class MigePipeline:
         self._step = plain_step(lambda **inputs: self._run("denoiser", **inputs))
         self._captured: CapturedSteps | None = None
         if capture and engine.captures:
-            from mige_rt import capture as cuda  # needs torch
+            from mige_rt import cuda_graphs as cuda  # needs torch
 
             self._step = self._captured = cuda.CapturedSteps(self._step, engine)
 
@@ -113,7 +113,7 @@ class MigePipeline:
         graphs (not by ONNX Runtime). compile: PyTorch's denoiser goes through torch.compile.
         Raises InputError when the folder, the engine, the device or the precision is not what it should be.
         """
-        from engines.opening import open_engine
+        from engines.factory import open_engine
 
         folder = Path(model)
         config = read_config(folder)

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from PIL.Image import Image as Picture
 
 from mige_rt.errors import InputError
+from mige_rt.images import check_picture, open_picture
 from mige_rt.instruction import PLACEHOLDER, PREFIXES, Task, clean_caption, count_placeholders, rewrite_instruction
-from mige_rt.pictures import check_picture, open_picture
 
 EditScope = Literal["local", "global"]
 
@@ -96,7 +96,7 @@ def resolve(request: Request, scope: EditScope = "local") -> Resolved:
 class RequestLine:
     """One line; paths are relative to the file it stands in.
 
-    In manifests: target, the picture that is right, and truth, what else is known (`trainer.world.manifest` says what).
+    In manifests: target, the picture that is right, and truth, what else is known (see `trainer.synthetic.manifest`).
     """
 
     prompt: str

@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-import export.bundle
+import export.exporter
 from mige_rt.bundle import DEFAULT_MODEL, MANIFEST, file_entry, read_manifest
 from mige_rt.pipeline import MigePipeline
 from trainer.preview import first_of_each_kind
-from trainer.world.concepts import Concept, load_concepts
-from trainer.world.tasks import Sample
+from trainer.synthetic.concepts import Concept, load_concepts
+from trainer.synthetic.tasks import Sample
 
 DATA = Path(__file__).parent / "data"
 
@@ -22,7 +22,7 @@ DATA = Path(__file__).parent / "data"
 @pytest.fixture(scope="session")
 def concepts() -> list[Concept]:
     """Twelve concepts of the small world, two of them held out."""
-    return load_concepts(DATA / "world")
+    return load_concepts(DATA / "synthetic")
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +44,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     @cache
     def bundle(precision: str) -> Path:
         out = tmp_path_factory.mktemp("bundles") / precision
-        export.bundle.export_bundle("tiny", out, precision, export.bundle.Limits(4, 4, (32, 128)))
+        export.exporter.export_bundle("tiny", out, precision, export.exporter.Limits(4, 4, (32, 128)))
         return out
 
     return bundle

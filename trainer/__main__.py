@@ -20,7 +20,7 @@ STARTED = ("features", "mige", "save")  # the stages that a model to go on from 
     show_default="the default model's",
 )
 @click.option(
-    "--world", type=click.Path(path_type=Path), required=True, help="folder made by python -m trainer.world.fetch"
+    "--world", type=click.Path(path_type=Path), required=True, help="folder made by python -m trainer.synthetic.fetch"
 )
 @click.option(
     "--state", type=click.Path(path_type=Path), required=True, help="folder for states, logs, previews; resumed from"
@@ -32,7 +32,7 @@ STARTED = ("features", "mige", "save")  # the stages that a model to go on from 
 )
 def main(stage: str, config: Path, world: Path, state: Path, start: Path | None) -> None:
     from mige_rt.config import PRESETS
-    from trainer.world.concepts import load_concepts
+    from trainer.synthetic.concepts import load_concepts
 
     try:
         if start is not None and stage not in STARTED:
@@ -42,27 +42,27 @@ def main(stage: str, config: Path, world: Path, state: Path, start: Path | None)
             raise InputError(f"{config}: model is {settings.model!r}, expected one of {', '.join(PRESETS)}")
         model, concepts = PRESETS[settings.model], [c for c in load_concepts(world) if not c.held_out]
         if stage == "vae":
-            from trainer.vae import train_vae
+            from trainer.stages.train_vae import train_vae
 
             train_vae(model, settings.stage("vae"), concepts, state)
         elif stage == "vit":
-            from trainer.vit import train_vit
+            from trainer.stages.train_vit import train_vit
 
             train_vit(model, settings.stage("vit"), concepts, state)
         elif stage == "features":
-            from trainer.features import compute_features
+            from trainer.stages.compute_features import compute_features
 
             compute_features(model, settings.features(), concepts, state, start)
         elif stage == "qformer":
-            from trainer.qformer import train_qformer
+            from trainer.stages.train_qformer import train_qformer
 
             train_qformer(model, settings.stage("qformer"), state)
         elif stage == "mige":
-            from trainer.mige import train_mige
+            from trainer.stages.train_mige import train_mige
 
             train_mige(model, settings.stage("mige"), concepts, state, start)
         elif stage == "save":
-            from trainer.save import save
+            from trainer.stages.save_model import save
 
             click.echo(save(model, state, start))
         elif stage == "curve":

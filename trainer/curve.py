@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from mige_rt.errors import InputError
-from trainer.world.tasks import KINDS
+from trainer.synthetic.tasks import KINDS
 
 SMOOTHED = 5  # lines of the log, each a mean over LOG_EVERY steps
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mige_rt.config import ModelConfig
-from mige_rt.sampler import ALPHAS, BETAS, SIGMAS
+from mige_rt.scheduler import ALPHAS, BETAS, SIGMAS
 
 # q(x_{t-1} | x_t, data), Ho et al., 2020, equations 6 and 7; before the first timestep there is data and no noise.
 _ALPHAS_BEFORE = np.append(1.0, ALPHAS[:-1])

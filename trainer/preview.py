@@ -14,8 +14,8 @@ from rich.table import Table
 from mige_rt.pipeline import MigePipeline, Settings
 from mige_rt.requests import Resolved
 from trainer.evaluate.metrics import psnr
-from trainer.world.concepts import Concept
-from trainer.world.tasks import KINDS, Sample, make_sample
+from trainer.synthetic.concepts import Concept
+from trainer.synthetic.tasks import KINDS, Sample, make_sample
 
 PREVIEW_SEED = 10**6  # of a series of the world that training never sees
 SHOWN, MEASURED = 4, 32  # samples a kind

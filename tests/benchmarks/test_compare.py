@@ -24,10 +24,10 @@ from mige_rt.pipeline import MigePipeline, Settings
 from mige_rt.requests import read_requests
 from trainer.evaluate import efficientnet_lite
 from trainer.preview import CELL
-from trainer.world.concepts import Concept
-from trainer.world.tasks import Sample, make_sample
+from trainer.synthetic.concepts import Concept
+from trainer.synthetic.tasks import Sample, make_sample
 
-WORLD = Path(__file__).parents[1] / "data" / "world"
+WORLD = Path(__file__).parents[1] / "data" / "synthetic"
 REQUESTS = read_requests(SAMPLES / "requests.jsonl")
 EDIT = {"3-recolour": REQUESTS["3-recolour"]}
 PORTS = {f"{graph}: {port.name}" for graph in GRAPHS for port in GRAPHS[graph].outputs}
@@ -187,7 +187,7 @@ def test_bad_input_costs_2_and_writes_nothing(tmp_path: Path) -> None:
         ("out", ["--prompts", tmp_path / "none.jsonl"], "none.jsonl"),
         ("out", ["--seeds", "0"], "0"),
         ("out", ["--steps", "1"], "steps"),
-        ("out", ["--world", tmp_path / "exists"], "trainer.world.fetch"),
+        ("out", ["--world", tmp_path / "exists"], "trainer.synthetic.fetch"),
         ("exists", [], "exists already"),
         ("none/out", [], "cannot be written"),
     ):
@@ -208,7 +208,7 @@ def _interrupt_after(done: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
         yield advance
 
-    monkeypatch.setattr("mige_rt.commands.compare.progress", progress)
+    monkeypatch.setattr("mige_rt.cli.compare.progress", progress)
 
 
 def test_ctrl_c_keeps_what_was_done(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

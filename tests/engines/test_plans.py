@@ -22,7 +22,7 @@ from engines.plans import (
     plans,
     stale,
 )
-from engines.trt_module import find_device, import_runtime, is_out_of_memory
+from engines.trt_runtime import find_device, import_runtime, is_out_of_memory
 from mige_rt.bundle import DEFAULT_MODEL, FileEntry, GraphEntry, Manifest, file_entry, read_config, resolved_axes
 from mige_rt.errors import InputError, NotAvailableError
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engines.opening import open_engine
+from engines.factory import open_engine
 from engines.pytorch import PyTorchEngine
 from mige_rt.bundle import DEFAULT_MODEL
 from mige_rt.errors import InputError

@@ -13,15 +13,15 @@ from torch import nn
 
 from engines.interface import GRAPHS, Range
 from export import chunks, validate
-from export.bundle import Limits, axis_ranges
 from export.chunks import run_onnx
+from export.exporter import Limits, axis_ranges
 from export.graphs import export_graph
 from export.inputs import SAMPLES, RealInputs, random_feed, sample_requests, shapes_of
 from export.reference import run_module, run_reference, widen_by_block
 from export.validate import measure, validate_graph, validate_pipeline
 from mige_rt.bundle import DEFAULT_MODEL, read_config
 from mige_rt.config import PRESETS
-from trainer.checkpoint import empty_model, load_model
+from trainer.checkpoints.model_folder import empty_model, load_model
 
 Bundles = Callable[[str], Path]
 CONFIG = read_config(DEFAULT_MODEL)

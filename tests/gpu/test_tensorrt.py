@@ -15,7 +15,7 @@ from PIL import Image
 from engines.interface import to_numpy
 from engines.plans import PLAN_ENGINES, NoPlanError, PlanEngine
 from engines.tensorrt import TensorRTEngine
-from export.tensorrt import build
+from export.build_plans import build
 from mige_rt.bundle import DEFAULT_MODEL, read_config
 from mige_rt.errors import InputError
 from mige_rt.instruction import load_tokenizer
@@ -33,7 +33,7 @@ def name(request: pytest.FixtureRequest) -> PlanEngine:
     """An engine whose module is here, and which knows this GPU."""
     pytest.importorskip(MODULES[request.param], reason=f"{MODULES[request.param]} is not installed")
     if request.param == "tensorrt-rtx":
-        from engines.trt_module import capabilities
+        from engines.trt_runtime import capabilities
 
         capability = "{}.{}".format(*torch.cuda.get_device_capability())
         if capability not in capabilities(request.param):

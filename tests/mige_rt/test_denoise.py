@@ -6,7 +6,7 @@ import torch
 
 from mige_rt.denoise import denoise, plain_step
 from mige_rt.guidance import branches
-from mige_rt.sampler import draw_noise, solver_table
+from mige_rt.scheduler import draw_noise, solver_table
 
 SHAPE = (4, 6, 5)
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from engines.interface import GRAPHS, Array
-from engines.proxy import WatchedEngine
+from engines.wrapper import WatchedEngine
 from mige_rt.errors import InputError
 from mige_rt.pipeline import MigePipeline
 from mige_rt.requests import Request, resolve
@@ -216,7 +216,7 @@ def test_remembered_prompts_beside_new_ones_give_the_same_pictures(
 
 
 def test_only_so_many_prompts_are_remembered(counted: tuple[MigePipeline, Calls], monkeypatch) -> None:
-    monkeypatch.setattr("mige_rt.encoding.KEPT", 2)
+    monkeypatch.setattr("mige_rt.conditioning.KEPT", 2)
     pipe, calls = counted
     for prompt in ("a", "b", "c"):
         pipe(f"a plain {prompt}", seed=1, steps=2)

@@ -36,6 +36,6 @@ def test_what_needs_torch_says_how_to_get_it(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("module", ["mige_rt.bundle", "mige_rt.pipeline", "engines.interface", "engines.opening"])
+@pytest.mark.parametrize("module", ["mige_rt.bundle", "mige_rt.pipeline", "engines.interface", "engines.factory"])
 def test_each_part_can_be_imported_first(module: str) -> None:
     subprocess.run([sys.executable, "-c", f"import {module}"], cwd=ROOT, check=True)

@@ -36,18 +36,18 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 from made_up import normal, weight
 
-from export.bundle import Limits, axis_ranges
+from export.exporter import Limits, axis_ranges
 from export.graphs import export_graph
 from mige_rt.config import PRESETS, ModelConfig, TextConfig
 from mige_rt.denoise import denoise, plain_step
 from mige_rt.errors import InputError
 from mige_rt.guidance import Branch, branches
 from mige_rt.instruction import collate, count_placeholders, encode_prompt
-from mige_rt.sampler import solver_table
-from trainer.checkpoint import empty_model, fill
+from mige_rt.scheduler import solver_table
+from trainer.checkpoints.convert_published import check_published, our_shapes, our_tensor
+from trainer.checkpoints.model_folder import empty_model, fill
 from trainer.model.dit import sincos_positions
 from trainer.model.mige import Mige
-from trainer.published import check_published, our_shapes, our_tensor
 
 STAGE_LIMIT, LATENTS_LIMIT = 1e-5, 1e-4  # relative RMS errors in float32
 GRAPH_LIMIT = 1e-4  # of what exported graphs give

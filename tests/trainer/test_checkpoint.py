@@ -26,11 +26,8 @@ from mige_rt.config import (
 )
 from mige_rt.errors import InputError
 from mige_rt.instruction import load_tokenizer
-from trainer import checkpoint
-from trainer.checkpoint import convert, load_model, read_config, save_model
-from trainer.model.mige import Mige
-from trainer.model.vae import make_vae
-from trainer.published import (
+from trainer.checkpoints import model_folder as checkpoint
+from trainer.checkpoints.convert_published import (
     T5_EMBEDDINGS,
     check_published,
     distinct_tensors,
@@ -42,6 +39,9 @@ from trainer.published import (
     read_tokenizer,
     read_vae,
 )
+from trainer.checkpoints.model_folder import convert, load_model, read_config, save_model
+from trainer.model.mige import Mige
+from trainer.model.vae import make_vae
 from trainer.tokenizer import from_spiece
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference"
@@ -432,7 +432,7 @@ def test_a_failure_midway_leaves_nothing(original: Path, tmp_path: Path, error: 
 STALLED = """
 import json, sys, time
 from pathlib import Path
-from trainer.checkpoint import convert
+from trainer.checkpoints.model_folder import convert
 from mige_rt.config import ModelConfig
 def stall(component, done, total):
     if component == "vae":

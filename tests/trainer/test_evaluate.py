@@ -29,11 +29,11 @@ from trainer.evaluate.measure import (
 from trainer.evaluate.metrics import Estimate, estimate, psnr, squared_error, within
 from trainer.evaluate.sweep import Point, choose, known_concepts, plot
 from trainer.preview import answer, first_of_each_kind, grid
-from trainer.world.concepts import Concept
-from trainer.world.tasks import KINDS, Sample, make_sample
+from trainer.synthetic.concepts import Concept
+from trainer.synthetic.tasks import KINDS, Sample, make_sample
 
 FEW = 5  # concepts to tell apart: each is seen by the network at every size
-WORLD = Path(__file__).parents[1] / "data" / "world"
+WORLD = Path(__file__).parents[1] / "data" / "synthetic"
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +293,7 @@ def test_bad_input_costs_2_and_writes_nothing(tmp_path: Path) -> None:
     result = _run(tmp_path / "out")
     assert result.exit_code == 2 and "exists already" in result.output
     result = CliRunner().invoke(main, ["--world", str(tmp_path / "out"), "--out", str(tmp_path / "new")])
-    assert result.exit_code == 2 and "trainer.world.fetch" in result.output and not (tmp_path / "new").exists()
+    assert result.exit_code == 2 and "trainer.synthetic.fetch" in result.output and not (tmp_path / "new").exists()
 
 
 # --- guidance ---

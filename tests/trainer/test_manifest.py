@@ -10,11 +10,11 @@ from PIL import Image
 from mige_rt.cli import main as mige_rt
 from mige_rt.errors import InputError
 from mige_rt.requests import RequestLine, parse_request
-from trainer.world import manifest
-from trainer.world.concepts import Concept
-from trainer.world.tasks import KINDS, Mark, make_sample
+from trainer.synthetic import manifest
+from trainer.synthetic.concepts import Concept
+from trainer.synthetic.tasks import KINDS, Mark, make_sample
 
-WORLD = Path(__file__).parents[1] / "data" / "world"
+WORLD = Path(__file__).parents[1] / "data" / "synthetic"
 NUMBER = 40
 
 

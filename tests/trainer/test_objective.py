@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mige_rt.config import PRESETS
-from mige_rt.sampler import ALPHAS, SIGMAS
+from mige_rt.scheduler import ALPHAS, SIGMAS
 from trainer.objective import add_noise, objective, prediction_error, variance_bound
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "reference"))

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from mige_rt.instruction import count_placeholders
-from trainer.features import MAX_IMAGES
-from trainer.world.atmosphere import apply
-from trainer.world.backgrounds import COLOURS
-from trainer.world.concepts import Concept
-from trainer.world.edits import FACTORS, STYLE_WORDS
-from trainer.world.sample import CONTRAST, MOSTLY, SEEN
-from trainer.world.scene import LARGE, MIDDLE, PLACES, SMALL
-from trainer.world.tasks import KINDS, SHARES, Mark, Sample, make_sample
-from trainer.world.wording import TOWARDS
+from trainer.stages.compute_features import MAX_IMAGES
+from trainer.synthetic.atmosphere import apply
+from trainer.synthetic.backgrounds import COLOURS
+from trainer.synthetic.concepts import Concept
+from trainer.synthetic.edits import FACTORS, STYLE_WORDS
+from trainer.synthetic.sample import CONTRAST, MOSTLY, SEEN
+from trainer.synthetic.scene import LARGE, MIDDLE, PLACES, SMALL
+from trainer.synthetic.tasks import KINDS, SHARES, Mark, Sample, make_sample
+from trainer.synthetic.wording import TOWARDS
 
 MANY = 40  # samples looked at by the tests that go over many
 

@@ -16,16 +16,16 @@ from mige_rt.config import PRESETS
 from mige_rt.errors import InputError
 from mige_rt.pipeline import MigePipeline
 from trainer.__main__ import main
-from trainer.features import FeatureStore, compute_features
-from trainer.mige import COPY_LATENTS, COPY_SOURCE, TrainedPart, assemble, starting_model, train_mige
 from trainer.model.vae import VAEDecoder, VAEEncoder, make_vae
-from trainer.qformer import PatchReader, train_qformer
-from trainer.save import save
 from trainer.settings import FeatureSettings, StageSettings, load_settings
-from trainer.vae import normalise_latents, train_vae
-from trainer.vit import train_vit
-from trainer.world.concepts import Concept
-from trainer.world.tasks import make_sample
+from trainer.stages.compute_features import FeatureStore, compute_features
+from trainer.stages.save_model import save
+from trainer.stages.train_mige import COPY_LATENTS, COPY_SOURCE, TrainedPart, assemble, starting_model, train_mige
+from trainer.stages.train_qformer import PatchReader, train_qformer
+from trainer.stages.train_vae import normalise_latents, train_vae
+from trainer.stages.train_vit import train_vit
+from trainer.synthetic.concepts import Concept
+from trainer.synthetic.tasks import make_sample
 
 TINY = PRESETS["tiny"]
 QUICK = StageSettings(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mige_rt.pipeline import MigePipeline
-    from trainer.world.concepts import Concept
+    from trainer.synthetic.concepts import Concept
 
 EVALUATION_SEED, GUIDANCE_SEED = 10**6 + 1, 10**6 + 2  # of series of the world that training never sees
 SAMPLES, GUIDANCE_SAMPLES = 64, 8  # a kind
@@ -24,7 +24,7 @@ SHOWN = 2  # samples a kind in the grid
 
 def held_out_concepts(world: Path) -> "list[Concept]":
     """Those of a world that are held out from training. Raises InputError when they are fewer than three."""
-    from trainer.world.concepts import load_concepts
+    from trainer.synthetic.concepts import load_concepts
 
     held_out = [concept for concept in load_concepts(world) if concept.held_out]
     if len(held_out) < 3:
@@ -89,7 +89,7 @@ def evaluate(
 )
 @click.option("--seed", type=click.IntRange(0), help="of the series of samples, and of the pictures' noise")
 @click.option(
-    "--world", type=click.Path(path_type=Path), required=True, help="folder made by python -m trainer.world.fetch"
+    "--world", type=click.Path(path_type=Path), required=True, help="folder made by python -m trainer.synthetic.fetch"
 )
 @click.option("--guidance", is_flag=True, help="measure what the guidance scales do instead")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="folder to make")
@@ -107,10 +107,10 @@ def main(
     from rich.console import Console
     from rich.progress import Progress
 
+    from mige_rt.atomic import whole_folder
     from mige_rt.bundle import DEFAULT_MODEL
-    from mige_rt.folders import whole_folder
     from mige_rt.pipeline import MigePipeline
-    from trainer.world.concepts import load_concepts
+    from trainer.synthetic.concepts import load_concepts
 
     console = Console(stderr=True)
     try:

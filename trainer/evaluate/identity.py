@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 
 from trainer.evaluate.efficientnet_lite import NEUTRAL, SIDE, EfficientNetLite0, load_efficientnet
-from trainer.world.concepts import Concept, Style, paste
-from trainer.world.sample import Mark
+from trainer.synthetic.concepts import Concept, Style, paste
+from trainer.synthetic.sample import Mark
 
 MARGIN = 16  # pixels of the network's input on each side of the subject
 SCALES = 16  # the gallery has its pictures at sizes that are multiples of the scene's side over this

@@ -10,11 +10,11 @@ import numpy as np
 from PIL import Image
 
 from engines.interface import to_numpy
-from mige_rt.pictures import to_picture, vae_pixels
+from mige_rt.images import to_picture, vae_pixels
 from mige_rt.pipeline import MigePipeline
 from trainer.evaluate.identity import Gallery, flattened
 from trainer.evaluate.metrics import Estimate, estimate, psnr, squared_error, within
-from trainer.world.sample import Sample
+from trainer.synthetic.sample import Sample
 
 # Of 255, in every channel. An edit has to be recognisable: a colour word covers a range of 10 levels each way.
 EDITED_TOLERANCE = 24

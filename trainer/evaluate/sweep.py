@@ -19,7 +19,7 @@ from trainer.evaluate.measure import figures, measure, through_vae
 from trainer.evaluate.metrics import Estimate
 from trainer.evaluate.report import circumstances, write_json
 from trainer.preview import answer, first_of_each_kind
-from trainer.world.concepts import Concept
+from trainer.synthetic.concepts import Concept
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

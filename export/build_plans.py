@@ -1,0 +1,201 @@
+"""`mige-rt build`: from a bundle's graphs to TensorRT's plans, each built in a process of its own."""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engines.interface import GRAPHS, Range, axis_size
+from engines.plans import PRODUCTS, SIDECAR, PlanEngine, PlanEntry, Plans, Target, fingerprint
+from engines.trt_runtime import capabilities as known_capabilities
+from engines.trt_runtime import find_device, import_runtime, is_out_of_memory
+from export.processes import WorkerFailedError, run_worker
+from mige_rt.atomic import whole_folder
+from mige_rt.bundle import Manifest, check_files, file_entry, read_manifest
+from mige_rt.errors import InputError, NotAvailableError
+
+# Two kinds of Ampere, Ada Lovelace, Blackwell. For Turing (7.5) it has no matrix products in float32 or bfloat16, and
+# every precision of ours has one somewhere.
+PORTABLE = ("8.0", "8.6", "8.9", "12.0")
+# optimization_level: the builder's default. tf32: fp32 is fp32 here; who wants speed exports fp16.
+OPTIONS = {"optimization_level": 3, "tf32": False}
+OnProgress = Callable[[str, int, int], None]  # what is being done, plans done, plans in all
+WORKER = (sys.executable, "-m", "export.plan_worker")
+
+
+@dataclass(frozen=True)
+class _Gpu:
+    """A GPU of this machine. uuid: as CUDA_VISIBLE_DEVICES takes it; free: bytes."""
+
+    name: str
+    capability: str
+    uuid: str
+    free: int
+
+
+def build(
+    folder: Path,
+    engine: PlanEngine,
+    capabilities: Sequence[str] | None = None,
+    on_progress: OnProgress | None = None,
+    device: str = "auto",
+) -> Path:
+    """Build plans of a bundle's six graphs into its engines/<fingerprint>/, in place of older ones, and return that.
+
+    capabilities: the GPUs' compute capabilities, as 8.9, for TensorRT for RTX; by default this machine's, or PORTABLE
+    where there is no GPU. TensorRT builds on the GPU (device: auto, cuda, cuda:N) that the plans are for.
+    Raises InputError, with nothing written, when the bundle, the runtime, the GPU or a capability is not what it should
+    be, a graph cannot be built, or memory or the disk is full; RuntimeError when a builder ends otherwise.
+    """
+    manifest = read_manifest(folder)
+    check_files(folder, manifest, everything=True)
+    check_request(engine, manifest.precision, capabilities, device)
+    target, gpu = _target(engine, capabilities, device)
+    name = fingerprint(target, manifest.precision, manifest.ranges, OPTIONS)
+    engines = folder / "engines"
+    try:
+        engines.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{engines} cannot be made ({error}): give a bundle that can be written") from error
+    with whole_folder(engines / name, replace=True) as out:
+        entries = {}
+        for done, graph in enumerate(GRAPHS):
+            plan, cache = out / f"{graph}.plan", engines / f"timing-{engine}-{target.version}.cache"
+            job = _job(folder, manifest, graph, plan, target, gpu, cache)
+            result = _work(job, lambda phase, g=graph, d=done: _tell(on_progress, f"{g}: {phase}", d))
+            entries[graph] = PlanEntry(
+                file_entry(out, f"{graph}.plan"),
+                manifest.graphs[graph].onnx.sha256,
+                manifest.graphs[graph].weights.sha256,
+                result["seconds"],
+                result["peak_bytes"],
+            )
+        _tell(on_progress, "done", len(GRAPHS))
+        made = Plans(out, target, manifest.precision, manifest.ranges, OPTIONS, entries)
+        try:
+            (out / SIDECAR).write_text(json.dumps(made.to_json(), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{out / SIDECAR} cannot be written ({error}): make room on the disk") from error
+    return engines / name
+
+
+def check_request(engine: PlanEngine, precision: str, capabilities: Sequence[str] | None, device: str = "auto") -> None:
+    """Raises InputError when plans of this precision cannot be built here for these GPUs."""
+    if precision == "int8":
+        raise InputError("int8 is for ONNX Runtime on the CPU: export with --precision fp16 for plans")
+    _target(engine, capabilities, device)
+
+
+def rehearse_plan(folder: Path, graph: str, plan: Path) -> dict[str, Any]:
+    """Build one graph's plan for the portable set of TensorRT for RTX, as the file `plan`; returns {"seconds",
+    "peak_bytes"}. Raises as `build` does."""
+    manifest = read_manifest(folder)
+    target, gpu = _target("tensorrt-rtx", PORTABLE, "auto")
+    return _work(_job(folder, manifest, graph, plan, target, gpu, plan.with_suffix(".cache")), lambda phase: None)
+
+
+def _job(
+    folder: Path, manifest: Manifest, graph: str, plan: Path, target: Target, gpu: _Gpu | None, timing_cache: Path
+) -> dict[str, Any]:
+    """What `export.plan_worker` is told."""
+    return {
+        "engine": target.engine,
+        "graph": graph,
+        "onnx": str((folder / manifest.graphs[graph].onnx.path).absolute()),
+        "plan": str(plan.absolute()),
+        "profile": profile(manifest, graph),
+        "capabilities": target.capabilities,
+        "workspace": None if gpu is None else gpu.free * 9 // 10,
+        "gpu": None if gpu is None else gpu.uuid,
+        "timing_cache": str(timing_cache.absolute()),
+        **OPTIONS,
+    }
+
+
+def profile(manifest: Manifest, graph: str) -> dict[str, tuple[list[int], list[int], list[int]]]:
+    """The smallest, the usual and the largest shape of each of a graph's inputs."""
+
+    def shape(port: str, size: Callable[[Range], int]) -> list[int]:
+        sizes = {axis: size(span) for axis, span in manifest.ranges.items()}
+        return [axis_size(axis, sizes) for axis in manifest.graphs[graph].axes[port]]
+
+    return {
+        port.name: (
+            shape(port.name, lambda span: span.smallest),
+            shape(port.name, lambda span: span.usual),
+            shape(port.name, lambda span: span.largest),
+        )
+        for port in GRAPHS[graph].inputs
+    }
+
+
+def _tell(on_progress: OnProgress | None, what: str, done: int) -> None:
+    if on_progress is not None:
+        on_progress(what, done, len(GRAPHS))
+
+
+def _target(engine: PlanEngine, capabilities: Sequence[str] | None, device: str) -> tuple[Target, _Gpu | None]:
+    """What to build for, and the GPU here, if there is one."""
+    version = import_runtime(engine).__version__
+    if engine == "tensorrt" and capabilities:
+        raise InputError(
+            "TensorRT builds for the GPU of this machine alone: leave --compute-capability out, or use --engine "
+            "tensorrt-rtx"
+        )
+    try:
+        gpu = _find_gpu(engine, device)
+    except NotAvailableError:
+        if engine == "tensorrt" or device != "auto":
+            raise
+        gpu = None  # TensorRT for RTX needs none to build
+    if engine == "tensorrt":
+        assert gpu is not None
+        return Target(engine, version, gpu.name, (gpu.capability,)), gpu
+    known = known_capabilities(engine)
+    if capabilities:
+        chosen = sorted(set(capabilities), key=_number)
+    elif gpu is not None:
+        chosen = [gpu.capability]
+    else:
+        chosen = [one for one in PORTABLE if one in known]
+    if unknown := [one for one in chosen if one not in known]:
+        raise InputError(
+            f"TensorRT for RTX {version} cannot build for compute capability {', '.join(unknown)}; it knows "
+            f"{', '.join(sorted(known, key=_number))}. On other GPUs, such as an H100, use --engine tensorrt"
+        )
+    return Target(engine, version, None, tuple(chosen)), gpu
+
+
+def _number(capability: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"\d{1,3}\.\d", capability):
+        raise InputError(f"{capability!r} is no compute capability; one such as 8.9 is expected")
+    return tuple(int(part) for part in capability.split("."))
+
+
+def _find_gpu(engine: PlanEngine, device: str) -> _Gpu:
+    index = find_device(engine, device)
+    import torch
+
+    found = torch.cuda.get_device_properties(index)
+    free, _ = torch.cuda.mem_get_info(index)
+    return _Gpu(found.name, f"{found.major}.{found.minor}", f"GPU-{found.uuid}", free)
+
+
+def _work(job: dict[str, Any], on_phase: Callable[[str], None]) -> dict[str, Any]:
+    """Run `export.plan_worker`; its result. Raises as `build` does."""
+    what = f"the plan of {job['graph']}"
+    try:
+        return run_worker(WORKER, job, on_phase, {"CUDA_VISIBLE_DEVICES": job["gpu"]} if job["gpu"] else None)
+    except WorkerFailedError as error:
+        if error.code == -9 or is_out_of_memory(str(error)):
+            raise InputError(
+                f"memory ran out while {what} was built ({str(error) or 'the system ended the builder'}): end other "
+                "programs that use the GPU or the memory, or export with smaller limits (--max-batch, "
+                "--max-references, --sizes)"
+            ) from error
+        if error.said:
+            raise InputError(f"{what} could not be built with {PRODUCTS[job['engine']]}: {error}") from error
+        raise RuntimeError(f"the builder of {what} ended with exit code {error.code}: {error}") from error

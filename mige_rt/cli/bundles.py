@@ -1,0 +1,173 @@
+"""`mige-rt convert`, `export`, `build` and `info`: the way from a checkpoint to a bundle with plans."""
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from engines.interface import Precision
+from engines.plans import PLAN_ENGINES, PlanEngine
+from mige_rt.cli.shared import NO_TORCH, PATH, build_plans, progress
+from mige_rt.errors import InputError
+
+
+@click.command()
+@click.option("--ckpt", type=PATH, required=True, help="the published model.pth, or a folder that holds it")
+@click.option("--out", type=PATH, required=True, help="the model folder to make")
+@click.option("--vae", type=PATH, help="the folder sd-vae-ft-ema  [default: beside the checkpoint]")
+@click.option("--tokenizer", type=PATH, help="the folder t5-v1_1-xxl  [default: beside the checkpoint]")
+def convert(ckpt: Path, out: Path, vae: Path | None, tokenizer: Path | None) -> None:
+    """Turn published weights into a model folder that `mige-rt run --model` opens."""
+    try:
+        from trainer.checkpoints.model_folder import convert as convert_checkpoint
+    except ImportError as error:
+        raise InputError(f"converting needs a package that is not here ({error}); {NO_TORCH}") from error
+    with progress("convert") as advance:
+        convert_checkpoint(ckpt, out, vae, tokenizer, advance)
+    click.echo(out)
+
+
+_CAPABILITIES = click.option(
+    "--compute-capability",
+    "capabilities",
+    multiple=True,
+    help="of the GPUs to build for, as 8.9; may be repeated; tensorrt-rtx only  [default: this machine's GPU's; where "
+    "there is none, 8.0, 8.6, 8.9 and 12.0]",
+)
+
+
+class _Sizes(click.ParamType):
+    name = "A-B"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        parts = str(value).split("-")
+        if len(parts) > 2 or not all(part.isascii() and part.isdigit() and len(part) < 7 for part in parts):
+            self.fail(
+                f"{value!r} are no sizes; give the smallest and the largest side in pixels as 256-1024", param, ctx
+            )
+        return int(parts[0]), int(parts[-1])
+
+
+@click.command()
+@click.option(
+    "--ckpt",
+    default="tiny",
+    show_default=True,
+    help="the published model.pth or a folder with it, a model folder, a bundle, a repository on the Hugging Face hub, "
+    "or tiny, the model that comes with mige-rt",
+)
+@click.option("--precision", default="fp32", show_default=True, help=", ".join(get_args(Precision)))
+@click.option("--out", type=PATH, required=True, help="the bundle to make")
+@click.option(
+    "--engine",
+    type=click.Choice(["onnxruntime", *PLAN_ENGINES]),
+    default="onnxruntime",
+    show_default=True,
+    help="what to build for; every bundle runs on ONNX Runtime, the others get plans of their own besides",
+)
+@_CAPABILITIES
+@click.option("--max-batch", type=click.IntRange(1, 63), default=4, show_default=True, help="pictures made at once")
+@click.option(
+    "--max-references",
+    type=click.IntRange(1, 63),
+    default=4,
+    show_default=True,
+    help="pictures referred to, for each of these",
+)
+@click.option("--size", type=click.IntRange(1), help="side of the pictures in pixels  [default: the trained size]")
+@click.option("--sizes", type=_Sizes(), help="smallest and largest side instead, as 256-1024: flexible, slower plans")
+@click.option("--vae", type=PATH, help="the folder sd-vae-ft-ema  [default: beside the checkpoint]")
+@click.option("--tokenizer", type=PATH, help="the folder t5-v1_1-xxl  [default: beside the checkpoint]")
+@click.option("--validate/--no-validate", default=True, show_default=True, help="compare every graph with PyTorch")
+def export(
+    ckpt: str,
+    precision: str,
+    out: Path,
+    engine: Any,
+    capabilities: tuple[str, ...],
+    max_batch: int,
+    max_references: int,
+    size: int | None,
+    sizes: tuple[int, int] | None,
+    vae: Path | None,
+    tokenizer: Path | None,
+    validate: bool,
+) -> None:
+    """Turn a checkpoint into a bundle of validated graphs that runs without PyTorch.
+
+    \b
+      mige-rt export --precision fp16 --out bundle
+      mige-rt run --model bundle --prompt "make the background blue" --source docs/scene.png
+    """
+    try:
+        from export.exporter import Limits, export_bundle
+        from export.table import exported_table
+    except ImportError as error:
+        raise InputError(f"exporting needs a package that is not here ({error}); {NO_TORCH}") from error
+    from rich.console import Console
+
+    if size is not None and sizes is not None:
+        raise InputError("give either --size or --sizes")
+    limits = Limits(max_batch, max_references, sizes or (None if size is None else (size, size)))
+    if capabilities and engine != "tensorrt-rtx":
+        raise InputError(f"--compute-capability is for --engine tensorrt-rtx, and {engine} was given")
+    if engine in PLAN_ENGINES:
+        from export.build_plans import check_request
+
+        check_request(engine, precision, capabilities or None)  # now, since an export takes long
+    with progress("export") as advance:
+        try:
+            exported = export_bundle(ckpt, out, precision, limits, vae, tokenizer, validate, on_progress=advance)
+        except RuntimeError as error:
+            raise click.ClickException(str(error)) from error
+    Console(stderr=True).print(exported_table(exported))
+    click.echo(out)
+    if engine in PLAN_ENGINES:
+        build_plans(out, engine, capabilities or None, "auto")
+
+
+@click.command()
+@click.option("--bundle", type=PATH, required=True, help="as `mige-rt export` writes; the plans are added to it")
+@click.option("--engine", type=click.Choice(PLAN_ENGINES), required=True)
+@_CAPABILITIES
+@click.option("--device", default="auto", show_default=True, help="cuda, cuda:1: the GPU to build for")
+def build(bundle: Path, engine: PlanEngine, capabilities: tuple[str, ...], device: str) -> None:
+    """Build, or build anew, a bundle's plans for TensorRT or TensorRT for RTX.
+
+    \b
+      mige-rt build --bundle bundle --engine tensorrt-rtx
+      mige-rt run --model bundle --engine tensorrt-rtx --prompt "make the background blue" --source docs/scene.png
+
+    TensorRT builds for this machine's GPU and measures on it, which takes minutes. TensorRT for RTX builds in seconds,
+    without a GPU too, and compiles the rest when the plans are first run.
+    """
+    click.echo(build_plans(bundle, engine, capabilities or None, device))
+
+
+@click.command()
+@click.argument("bundle", type=PATH)
+@click.option("--json", "as_json", is_flag=True, help="for programs")
+@click.option("--verify", is_flag=True, help="hash every file again")
+def info(bundle: Path, as_json: bool, verify: bool) -> None:
+    """Show what is inside a bundle."""
+    from engines import plans
+    from mige_rt.bundle import check_files, describe, read_manifest
+
+    manifest = read_manifest(bundle)
+    check_files(bundle, manifest, everything=verify)
+    content = describe(bundle, manifest) | {"plans": plans.describe(bundle, manifest)}
+    if verify:
+        for found in plans.plans(bundle):
+            plans.check_plans(bundle, found, everything=True)
+        content["verified"] = True
+    if as_json:
+        click.echo(json.dumps(content, indent=1))
+        return
+    from rich.console import Console
+
+    from mige_rt.cli.bundle_tables import bundle_tables
+
+    console = Console()
+    for part in bundle_tables(content):
+        console.print(part)

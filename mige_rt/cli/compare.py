@@ -1,0 +1,98 @@
+"""`mige-rt compare`."""
+
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from engines.factory import ENGINES
+from engines.interface import Precision
+from mige_rt.cli.shared import INTERRUPTED, PATH, command_line, open_pipeline, progress
+from mige_rt.errors import InputError
+
+_PRECISION = click.Choice(["auto", *get_args(Precision)])
+
+
+@click.command()
+@click.option("--reference", type=click.Choice(ENGINES), default="pytorch", show_default=True)
+@click.option("--candidate", type=click.Choice(["auto", *ENGINES]), default="auto", show_default=True)
+@click.option("--model", type=PATH, help="a bundle or a model folder  [default: the model that comes with mige-rt]")
+@click.option("--reference-model", type=PATH, help="the reference's, if that is another  [default: --model]")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1")
+@click.option("--reference-device", help="the reference's, if that is another  [default: --device]")
+@click.option("--precision", type=_PRECISION, default="auto", show_default=True, help="the candidate's")
+@click.option(
+    "--reference-precision", type=_PRECISION, help="[default: fp32 with pytorch, a bundle's own with the others]"
+)
+@click.option("--prompts", type=PATH, help="JSON lines as for `run --batch`  [default: six that come with mige-rt]")
+@click.option("--seeds", type=click.IntRange(1), default=4, show_default=True, help="pictures of each prompt")
+@click.option("--steps", type=int, help="of the solver; at least 2  [default: the model's for the task]")
+@click.option("--world", type=PATH, help="made by python -m trainer.synthetic.fetch: its evaluation by both as well")
+@click.option("--samples", type=click.IntRange(1), default=8, show_default=True, help="of the world, for each kind")
+@click.option("--out", type=PATH, required=True, help="folder to make: compare.json, compare.md, grid.png")
+def compare(
+    reference: str,
+    candidate: str,
+    model: Path | None,
+    reference_model: Path | None,
+    device: str,
+    reference_device: str | None,
+    precision: Any,
+    reference_precision: Any,
+    prompts: Path | None,
+    seeds: int,
+    steps: int | None,
+    world: Path | None,
+    samples: int,
+    out: Path,
+) -> None:
+    """Compare two engines, or two models of one size, by the pictures that they make from the same noise.
+
+    \b
+      mige-rt compare --candidate onnxruntime --out report
+      mige-rt compare --candidate tensorrt --model bundle --precision fp16 --out report
+      mige-rt compare --model bundle-int8 --reference-model mige_rt/models/tiny --out report
+
+    Each graph is also compared by itself, with the inputs that the reference gives it. The exit code is 0 where every
+    figure is within the tolerance of the precisions, 1 where one is not, 130 after Ctrl-C, which keeps what was done.
+    """
+    try:
+        from benchmarks import compare as comparing
+        from export.inputs import SAMPLES
+    except ImportError as error:
+        raise InputError(
+            f"comparing needs a package that is not here ({error}); install it with: pip install 'mige-rt[bench]'"
+        ) from error
+    from rich.console import Console
+
+    from mige_rt.atomic import whole_folder
+    from mige_rt.bundle import DEFAULT_MODEL
+    from mige_rt.pipeline import Settings
+    from mige_rt.requests import read_requests
+
+    requests = read_requests(prompts or SAMPLES / "requests.jsonl")  # first, since it costs less than opening models
+    if reference_precision is None:
+        reference_precision = "fp32" if reference == "pytorch" else "auto"
+    with whole_folder(out) as folder:
+        tried = open_pipeline(model, candidate, device, precision, False, False, False)
+        truth = open_pipeline(
+            reference_model or model or DEFAULT_MODEL,
+            reference,
+            reference_device or device,
+            reference_precision,
+            False,
+            False,
+            False,
+        )
+        with progress("pictures") as advance:
+            found = comparing.compare(
+                truth, tried, requests, seeds, Settings(steps=steps), command_line(), folder, world, samples, advance
+            )
+    Console(stderr=True).print(*comparing.tables(found))
+    click.echo(found.verdict, err=True)
+    click.echo(out)
+    if not found.complete:
+        sys.exit(INTERRUPTED)
+    if not found.parity.ok:
+        sys.exit(1)

@@ -1,1 +1,0 @@
-"""The commands of `mige-rt`, by what they are about; heavy imports stay inside them."""

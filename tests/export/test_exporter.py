@@ -1,0 +1,222 @@
+"""The shipped model, exported as a user would."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from safetensors import safe_open
+
+from engines.interface import GRAPHS
+from export.exporter import Limits, axis_ranges, export_bundle
+from mige_rt.bundle import DEFAULT_MODEL, MANIFEST, read_manifest
+from mige_rt.cli import main
+from mige_rt.config import PRESETS
+from mige_rt.errors import InputError
+from mige_rt.pipeline import MigePipeline
+from trainer.preview import psnr
+
+Bundles = Callable[[str], Path]
+EXPORT = [sys.executable, "-m", "mige_rt.cli", "export", "--no-validate"]
+
+
+@pytest.fixture
+def copy(bundles: Bundles, tmp_path: Path) -> Path:
+    """A bundle to damage."""
+    return Path(shutil.copytree(bundles("fp32"), tmp_path / "bundle"))
+
+
+def refusal(call: Callable[[], object]) -> str:
+    with pytest.raises(InputError) as error:
+        call()
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 40), ("fp16", 30), ("int8", 30)])
+def test_a_bundle_makes_pytorchs_picture(
+    bundles: Bundles, scene: Image.Image, reference: Image.Image, precision: str, limit: float
+) -> None:
+    ours = MigePipeline.from_pretrained(bundles(precision), device="cpu")
+    theirs = MigePipeline.from_pretrained(engine="pytorch", device="cpu")
+    assert (ours.engine.name, ours.engine.precision) == ("onnxruntime", precision)
+    prompt = "replace the thing in <imagehere> with <imagehere>"
+    made = [np.asarray(p(prompt, [scene, reference], scene, seed=3, steps=8)[0]) for p in (ours, theirs)]
+    assert psnr(made[0], made[1]) >= limit
+    made = [np.asarray(p("a <imagehere>", [reference], seed=4, steps=8)[0]) for p in (ours, theirs)]
+    assert psnr(made[0], made[1]) >= limit
+
+
+def test_the_report_has_a_comparison_of_every_graph_and_of_pictures(bundles: Bundles) -> None:
+    report = json.loads((bundles("fp32") / "report.json").read_text())
+    assert list(report["graphs"]) == list(GRAPHS)
+    for result in (*report["graphs"].values(), report["pipeline"]):
+        assert result["checks"] and all(check["ok"] for check in result["checks"])
+    assert read_manifest(bundles("fp32")).validated
+
+
+def test_graphs_take_any_number_of_pictures_words_and_any_size(bundles: Bundles) -> None:
+    for graph in GRAPHS:
+        model = onnx.load(bundles("fp32") / f"onnx/{graph}.onnx", load_external_data=False)
+        named = {dim.dim_param for port in model.graph.input for dim in port.type.tensor_type.shape.dim}
+        wanted = {axis for port in GRAPHS[graph].inputs for axis in port.axes} & {"N", "M", "B", "R", "L", "h", "w"}
+        assert wanted <= named, graph
+        assert [port.name for port in model.graph.input] == [port.name for port in GRAPHS[graph].inputs]
+        assert [port.name for port in model.graph.output] == [port.name for port in GRAPHS[graph].outputs]
+
+
+def test_nothing_tells_of_the_machine_it_was_made_on(bundles: Bundles) -> None:
+    for path in bundles("fp32").rglob("*"):
+        if path.is_file() and path.suffix in (".onnx", ".json"):
+            content = path.read_bytes()
+            assert b".py" not in content and b"site-packages" not in content, path.name
+            assert str(Path(__file__).parents[2]).encode() not in content, path.name
+
+
+def test_weights_are_kept_as_the_checkpoint_has_them(bundles: Bundles) -> None:
+    with safe_open(bundles("fp32") / "onnx/denoiser.safetensors", framework="np") as file:
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {np.dtype(np.float16)}  # noqa: SIM118
+    size = sum(path.stat().st_size for path in bundles("fp32").rglob("*") if path.is_file())
+    assert size < 20 * 2**20
+
+
+def test_equal_inputs_give_equal_graphs_and_manifest(bundles: Bundles, tmp_path: Path) -> None:
+    export_bundle("tiny", tmp_path / "again", "fp32", Limits(4, 4, (32, 128)), validate=False)
+    for path in (bundles("fp32")).rglob("*"):
+        name = path.relative_to(bundles("fp32"))
+        if path.is_file() and name.name not in ("report.json", MANIFEST) and "engines" not in name.parts:
+            assert (tmp_path / "again" / name).read_bytes() == path.read_bytes(), name
+    manifests = [json.loads((folder / MANIFEST).read_text()) for folder in (bundles("fp32"), tmp_path / "again")]
+    assert manifests[0] | {"validated": False} == manifests[1]
+
+
+def test_a_bundle_can_be_exported_again_and_run_by_pytorch(bundles: Bundles, scene: Image.Image) -> None:
+    pipes = [MigePipeline.from_pretrained(m, "pytorch", "cpu") for m in (bundles("fp16"), DEFAULT_MODEL)]
+    made = [np.asarray(p("make the background blue", source=scene, seed=1, steps=4)[0]) for p in pipes]
+    assert psnr(made[0], made[1]) > 50
+    assert "int8" in refusal(lambda: MigePipeline.from_pretrained(bundles("int8"), "pytorch", "cpu"))
+
+
+def test_damage_is_named(copy: Path) -> None:
+    path = copy / "onnx/denoiser.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    said = refusal(lambda: MigePipeline.from_pretrained(copy))
+    assert "denoiser.safetensors was changed" in said
+    assert read_manifest(copy).graphs["denoiser"].weights.sha256 in said and f"{len(content)} bytes" in said
+    path.write_bytes(content[:-10])
+    assert f"has {len(content) - 10} bytes" in refusal(lambda: MigePipeline.from_pretrained(copy))
+    path.unlink()
+    assert "denoiser.safetensors is missing" in refusal(lambda: MigePipeline.from_pretrained(copy))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema": 2}, "has schema 2, this version of mige-rt reads 1: upgrade"),
+        ({"tokenizer": {"path": "../tokenizer.json", "bytes": 1, "sha256": ""}}, "outside the bundle"),
+        ({"tokenizer": {"path": "/etc/passwd", "bytes": 1, "sha256": ""}}, "outside the bundle"),
+        ({"graphs": {}}, "graphs vae_encoder"),
+        ({"ranges": {"B": {"smallest": 1}}}, "is damaged"),
+        ({"ranges": {}}, "a range for each"),
+        ({"validated": "x"}, "validated is true or false"),
+        ({"precision": []}, "precision is a text"),
+        ({"versions": {"torch": 2}}, "versions are texts"),
+        ({"model": {}}, "missing config"),
+    ],
+)
+def test_a_manifest_that_cannot_be_used(copy: Path, change: dict, said: str) -> None:
+    content = json.loads((copy / MANIFEST).read_text())
+    (copy / MANIFEST).write_text(json.dumps(content | change))
+    assert said in refusal(lambda: MigePipeline.from_pretrained(copy))
+
+
+def test_auto_passes_over_what_cannot_run_here(copy: Path) -> None:
+    content = json.loads((copy / MANIFEST).read_text())
+    (copy / MANIFEST).write_text(json.dumps(content | {"precision": "bf16"}))
+    assert MigePipeline.from_pretrained(copy, device="cpu", precision="fp32").engine.name == "pytorch"
+    assert "does not compute in bf16" in refusal(lambda: MigePipeline.from_pretrained(copy, "onnxruntime", "cpu"))
+
+
+def test_limits_are_said_with_the_option_that_raises_them(
+    bundles: Bundles, scene: Image.Image, reference: Image.Image
+) -> None:
+    pipe = MigePipeline.from_pretrained(bundles("fp32"), device="cpu")
+    said = refusal(lambda: pipe(["a red apple"] * 5, steps=2))
+    assert "5 pictures made at once" in said and "1 to 4" in said and "--max-batch" in said
+    said = refusal(lambda: pipe("a red apple", size=(192, 64), steps=2))
+    assert "192 pixels of width" in said and "32 to 128" in said and "--sizes" in said
+    pipe(" ".join(["<imagehere>"] * 17), images=[reference.copy() for _ in range(17)], steps=2)  # one picture
+    many = [reference.rotate(5 * k) for k in range(17)]
+    said = refusal(lambda: pipe(" ".join(["<imagehere>"] * 17), images=many, steps=2))
+    assert "17 pictures that prompts refer to" in said and "--max-references" in said
+    assert pipe("a red apple", size=(128, 32), steps=2)[0].size == (128, 32)
+
+
+def test_what_cannot_be_asked_for(bundles: Bundles, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "expected one of fp32, fp16, bf16, int8" in refusal(lambda: export_bundle("tiny", out, "fp8"))
+    assert "is no path here" in refusal(lambda: export_bundle("nobody/nothing", out, "fp32"))
+    assert "multiples of 8 pixels" in refusal(lambda: export_bundle("tiny", out, "fp32", Limits(4, 4, (30, 60))))
+    assert "at most 63" in refusal(lambda: export_bundle("tiny", out, "fp32", Limits(16, 16)))
+    asked = "exported in fp32, and fp16 was asked for"
+    assert asked in refusal(lambda: MigePipeline.from_pretrained(bundles("fp32"), "onnxruntime", precision="fp16"))
+    assert not list(tmp_path.iterdir())
+    result = CliRunner().invoke(main, ["export", "--out", str(out), "--size", "64", "--sizes", "32-64"])
+    assert result.exit_code == 2 and "either --size or --sizes" in result.output
+
+
+def test_a_fixed_size_is_fixed_but_for_the_encoder_of_references() -> None:
+    ranges = axis_ranges(PRESETS["xl"], Limits(1, 2, (1024, 1024)))
+    assert (ranges["h"].smallest, ranges["h"].largest) == (128, 128)
+    assert (ranges["eh"].smallest, ranges["eh"].usual, ranges["eh"].largest) == (64, 64, 128)
+    assert ranges["N"].largest == 2 and ranges["R"].largest == 3
+
+
+def test_a_killed_export_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
+    process = subprocess.Popen([*EXPORT, "--out", str(tmp_path / "out")])
+    while not list(tmp_path.glob("out.partial-*/onnx")):
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    for left in tmp_path.iterdir():
+        assert "no model" in refusal(lambda folder=left: MigePipeline.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("room", [100_000, 800_000])
+def test_a_full_disk_is_said(tmp_path: Path, room: int) -> None:
+    """A file that may not grow past `room` bytes stands for it: the system's answer is of the same kind. The smaller
+    stops the tokenizer, the larger a graph's weights."""
+    run = subprocess.run(
+        [*EXPORT, "--out", str(tmp_path / "out")],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)),
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert run.returncode == 2 and "make room" in run.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_info_shows_what_is_inside(bundles: Bundles) -> None:
+    result = CliRunner().invoke(main, ["info", str(bundles("fp16")), "--json", "--verify"])
+    content = json.loads(result.output)
+    assert content["graphs"]["text_encoder"]["precision"]["residual"] == "float32"
+    assert content["checks"]["pictures"]["rms"] < content["checks"]["pictures"]["limit"]
+    assert content["verified"] and content["ranges"]["B"] == {"smallest": 1, "usual": 1, "largest": 4}
+    shown = CliRunner().invoke(main, ["info", str(bundles("fp16"))]).output
+    assert "denoiser" in shown and "compared with PyTorch" in shown and "float16" in shown
+    assert CliRunner().invoke(main, ["info", "nowhere"]).exit_code == 2

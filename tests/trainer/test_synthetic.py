@@ -1,0 +1,145 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from mige_rt.errors import InputError
+from trainer.synthetic.backgrounds import PATTERNS, Background, Photo, draw
+from trainer.synthetic.concepts import Concept, load_concepts, main_colour
+from trainer.synthetic.fetch import main
+from trainer.synthetic.photos import ORIGINS, Origin, load_photos
+from trainer.synthetic.sample import Stock, edit
+from trainer.synthetic.scene import (
+    APART,
+    CLOSE,
+    PLACES,
+    Scene,
+    Subject,
+    draw_scene,
+    random_background,
+    random_places,
+    random_subject,
+)
+from trainer.synthetic.tasks import make_sample
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_background_in_another_colour_keeps_its_pattern(pattern: str) -> None:
+    red, blue = (draw(Background(pattern, colour, seed=4), 64).astype(float) for colour in ("red", "blue"))
+    # Where one is lighter than its neighbour, the other is too.
+    for axis in (0, 1):
+        edges = [np.diff(picture.sum(axis=2), axis=axis) for picture in (red, blue)]
+        assert (edges[0] * edges[1] >= 0).all()
+    assert red[..., 0].mean() > red[..., 2].mean() and blue[..., 2].mean() > blue[..., 0].mean()
+
+
+def test_a_mask_is_where_a_subject_is_seen(concepts: list[Concept]) -> None:
+    rng = np.random.default_rng(0)
+    places = random_places(rng, 2)
+    below, above = (random_subject(rng, concepts[i], place) for i, place in enumerate(places))
+    background = Background("plain", "grey", 0)
+    drawing = draw_scene(Scene(background, (below, above)), 64)
+    picture, masks, empty = drawing.picture, drawing.masks, draw_scene(Scene(background), 64).picture
+    assert not (masks[0] & masks[1]).any()
+    changed = np.any(picture != empty, axis=-1)
+    assert (masks[0] | masks[1])[changed].mean() > 0.7  # the rest is soft edges and shadows
+    assert changed[masks[0] | masks[1]].mean() > 0.95
+
+
+def test_some_places_are_close_and_none_too_close() -> None:
+    rng = np.random.default_rng(0)
+    distances = [math.dist(*(PLACES[place] for place in random_places(rng, 2))) for _ in range(200)]
+    assert CLOSE < min(distances) <= APART
+    assert np.mean(np.array(distances) > APART) > 0.7
+    assert all(len(set(random_places(rng, 3))) == 3 for _ in range(20))
+
+
+def test_what_hides_a_subject_or_cannot_be_seen_is_no_sample(concepts: list[Concept]) -> None:
+    apple, camera = concepts[3], concepts[-3]
+    stock, background = Stock(concepts, 64), Background("plain", "white", 0)
+    below = Subject(apple, "in the middle", (0.5, 0.5), 0.4, False)
+    beside, above = (Subject(camera, "on the left", (x, 0.5), 0.4, False) for x in (0.2, 0.5))
+    before = Scene(background, (below,))
+    assert edit("add", stock, "", before, Scene(background, (below, beside))) is not None
+    assert edit("add", stock, "", before, Scene(background, (below, above))) is None
+    assert edit("move", stock, "", before, before) is None
+    speck = Subject(camera, "on the left", (0.2, 0.5), 0.1, False)
+    assert edit("add", stock, "", before, Scene(background, (below, speck))) is None
+
+
+def test_held_out_concepts_never_change(concepts: list[Concept]) -> None:
+    assert [concept.name for concept in concepts if concept.held_out] == ["maple leaf", "watermelon", "frog face"]
+
+
+def test_a_folder_without_the_world_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"trainer\.world\.fetch"):
+        load_concepts(tmp_path)
+
+
+def test_fetching_into_a_folder_that_exists_is_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["--out", str(tmp_path)])
+    assert result.exit_code == 2 and "exists already" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_things_are_called_by_the_colour_they_have(concepts: list[Concept]) -> None:
+    colours = {concept.name: main_colour(concept.fluent) for concept in concepts}
+    assert (colours["red apple"], colours["maple leaf"], colours["camera"]) == ("red", "red", None)
+
+
+@pytest.fixture
+def photographed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A world's folder with two photos, fetched from a package that is installed; another is not."""
+    installed, world = tmp_path / "installed", tmp_path / "world"
+    for folder in (installed, world):
+        folder.mkdir()
+    y, x = np.mgrid[0:600, 0:900]
+    for k, name in enumerate(("dune", "wood")):
+        pixels = np.stack([x % 256, y % 256, np.full_like(x, 90 * k)], axis=-1).astype(np.uint8)
+        Image.fromarray(pixels).save(installed / f"{name}.jpg")
+    there = Origin("there", "CC0", str(installed))
+    monkeypatch.setattr("trainer.synthetic.photos.ORIGINS", (there, Origin("absent", "CC0", "no_such_module/data")))
+    result = CliRunner().invoke(main, ["--out", str(world), "--photos"])
+    assert result.exit_code == 0, result.output
+    return world
+
+
+def test_photos_are_behind_scenes_only_where_they_are_given(photographed: Path, concepts: list[Concept]) -> None:
+    photos = load_photos(photographed)
+    assert [path.name for path in photos] == ["dune.jpg", "wood.jpg"]
+    assert "dune.jpg\tthere\tCC0" in (photographed / "photos" / "origins.txt").read_text()
+    rng = np.random.default_rng(0)
+    assert not any(isinstance(random_background(rng), Photo) for _ in range(50))
+    behind = [random_background(rng, photos) for _ in range(50)]
+    assert {background.path for background in behind if isinstance(background, Photo)} == set(photos)
+    assert any(isinstance(background, Background) for background in behind)
+    differ = 0
+    for index in range(20):
+        with_photos, again = (make_sample(2, index, concepts, 64, {"remove": 1}, photos) for _ in range(2))
+        assert np.array_equal(with_photos.target, again.target)
+        assert with_photos.source is not None
+        assert np.array_equal(with_photos.source[~with_photos.changed], with_photos.target[~with_photos.changed])
+        differ += not np.array_equal(with_photos.target, make_sample(2, index, concepts, 64, {"remove": 1}).target)
+    assert differ > 4
+
+
+def test_a_crop_shows_a_part_of_the_photo(photographed: Path) -> None:
+    wood = load_photos(photographed)[1]
+    crops = [draw(Photo(wood, seed), 64) for seed in (1, 1, 2)]
+    assert all(crop.shape == (64, 64, 3) and crop.dtype == np.uint8 for crop in crops)
+    assert np.array_equal(crops[0], crops[1]) and not np.array_equal(crops[0], crops[2])
+    assert abs(crops[0][..., 2].mean() - 90) < 6  # the photo's blue, which is even
+
+
+def test_without_photos_installed_it_is_said_where_they_come_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load_photos(tmp_path) == []
+    monkeypatch.setattr("trainer.synthetic.photos.ORIGINS", (Origin("absent", "CC0", str(tmp_path / "none")),))
+    result = CliRunner().invoke(main, ["--out", str(tmp_path), "--photos"])
+    assert result.exit_code == 2 and "absent" in result.output
+    assert list(tmp_path.iterdir()) == []
+    assert all(path.is_file() for origin in ORIGINS for path in origin.photos())

@@ -1,0 +1,137 @@
+"""Tasks with pictures of things: generating them in a scene, adding them to one, replacing another with one."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from trainer.synthetic.atmosphere import TIMES, WEATHERS
+from trainer.synthetic.sample import Sample, Stock, composition, generation
+from trainer.synthetic.scene import (
+    LARGE,
+    MIDDLE,
+    SMALL,
+    Scene,
+    Subject,
+    put,
+    random_background,
+    random_pattern,
+    random_subject,
+    random_subjects,
+)
+from trainer.synthetic.wording import naming, pick, whereabouts
+
+SIZE_WORDS = {"small": SMALL, "little": SMALL, "large": LARGE, "big": LARGE}
+COMPARED = {"bigger than": 1.4, "smaller than": 1 / 1.4, "as big as": 1.0}
+PAIRS = {  # words between two subjects that say where they stand
+    "to the left of": ("on the left", "on the right"),
+    "to the right of": ("on the right", "on the left"),
+    "beside": ("on the left", "on the right"),
+    "next to": ("on the left", "on the right"),
+    "and": ("on the left", "on the right"),
+    "above": ("at the top", "at the bottom"),
+    "below": ("at the bottom", "at the top"),
+}
+SIZED_SHARE = 0.25  # of the subjects that may be asked for in a size: those that are
+AIR_SHARE = 0.15  # of the generated pictures: those at a time of day or in some weather
+
+
+def _sized(rng: np.random.Generator, subject: Subject) -> tuple[str, Subject]:
+    """An article, with SIZED_SHARE a size too, and the subject in that size."""
+    if rng.random() >= SIZED_SHARE:
+        return "a", put(subject, MIDDLE)
+    word = pick(rng, list(SIZE_WORDS))
+    return f"a {word}", put(subject, SIZE_WORDS[word])
+
+
+def add(rng: np.random.Generator, stock: Stock) -> Sample | None:
+    """One subject at a place and perhaps in a size, or two subjects."""
+    new = stock.at_most(2) if rng.random() < 0.15 else 1
+    number = int(rng.integers(0, stock.at_most(3 - new, new) + 1))
+    subjects = random_subjects(rng, stock.concepts, number + new)
+    scene = Scene(random_background(rng, stock.photos), subjects[:number])
+    if new == 2:
+        first, second = (f"<imagehere> {subject.place}" for subject in subjects[number:])
+        last = rng.random() < 0.5
+        before, behind = ("", " to <imagehere>") if last else ("in <imagehere> ", "")
+        prompt = f"{before}{pick(rng, ('add', 'put'))} {first} and {second}{behind}"
+        pair = (number, number + 1)
+        named = (*pair, None) if last else (None, *pair)
+        after = replace(scene, subjects=(*subjects[:number], *(put(s, MIDDLE) for s in subjects[number:])))
+        return composition("add", rng, stock, prompt, scene, after, named)
+    where = whereabouts(rng, scene, subjects[-1].place)
+    what, subject, compared = "<imagehere>", put(subjects[-1], MIDDLE), ""
+    if number and rng.random() < SIZED_SHARE:
+        other, words = int(rng.integers(number)), pick(rng, list(COMPARED))
+        subject = put(subject, subjects[other].size * COMPARED[words])
+        compared = f", {words} {naming(rng, scene, other)}"
+    elif rng.random() < 0.7:
+        article, subject = _sized(rng, subject)
+        what = f"{article} {what}"
+    after = replace(scene, subjects=(*subjects[:-1], subject))
+    if rng.random() < 0.5:
+        named = (number, None)
+        options = [
+            f"add {what} to <imagehere> {where}",
+            f"place {what} in <imagehere> {where}",
+            f"put {what} into <imagehere> {where}",
+        ]
+        if where == subject.place:
+            options.append(f"put {what} {where} of <imagehere>")
+    else:
+        named = (None, number)
+        options = [f"in <imagehere> add {what} {where}", f"add to <imagehere> {what} {where}"]
+    return composition("add", rng, stock, pick(rng, options) + compared, scene, after, named)
+
+
+def replace_subject(rng: np.random.Generator, stock: Stock) -> Sample | None:
+    """The new one stands where the old one stood, and is as big."""
+    number = int(rng.integers(1, stock.at_most(3, 1) + 1))
+    concepts = [stock.concepts[i] for i in rng.choice(len(stock.concepts), number + 1, replace=False)]
+    subjects = random_subjects(rng, concepts[:-1], number)
+    scene = Scene(random_background(rng, stock.photos), subjects)
+    index = int(rng.integers(number))
+    old = subjects[index]
+    new = replace(random_subject(rng, concepts[-1], old.place), centre=old.centre, size=old.size)
+    after = replace(scene, subjects=tuple(new if i == index else s for i, s in enumerate(subjects)))
+    what = naming(rng, scene, index)
+    if rng.random() < 0.75:
+        named = (None, index)
+        options = [
+            f"replace {what} in <imagehere> with <imagehere>",
+            f"swap {what} in <imagehere> for <imagehere>",
+            f"change {what} in <imagehere> to <imagehere>",
+            f"turn {what} in <imagehere> into <imagehere>",
+            f"in <imagehere> exchange {what} for <imagehere>",
+        ]
+    else:
+        named = (index, None)
+        options = [
+            f"put <imagehere> in place of {what} in <imagehere>",
+            f"use <imagehere> instead of {what} in <imagehere>",
+        ]
+    return composition("replace", rng, stock, pick(rng, options), scene, after, named)
+
+
+def generate(rng: np.random.Generator, stock: Stock) -> Sample | None:
+    """One to three subjects on a background, in words for all that the picture shows."""
+    background = random_pattern(rng)
+    number = stock.at_most(int(rng.choice((1, 2, 3), p=(0.55, 0.3, 0.15))))
+    subjects = random_subjects(rng, stock.concepts, number)
+    ground = f"{pick(rng, ('on', 'against', 'with'))} a {background.pattern} {background.colour} background"
+    air = None
+    if rng.random() < AIR_SHARE:
+        air = pick(rng, [*TIMES, *WEATHERS])
+        ground += f" {'at' if air in TIMES else 'in'} {air}"
+    if number == 1:
+        article, subject = _sized(rng, subjects[0])
+        subjects, place = (subject,), subject.place
+        prompt = pick(rng, [f"{article} <imagehere> {place} {ground}", f"{article} <imagehere> {ground} {place}"])
+    elif number == 2 and rng.random() < 0.6:
+        words, places = pick(rng, list(PAIRS.items()))
+        subjects = tuple(put(s, MIDDLE, p) for s, p in zip(subjects, places, strict=True))
+        prompt = f"a <imagehere> {words} a <imagehere> {ground}"
+    else:
+        subjects = tuple(put(s, MIDDLE) for s in subjects)
+        each = [f"a <imagehere> {subject.place}" for subject in subjects]
+        prompt = f"{', '.join(each[:-1])} and {each[-1]} {ground}"
+    return generation(rng, stock, prompt, Scene(background, subjects, air), range(number))

@@ -1,0 +1,159 @@
+"""What a sample of the world is, and how it is made of the scenes before and after."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mige_rt.instruction import Task
+from trainer.synthetic.concepts import Concept, Style
+from trainer.synthetic.scene import Drawing, Scene, draw_reference, draw_scene
+
+MOSTLY = 0.6  # share of every subject that is to be seen
+CONTRAST = 24  # of 255, in some channel: what counts as a change that can be seen
+SEEN = 0.03  # share of the picture that has to change so
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One subject that is to be seen in a picture.
+
+    mask: bool [side,side], the visible part. box: left, top, right, bottom of that part in pixels, the last two
+    exclusive; None if nothing is visible. reference: index in Sample.images of the picture that shows this subject
+    alone, if there is one.
+    """
+
+    concept: Concept
+    style: Style
+    mask: np.ndarray
+    box: tuple[int, int, int, int] | None
+    reference: int | None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training or evaluation sample; pictures are uint8 [side,side,3].
+
+    prompt: the caption without the task's prefix. images: in placeholder order; where one is the source, it is the very
+    same array. changed: bool [side,side], the pixels in which the ground truth differs from the source (all, for
+    generation). before, after: the subjects of source and target, from the rearmost to the foremost. asked: indices in
+    `after` of those that the instruction brings in or changes in place.
+    """
+
+    kind: str
+    task: Task
+    prompt: str
+    images: list[np.ndarray]
+    source: np.ndarray | None
+    target: np.ndarray
+    changed: np.ndarray
+    before: tuple[Mark, ...]
+    after: tuple[Mark, ...]
+    asked: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stock:
+    """What scenes are made of: things, and photos for some of the backgrounds; and the pictures' side in pixels."""
+
+    concepts: Sequence[Concept]
+    side: int
+    photos: Sequence[Path] = ()
+
+    def at_most(self, number: int, new: int = 0) -> int:
+        """`number`, or as many different things as a scene may hold when `new` others are to come in."""
+        return min(number, len(self.concepts) - new)
+
+
+# One attempt at a sample of a kind; None where chance made it unfair.
+Draft = Callable[[np.random.Generator, Stock], Sample | None]
+
+
+def _box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return None
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def _marks(scene: Scene, drawing: Drawing, references: dict[int, int]) -> tuple[Mark, ...]:
+    return tuple(
+        Mark(subject.concept, subject.style, mask, _box(mask), references.get(i))
+        for i, (subject, mask) in enumerate(zip(scene.subjects, drawing.masks, strict=True))
+    )
+
+
+def _fair(before: Drawing, after: Drawing) -> bool:
+    """Whether the change can be seen, and every subject mostly."""
+    difference = np.abs(before.picture.astype(np.int16) - after.picture).max(axis=-1)
+    return min([1.0, *before.shown, *after.shown]) >= MOSTLY and float((difference >= CONTRAST).mean()) >= SEEN
+
+
+def generation(
+    rng: np.random.Generator, stock: Stock, prompt: str, scene: Scene, named: Sequence[int]
+) -> Sample | None:
+    """A sample without a source. named: the subjects, in the order in which the prompt names them."""
+    drawing = draw_scene(scene, stock.side)
+    if not _fair(draw_scene(Scene(scene.background, air=scene.air), stock.side), drawing):
+        return None
+    images = [draw_reference(rng, scene.subjects[i], stock.side) for i in named]
+    marks = _marks(scene, drawing, {subject: image for image, subject in enumerate(named)})
+    everywhere = np.ones((stock.side, stock.side), bool)
+    asked = tuple(range(len(marks)))
+    return Sample("generate", "subject", prompt, images, None, drawing.picture, everywhere, (), marks, asked)
+
+
+def edit(kind: str, stock: Stock, prompt: str, before: Scene, after: Scene, asked: Sequence[int] = ()) -> Sample | None:
+    """A sample whose one picture is the source; asked as in Sample."""
+    source, target = draw_scene(before, stock.side), draw_scene(after, stock.side)
+    if not _fair(source, target):
+        return None
+    return _edited(kind, "edit", prompt, [source.picture], (before, source), (after, target), {}, asked)
+
+
+def composition(
+    kind: str,
+    rng: np.random.Generator,
+    stock: Stock,
+    prompt: str,
+    before: Scene,
+    after: Scene,
+    named: Sequence[int | None],
+) -> Sample | None:
+    """A sample with a source and pictures of what comes in.
+
+    named: what each placeholder of the prompt stands for, a subject of `after` or, if None, the source.
+    """
+    source, target = draw_scene(before, stock.side), draw_scene(after, stock.side)
+    if not _fair(source, target):
+        return None
+    images = [source.picture if i is None else draw_reference(rng, after.subjects[i], stock.side) for i in named]
+    references = {subject: image for image, subject in enumerate(named) if subject is not None}
+    return _edited(kind, "compose", prompt, images, (before, source), (after, target), references, sorted(references))
+
+
+def _edited(
+    kind: str,
+    task: Task,
+    prompt: str,
+    images: list[np.ndarray],
+    before: tuple[Scene, Drawing],
+    after: tuple[Scene, Drawing],
+    references: dict[int, int],
+    asked: Sequence[int],
+) -> Sample:
+    source, target = before[1].picture, after[1].picture
+    changed = np.any(source != target, axis=-1)
+    return Sample(
+        kind,
+        task,
+        prompt,
+        images,
+        source,
+        target,
+        changed,
+        _marks(*before, {}),
+        _marks(*after, references),
+        tuple(asked),
+    )
