@@ -8,11 +8,11 @@ from mige_rt.errors import InputError
 from trainer.settings import load_settings
 
 HERE = Path(__file__).parent
-STARTED = ("features", "mige", "save")  # the stages that a model to go on from has a say in
+STARTED = ("looks", "qformer", "mige", "save")  # the stages that a model to go on from has a say in
 
 
 @click.command(help=__doc__)
-@click.argument("stage", type=click.Choice(["vae", "vit", "features", "qformer", "mige", "save", "curve", "preview"]))
+@click.argument("stage", type=click.Choice(["vae", "vit", "looks", "qformer", "mige", "save", "curve", "preview"]))
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
@@ -28,19 +28,17 @@ STARTED = ("features", "mige", "save")  # the stages that a model to go on from 
 @click.option(
     "--start",
     type=click.Path(path_type=Path),
-    help="model folder or bundle to go on from, for the stages features, mige and save; the others are not needed then",
+    help="model folder or bundle to go on from, for the stages looks, qformer, mige and save; vae and vit are not needed then",
 )
 def main(stage: str, config: Path, world: Path, state: Path, start: Path | None) -> None:
-    from mige_rt.config import PRESETS
     from trainer.synthetic.concepts import load_concepts
 
     try:
         if start is not None and stage not in STARTED:
             raise InputError(f"--start means nothing to the stage {stage}, only to {', '.join(STARTED)}")
         settings = load_settings(config)
-        if settings.model not in PRESETS:
-            raise InputError(f"{config}: model is {settings.model!r}, expected one of {', '.join(PRESETS)}")
-        model, concepts = PRESETS[settings.model], [c for c in load_concepts(world) if not c.held_out]
+        model, every = settings.config(), load_concepts(world)
+        concepts = [concept for concept in every if not concept.held_out]
         if stage == "vae":
             from trainer.stages.train_vae import train_vae
 
@@ -49,18 +47,18 @@ def main(stage: str, config: Path, world: Path, state: Path, start: Path | None)
             from trainer.stages.train_vit import train_vit
 
             train_vit(model, settings.stage("vit"), concepts, state)
-        elif stage == "features":
-            from trainer.stages.compute_features import compute_features
+        elif stage == "looks":
+            from trainer.stages.train_looks import train_looks
 
-            compute_features(model, settings.features(), concepts, state, start)
+            train_looks(model, settings.stage("looks"), every, state, start)
         elif stage == "qformer":
             from trainer.stages.train_qformer import train_qformer
 
-            train_qformer(model, settings.stage("qformer"), state)
+            train_qformer(model, settings.stage("qformer"), every, state, start)
         elif stage == "mige":
             from trainer.stages.train_mige import train_mige
 
-            train_mige(model, settings.stage("mige"), concepts, state, start)
+            train_mige(model, settings.stage("mige"), settings.ladder(), every, state, start)
         elif stage == "save":
             from trainer.stages.save_model import save
 

@@ -5,15 +5,19 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.overrides import TorchFunctionMode
 
 from trainer.settings import StageSettings
 
@@ -28,30 +32,47 @@ def rate_at(step: int, settings: StageSettings) -> float:
     return warm * (0.1 + 0.9 * min(1.0, max(0.0, left)))
 
 
-def save_whole(data: Any, path: Path) -> None:
-    """torch.save under a temporary name, then renamed, so that a killed run leaves the previous file."""
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file under a temporary name, then rename it, so that a killed run leaves the previous one."""
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    torch.save(data, partial)
+    write(partial)
     os.replace(partial, path)
 
 
-def train(
-    name: str,
-    module: nn.Module,
-    loss: Callable[[nn.Module, Any], tuple[Tensor, dict[str, float]]],
-    batches: Callable[[int, int, int], Iterator[Any]],
-    settings: StageSettings,
-    folder: Path,
-    preview: Callable[[nn.Module, int], None] | None = None,
-    preview_every: int = 1000,
-) -> nn.Module:
-    """Train module's parameters that require gradients; returns the moving average of its weights.
+class Float32Attention(TorchFunctionMode):
+    """Inside, scaled dot-product attention on the CPU is computed in float32: in bfloat16 its backward pass takes
+    several times as long."""
 
-    loss(module, batch) gives the loss and figures for the log. batches(step, rank, ranks) gives the batches from a step
-    on, this process's share of them, the same ones whenever it is asked. The state (weights, average, optimiser, step,
-    hours) is kept in folder/state.pt and resumed from there; folder/log.jsonl has one line each LOG_EVERY steps.
-    preview(averaged module, step) runs each preview_every steps. The device is the one that `accelerate` finds; what
-    is returned is on the CPU.
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not F.scaled_dot_product_attention or args[0].device.type != "cpu":
+            return func(*args, **(kwargs or {}))
+        with torch.autocast("cpu", enabled=False):
+            return func(*(tensor.float() for tensor in args[:3]), *args[3:], **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a stage trains on.
+
+    name: in the progress bar. loss(module, batch): the loss and metrics for the log. batches(step, rank, ranks): the
+    batches from a step on, this process's share of them, the same ones whenever it is asked. watch(averaged module,
+    step): looks at the moving average each `watch_every` steps, and returns metrics for the log.
+    """
+
+    name: str
+    loss: Callable[[nn.Module, Any], tuple[Tensor, dict[str, float]]]
+    batches: Callable[[int, int, int], Iterator[Any]]
+    watch: Callable[[nn.Module, int], dict[str, float]] | None = None
+    watch_every: int = 1000
+
+
+def train(module: nn.Module, task: Task, settings: StageSettings, folder: Path) -> nn.Module:
+    """Train module's parameters that require gradients; returns the moving average of its weights, on the CPU.
+
+    The state (weights, average, optimiser, step, hours) is kept in folder/state.pt and resumed from there;
+    folder/log.jsonl has one line each LOG_EVERY steps. The device is the one that `accelerate` finds.
     """
     accelerator = Accelerator()
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,30 +105,34 @@ def train(
                 "step": step,
                 "hours": hours + (time.monotonic() - started) / 3600,
             }
-            save_whole(content, state_path)
+            write_whole(state_path, partial(torch.save, content))
 
     started = saved = time.monotonic()
     sums: dict[str, float] = defaultdict(float)
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    stream = batches(first, rank, ranks)
+    stream = task.batches(first, rank, ranks)
     with (
+        Float32Attention(),
         Progress(*columns, disable=not accelerator.is_main_process) as progress,
         (folder / "log.jsonl").open("a") as log,
     ):
-        task = progress.add_task(name, total=settings.steps, completed=first)
+        bar = progress.add_task(task.name, total=settings.steps, completed=first)
         for step in range(first, settings.steps):
             torch.manual_seed(settings.seed * 10**9 + step * ranks + rank)  # resumed runs draw the same
             for group in optimiser.param_groups:
                 group["lr"] = settings.rate * rate_at(step, settings)
-            value, figures = loss(prepared, send_to_device(next(stream), accelerator.device))
+            value, metrics = task.loss(prepared, send_to_device(next(stream), accelerator.device))
             accelerator.backward(value)
             norm = accelerator.clip_grad_norm_(parameters, settings.clip)
             optimiser.step()
             optimiser.zero_grad()
             average.update_parameters(module)
-            for key, figure in {"loss": value.item(), "norm": float(norm or 0), **figures}.items():
-                sums[key] += figure
+            metrics = {"loss": value.item(), "norm": float(norm or 0), **metrics}
+            if task.watch is not None and (step + 1) % task.watch_every == 0 and accelerator.is_main_process:
+                metrics |= task.watch(average.module, step + 1)
+            for key, metric in metrics.items():
+                sums[key] += metric
                 sums[f"{key} n"] += 1
             if (step + 1) % LOG_EVERY == 0 and accelerator.is_main_process:
                 means = {k: round(v / sums[f"{k} n"], 5) for k, v in sums.items() if not k.endswith(" n")}
@@ -115,10 +140,8 @@ def train(
                 samples = (step + 1) * settings.batch * ranks
                 log.write(json.dumps({"step": step + 1, "samples": samples, "hours": round(spent, 4), **means}) + "\n")
                 log.flush()
-                progress.update(task, completed=step + 1, description=f"{name} loss {means['loss']:.4f}")
+                progress.update(bar, completed=step + 1, description=f"{task.name} loss {means['loss']:.4f}")
                 sums.clear()
-            if preview is not None and (step + 1) % preview_every == 0 and accelerator.is_main_process:
-                preview(average.module, step + 1)
             if time.monotonic() - saved > SAVE_EVERY:
                 save(step + 1)
                 saved = time.monotonic()

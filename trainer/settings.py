@@ -2,13 +2,14 @@
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from mige_rt.config import PRESETS, ModelConfig
 from mige_rt.errors import InputError
 
-TRAINED = ("vae", "vit", "qformer", "mige")  # the stages that train
+TRAINED = ("vae", "vit", "looks", "qformer", "mige")  # the stages that train
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,16 @@ class StageSettings:
 
 
 @dataclass(frozen=True)
-class FeatureSettings:
-    """The scenes whose latents and ViT features are computed once for training."""
+class LadderSettings:
+    """What the stage mige learns from. Samples are made as they are needed, in shards that are used a few times."""
 
-    shards: int
+    shards: int  # kept of each rung
     shard_samples: int
+    uses: int  # draws of a sample, on average
+    varied: float  # share of the things that are varied
+    noisy: float  # share of the timesteps that are drawn from the noisiest
+    asked: float  # what a pixel of what is asked for counts for, against 1 for any other
+    draws: int  # of noise and timestep for each encoded prompt
     seed: int
 
 
@@ -42,8 +48,18 @@ class TrainingSettings:
 
     path: Path
     model: str
+    queries: int | None  # image tokens, where they are not the preset's
     stages: Mapping[str, StageSettings]
-    scenes: FeatureSettings | None
+    climb: LadderSettings | None
+
+    def config(self) -> ModelConfig:
+        """The sizes of the model to train. Raises InputError when there is no such preset."""
+        if self.model not in PRESETS:
+            raise InputError(f"{self.path}: model is {self.model!r}, expected one of {', '.join(PRESETS)}")
+        preset = PRESETS[self.model]
+        if self.queries is None:
+            return preset
+        return replace(preset, qformer=replace(preset.qformer, queries=self.queries))
 
     def stage(self, name: str) -> StageSettings:
         """The table of a stage that trains. Raises InputError when the file has none."""
@@ -51,11 +67,11 @@ class TrainingSettings:
             raise InputError(f"{self.path} has no table [{name}]")
         return self.stages[name]
 
-    def features(self) -> FeatureSettings:
-        """The table of the stage features. Raises InputError when the file has none."""
-        if self.scenes is None:
-            raise InputError(f"{self.path} has no table [features]")
-        return self.scenes
+    def ladder(self) -> LadderSettings:
+        """The table of what the stage mige learns from. Raises InputError when the file has none."""
+        if self.climb is None:
+            raise InputError(f"{self.path} has no table [ladder]")
+        return self.climb
 
 
 def _table(kind: type[Any], data: dict[str, Any], where: str) -> Any:
@@ -76,13 +92,17 @@ def load_settings(path: Path) -> TrainingSettings:
         data = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"{path} cannot be read as a TOML file: {error}") from error
-    model = data.pop("model", None)
-    unknown = [name for name, table in data.items() if name not in (*TRAINED, "features") or type(table) is not dict]
+    model, queries = data.pop("model", None), data.pop("queries", None)
+    unknown = [name for name, table in data.items() if name not in (*TRAINED, "ladder") or type(table) is not dict]
+    if queries is not None and (type(queries) is not int or queries < 1):
+        raise InputError(f"{path}: queries is {queries!r}, expected a number of image tokens")
     if type(model) is not str or unknown:
         what = f"unknown {', '.join(unknown)}" if unknown else f"model is {model!r}, expected a preset's name"
-        raise InputError(f"{path}: {what}; it has a model and tables [{'], ['.join((*TRAINED, 'features'))}]")
+        raise InputError(f"{path}: {what}; it has a model and tables [{'], ['.join((*TRAINED, 'ladder'))}]")
     tables = {
-        name: _table(FeatureSettings if name == "features" else StageSettings, table, f"{path} [{name}]")
+        name: _table(LadderSettings if name == "ladder" else StageSettings, table, f"{path} [{name}]")
         for name, table in data.items()
     }
-    return TrainingSettings(path, model, {n: t for n, t in tables.items() if n != "features"}, tables.get("features"))
+    return TrainingSettings(
+        path, model, queries, {n: t for n, t in tables.items() if n != "ladder"}, tables.get("ladder")
+    )

@@ -1,186 +1,242 @@
-"""Stage 5: MIGE itself, all but the two image encoders, jointly (paper, section 4.1)."""
+"""The last stage: MIGE itself, all but the two image encoders, jointly (paper, section 4.1), up the ladder of tasks."""
 
-import math
-from copy import copy, deepcopy
-from dataclasses import replace
+import json
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from safetensors.torch import load_model
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from engines.pytorch import PyTorchEngine
+from mige_rt.bundle import TOKENIZER_FILE
 from mige_rt.config import ModelConfig
-from mige_rt.errors import InputError
-from mige_rt.instruction import load_tokenizer
+from mige_rt.instruction import PLACEHOLDER, compose_prompt, load_tokenizer
 from mige_rt.pipeline import MigePipeline, Settings
 from mige_rt.scheduler import TRAIN_STEPS
-from trainer.checkpoints.model_folder import COMPONENTS
-from trainer.checkpoints.model_folder import load_model as load_model_folder
-from trainer.loop import train
-from trainer.model.dit import CrossAttention, Denoiser, sincos_positions
-from trainer.model.mige import Mige
-from trainer.model.vae import VAEDecoder, VAEEncoder
+from trainer.loop import Task, train, write_whole
 from trainer.objective import add_noise, objective
-from trainer.preview import PREVIEW_SEED, answer, first_of_each_kind, grid
-from trainer.settings import StageSettings
-from trainer.stages.compute_features import Batch, FeatureStore, batches
+from trainer.preview import answer, grid
+from trainer.settings import LadderSettings, StageSettings
+from trainer.stages.features import KIND_NAMES, Batch, FeatureMaker, RollingShards, collate
+from trainer.stages.ladder import KEPT_EDITS, LADDER, Climb, counts
+from trainer.stages.one_shot import one_shot
+from trainer.stages.reading import start_to_look
+from trainer.stages.starting_model import pass_on, with_trained_encoder
+from trainer.stages.trained_part import TrainedPart, attention_inputs
 from trainer.synthetic.concepts import Concept
-from trainer.synthetic.tasks import KINDS
+from trainer.synthetic.tasks import make_sample
+from trainer.tokenizer import train_tokenizer
 
-PREVIEW_EVERY = 1000  # steps
-COPY_GAIN = 0.5  # of latents and source in their own channels at the start
-COPY_LATENTS, COPY_SOURCE = 0.5, -0.8  # what they count for in v at the start: about right in mid-schedule
 DROP = 0.05  # chance to drop the text, the same to drop the source, the same to drop both
+NOISY_FROM = 700  # timesteps from which on next to nothing of the data is left
+HELD_OUT_SEED = 10**6 + 4
+HELD_OUT = 48  # samples a rung
+START_SAMPLES = 96  # that the cross-attention's start is found from
+SHOWN = 6  # samples a rung in a preview
+WATCH_EVERY, PREVIEW_TIMES = 100, 5  # steps; a preview each so many times
+TOKENIZER_SEED, TOKENIZER_SAMPLES = 4, 4000
 
 
-def initialise(model: Mige) -> None:
-    """The DiT's starting weights: gates and cross-attention start at zero, so that each block starts as the identity
-    (DiT, Peebles & Xie, 2023); and what is in the latents and in the source can be read off the last layer's input as
-    it is, so that the network need not first find out how to copy (ours: published weights start from PixArt-alpha's,
-    with zeros for the source's channels)."""
-    denoiser, conditioner = model.denoiser, model.conditioner
-    for name, weight in model.text_encoder.named_parameters():
-        if name.endswith((".o.weight", ".wo.weight")):
-            nn.init.zeros_(weight)
-    for module in [*denoiser.modules(), *conditioner.modules()]:
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-    for part in (denoiser.t_embedder.mlp, denoiser.t_block):
-        for layer in part:
-            if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=0.02)
-    for module in denoiser.modules():
-        if isinstance(module, CrossAttention):
-            nn.init.zeros_(module.proj.weight)
-    _start_as_a_copy(denoiser)
+def start_reading(module: TrainedPart, batch: Batch) -> list[dict[str, float]]:
+    """Start half of the heads of each block's cross-attention so that they look at the image tokens of their place;
+    what they read counts for nothing yet. T5 starts by passing tokens on, since what it makes of them does not tell
+    their places. batch: samples of one image each. Returns, for each block, the shares of the codes' variance that
+    queries and keys explain."""
+    config = module.config
+    pass_on(module.text_encoder)
+    grid, rows = config.dit.trained_grid, config.dit.width // config.dit.heads * (config.dit.heads // 2)
+    blocks = list(zip(module.denoiser.blocks, module.conditioner.kv_linears, strict=True))
+    with torch.no_grad():
+        for block, kv_linear in blocks:
+            block.cross_attn.proj.weight[:, :rows] = 0
+            values = kv_linear.weight[config.dit.width : config.dit.width + rows]
+            nn.init.xavier_uniform_(values)
+            kv_linear.bias[config.dit.width : config.dit.width + rows] = 0
+    noise = torch.randn_like(batch.target)
+    timestep = torch.randint(NOISY_FROM, TRAIN_STEPS, (len(noise),))
+    asked, keys_from = attention_inputs(module, batch, add_noise(batch.target, noise, timestep), timestep)
+    image_tokens = keys_from[batch.slot_index >= 0].reshape(len(noise), config.qformer.queries, -1)
+    return [
+        start_to_look(block.cross_attn, kv_linear, x, image_tokens, grid)
+        for (block, kv_linear), x in zip(blocks, asked, strict=True)
+    ]
 
 
-@torch.no_grad()
-def _start_as_a_copy(denoiser: Denoiser) -> None:
-    """Give each value of a patch, of the latents and of the source, a channel of its own, which the output adds up.
-
-    v is (alpha * noisy - data) / sigma, and the data are nearly the source's: the timestep's factors are left to learn.
-    The channels are those whose positions hardly vary.
-    """
-    config = denoiser.config
-    dit, channels = config.dit, config.vae.channels
-    positions = sincos_positions(dit.trained_grid, dit.trained_grid, dit.width, dit.trained_grid)
-    values = dit.patch**2 * channels
-    order = positions.std(dim=0).argsort()[: 2 * values]
-    weight = denoiser.x_embedder.proj.weight  # [width,2c,patch,patch]
-    flat = weight.view(dit.width, -1)
-    nn.init.xavier_uniform_(flat)
-    flat[order] = 0
-    flat[order, torch.arange(2 * values)] = COPY_GAIN
-    assert denoiser.x_embedder.proj.bias is not None
-    nn.init.zeros_(denoiser.x_embedder.proj.bias)
-    spread = math.sqrt(float(positions.var(dim=1, unbiased=False).mean()) + float(flat.square().sum()) / dit.width)
-    last = denoiser.final_layer.linear.weight  # [patch*patch*out,width], the patch's place before the channel
-    nn.init.zeros_(last)
-    out = last.shape[0] // dit.patch**2
-    for c in range(channels):
-        for place in range(dit.patch**2):
-            row, value = place * out + c, c * dit.patch**2 + place
-            last[row, order[value]] = COPY_LATENTS * spread / COPY_GAIN
-            last[row, order[values + value]] = COPY_SOURCE * spread / COPY_GAIN
+def _timesteps(number: int, noisy: float, device: torch.device) -> Tensor:
+    """int64 [number]; a share `noisy` of them from NOISY_FROM on, the others anywhere."""
+    anywhere = torch.randint(TRAIN_STEPS, (number,), device=device)
+    late = torch.randint(NOISY_FROM, TRAIN_STEPS, (number,), device=device)
+    return torch.where(torch.rand(number, device=device) < noisy, late, anywhere)
 
 
-class TrainedPart(nn.Module):
-    """What this stage trains, and the frozen ViT beside it: a prediction from a batch of features."""
+@dataclass(frozen=True)
+class Loss:
+    """The objective of a batch; ladder: how many draws, which timesteps, what the things count for."""
 
-    def __init__(self, model: Mige) -> None:
-        super().__init__()
-        self.config = model.config
-        self.image_encoder, self.text_encoder = model.image_encoder, model.text_encoder
-        self.conditioner, self.denoiser = model.conditioner, model.denoiser
-        self.image_encoder.freeze_vit()
+    config: ModelConfig
+    ladder: LadderSettings
 
-    def with_vae(self, other: Mige) -> Mige:
-        """A whole model that shares this part's weights and another's VAE."""
-        whole = copy(other)
-        whole._modules = {**other._modules, **{name: self._modules[name] for name in COMPONENTS}}
-        return whole
-
-    def forward(self, batch: Batch, noisy: Tensor, source: Tensor, timestep: Tensor, has_text: Tensor) -> Tensor:
-        """noisy, source [B,c,h,w]; timestep int64 [B]; has_text bool [B] -> the denoiser's output, [B,c or 2c,h,w]"""
-        image_tokens = self.image_encoder.tokens(batch.vit, batch.ref_latents)
-        states = self.text_encoder(batch.token_ids, image_tokens, batch.slot_index, batch.text_mask)
-        cross_kv = self.conditioner(states, has_text)
-        return self.denoiser.predict(noisy, source, timestep.float(), cross_kv, batch.text_mask)
-
-
-def _loss(config: ModelConfig, module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-    number, device = len(batch.target), batch.target.device
-    timestep, noise = torch.randint(TRAIN_STEPS, (number,), device=device), torch.randn_like(batch.target)
-    draw = torch.rand(number, device=device)
-    without_text, without_source = draw < 2 * DROP, (draw > DROP) & (draw < 3 * DROP)  # both between DROP and 2 * DROP
-    source = batch.source * ~without_source[:, None, None, None]
-    output = module(batch, add_noise(batch.target, noise, timestep), source, timestep, ~without_text)
-    losses = objective(config, output, batch.target, noise, timestep)
-    kept = (~without_text & ~without_source).cpu().numpy()
-    each = losses.detach().cpu().numpy()
-    figures = {}
-    for index, kind in enumerate(KINDS):
-        of_kind = each[(batch.kinds == index) & kept]
-        if len(of_kind):
-            figures[kind] = float(of_kind.mean())
-    return losses.mean(), figures
+    def __call__(self, module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        draws = self.ladder.draws
+        target, source = batch.target.repeat(draws, 1, 1, 1), batch.source.repeat(draws, 1, 1, 1)
+        number, device = len(target), target.device
+        timestep, noise = _timesteps(number, self.ladder.noisy, device), torch.randn_like(target)
+        draw = torch.rand(number, device=device)
+        # both between DROP and 2 * DROP
+        without_text, without_source = draw < 2 * DROP, (draw > DROP) & (draw < 3 * DROP)
+        source = source * ~without_source[:, None, None, None]
+        output = module(batch, add_noise(target, noise, timestep), source, timestep, ~without_text)
+        weight = 1 + (self.ladder.asked - 1) * batch.asked.repeat(draws, 1, 1, 1)
+        losses = objective(self.config, output, target, noise, timestep, weight)
+        whole = (~without_text & ~without_source).cpu().numpy()
+        each, kinds = losses.detach().cpu().numpy(), np.tile(batch.kinds, draws)
+        metrics = {}
+        for index, kind in enumerate(KIND_NAMES):
+            of_kind = each[(kinds == index) & whole]
+            if len(of_kind):
+                metrics[kind] = float(of_kind.mean())
+        return losses.mean(), metrics
 
 
-def starting_model(config: ModelConfig, state: Path) -> Mige:
-    """A model with the trained VAE and ViT of a state folder; the rest at its starting weights."""
-    model = Mige(config)
-    vae = AutoencoderKL.from_pretrained(state / "vae" / "trained")
-    model.vae_encoder, model.vae_decoder = VAEEncoder(vae), VAEDecoder(vae)
-    norm = {k: v.clone() for k, v in model.image_encoder.vision.post_layernorm.state_dict().items()}
-    load_model(model.image_encoder.vision, state / "vit" / "trained.safetensors")
-    model.image_encoder.vision.post_layernorm.load_state_dict(norm)
-    initialise(model)
-    return model
+@dataclass(frozen=True)
+class Practice:
+    """The samples of each rung, and where on the ladder training is."""
+
+    config: ModelConfig
+    shards: dict[str, RollingShards]
+    climb: Climb
+    ladder: LadderSettings
+
+    def batches(self, settings: StageSettings, step: int, rank: int, ranks: int) -> Iterator[Batch]:
+        """The batches from a step on: the same ones whenever it is asked, as long as the rungs begin at the same
+        steps. Raises ValueError for more than one process: only the first knows when a rung holds."""
+        if ranks > 1:
+            raise ValueError("the ladder is climbed in one process; start one")
+        while True:
+            rng = np.random.default_rng([settings.seed, step])
+            chosen = []
+            for name, number in counts(self.climb.newest(step), settings.batch).items():
+                drawn = self.climb.drawn(name, step, settings.batch)
+                shards = self.shards[name].read(1 + drawn // (self.ladder.shard_samples * self.ladder.uses))
+                for index in rng.integers(len(shards) * self.ladder.shard_samples, size=number).tolist():
+                    chosen.append((shards[index // self.ladder.shard_samples], index % self.ladder.shard_samples))
+            yield collate(chosen, self.config)
+            step += 1
 
 
-def assemble(config: ModelConfig, state: Path, start: Path | None = None) -> Mige:
-    """The model that training starts from: that of the model folder or bundle `start`; without it the trained VAE and
-    image encoder of a state folder, the rest at its starting weights.
-
-    Raises InputError when `start` is no such folder or its sizes are not those of `config`, or the Q-Former of the
-    state folder has not been trained yet.
-    """
-    if start is not None:
-        model = load_model_folder(start)
-        if replace(model.config, defaults=config.defaults) != config:
-            raise InputError(f"{start} holds a model of other sizes than the config's ({config.name}): change either")
-        return model.train()
-    path = state / "qformer" / "trained.safetensors"
-    if not path.exists():
-        raise InputError(f"{path} is not there; run the stage qformer first")
-    model = starting_model(config, state)
-    load_model(model.image_encoder, path)
-    return model
+def practice(
+    maker: FeatureMaker, concepts: Sequence[Concept], climb: Climb, ladder: LadderSettings, folder: Path
+) -> Practice:
+    """The rungs' samples of concepts that are not held out, in `folder`."""
+    known = [concept for concept in concepts if not concept.held_out]
+    shards = {
+        rung.name: RollingShards(
+            folder / rung.name,
+            maker,
+            known,
+            rung.shares,
+            ladder.seed,
+            ladder.shard_samples,
+            ladder.shards,
+            ladder.varied,
+        )
+        for rung in (*LADDER, KEPT_EDITS)
+    }
+    return Practice(maker.config, shards, climb, ladder)
 
 
 def train_mige(
-    config: ModelConfig, settings: StageSettings, concepts: list[Concept], state: Path, start: Path | None = None
+    config: ModelConfig,
+    settings: StageSettings,
+    ladder: LadderSettings,
+    concepts: list[Concept],
+    state: Path,
+    start: Path | None = None,
 ) -> None:
-    """Train on the features of a state folder, from a model's weights if `start` gives one; the state, with the moving
-    average of the weights, and previews are in state/mige. Raises InputError when the features are not there, and as
-    `assemble` does."""
+    """Train up the ladder, from a model's weights if `start` gives one; the state, with the moving average of the
+    weights, and previews are in state/mige. concepts: all of them; those held out are measured on, by rung.
+
+    Raises InputError as `with_trained_encoder` does.
+    """
     torch.manual_seed(settings.seed)
     folder = state / "mige"
-    store = FeatureStore(state / "features", config)
-    model = assemble(config, state, start)
-    samples = first_of_each_kind(concepts, config.size, PREVIEW_SEED, 4)
-    tokenize = load_tokenizer(state / "features" / "tokenizer.json")
-
-    def preview(average: nn.Module, step: int) -> None:
-        assert isinstance(average, TrainedPart)
-        pipe = MigePipeline(config, tokenize, PyTorchEngine(deepcopy(average).cpu().with_vae(model)))
-        grid(samples, answer(pipe, samples, Settings()), folder / f"preview-{step:06d}.png")
-
+    folder.mkdir(parents=True, exist_ok=True)
+    model = with_trained_encoder(config, state, start).train()
+    tokenizer_path = state_tokenizer(config, concepts, state, start)
+    tokenize = load_tokenizer(tokenizer_path)
+    vae = model.vae_encoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    maker = FeatureMaker(config, vae, deepcopy(model.image_encoder), tokenize)
+    resumed_at = torch.load(folder / "state.pt", weights_only=True)["step"] if (folder / "state.pt").is_file() else 0
+    climb = Climb.resumed(folder / "climb.json", resumed_at)
+    source = practice(maker, concepts, climb, ladder, state / "features")
+    unseen = [concept for concept in concepts if concept.held_out]
+    samples = {
+        rung.name: [make_sample(HELD_OUT_SEED, index, unseen, config.size, rung.shares) for index in range(HELD_OUT)]
+        for rung in (*LADDER, KEPT_EDITS)
+    }
+    measured_on = {}
+    for name, of_rung in samples.items():
+        shard = maker.shard(of_rung)
+        measured_on[name] = collate([(shard, index) for index in range(HELD_OUT)], config)
     module = TrainedPart(model)
-    stream = partial(batches, store, settings)
-    train("mige", module, partial(_loss, config), stream, settings, folder, preview, PREVIEW_EVERY)
+    if not resumed_at:
+        alone = [
+            make_sample(settings.seed, index, source.shards["again"].concepts, config.size, {"again": 1})
+            for index in range(START_SAMPLES)
+        ]
+        shard = maker.shard(alone)
+        shares = start_reading(module, collate([(shard, index) for index in range(START_SAMPLES)], config))
+        write_whole(folder / "start.json", lambda path: path.write_text(json.dumps(shares) + "\n"))
+
+    def watch(average: nn.Module, step: int) -> dict[str, float]:
+        """Measure each rung, begin the next where the newest one holds, and paint a preview."""
+        assert isinstance(average, TrainedPart)
+        newest = climb.newest(step)
+        errors = {
+            name: one_shot(average, batch, seed=0)
+            for name, batch in measured_on.items()
+            if name in counts(min(newest + 1, len(LADDER) - 1), settings.batch)
+        }
+        rung = LADDER[newest]
+        if newest + 1 < len(LADDER) and errors[rung.name].share <= rung.holds:
+            climb.begin_next(step)
+        if step % (WATCH_EVERY * PREVIEW_TIMES) == 0:
+            pipe = MigePipeline(config, tokenize, PyTorchEngine(deepcopy(average).cpu().with_vae(model)))
+            shown = [s for name in errors for s in samples[name][:SHOWN]]
+            grid(shown, answer(pipe, shown, Settings()), folder / f"preview-{step:06d}.png")
+        return {"rung": newest} | {f"one-shot {name}": error.share for name, error in errors.items()}
+
+    task = Task("mige", Loss(config, ladder), partial(source.batches, settings), watch, WATCH_EVERY)
+    train(module, task, settings, folder)
+
+
+def synthetic_tokenizer(concepts: Sequence[Concept], vocabulary: int) -> Tokenizer:
+    """A tokenizer of the words that the small world's instructions use, and of every printable character."""
+
+    def texts() -> Iterator[str]:
+        for concept in concepts:
+            yield concept.name
+        for index in range(TOKENIZER_SAMPLES):
+            sample = make_sample(TOKENIZER_SEED, index, concepts, 16)
+            yield from compose_prompt(sample.task, sample.prompt).split(PLACEHOLDER)
+
+    return train_tokenizer(texts(), vocabulary)
+
+
+def state_tokenizer(config: ModelConfig, concepts: Sequence[Concept], state: Path, start: Path | None) -> Path:
+    """The path of a state folder's tokenizer: `start`'s, or one made of the small world's words."""
+    path = state / "tokenizer.json"
+    if not path.is_file():
+        known = [concept for concept in concepts if not concept.held_out]
+        tokenizer = (
+            Tokenizer.from_file(str(start / TOKENIZER_FILE))
+            if start is not None
+            else synthetic_tokenizer(known, config.text.vocabulary)
+        )
+        write_whole(path, lambda partial_path: tokenizer.save(str(partial_path)))
+    return path

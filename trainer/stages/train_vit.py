@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mige_rt.config import ModelConfig
 from mige_rt.images import vit_pixels
-from trainer.loop import train
+from trainer.loop import Task, train
 from trainer.model.mige import Mige
 from trainer.settings import StageSettings
 from trainer.synthetic.backgrounds import draw
@@ -90,7 +90,8 @@ def train_vit(config: ModelConfig, settings: StageSettings, concepts: list[Conce
     torch.manual_seed(settings.seed)
     folder = state / "vit"
     module = PictureNameTowers(config, concepts)
-    average = train("vit", module, _loss, partial(_views, concepts, settings, config.vision.side), settings, folder)
+    task = Task("vit", _loss, partial(_views, concepts, settings, config.vision.side))
+    average = train(module, task, settings, folder)
     assert isinstance(average, PictureNameTowers)
     save_model(average.encoder, str(folder / "trained.safetensors"))
     return folder / "trained.safetensors"

@@ -90,18 +90,16 @@ def _fair(before: Drawing, after: Drawing) -> bool:
     return min([1.0, *before.shown, *after.shown]) >= MOSTLY and float((difference >= CONTRAST).mean()) >= SEEN
 
 
-def generation(
-    rng: np.random.Generator, stock: Stock, prompt: str, scene: Scene, named: Sequence[int]
-) -> Sample | None:
-    """A sample without a source. named: the subjects, in the order in which the prompt names them."""
+def generation(kind: str, stock: Stock, prompt: str, scene: Scene, images: list[np.ndarray]) -> Sample | None:
+    """A sample without a source. images: what the placeholders stand for: one for each of the scene's subjects, in
+    their order, or one for all of them."""
     drawing = draw_scene(scene, stock.side)
     if not _fair(draw_scene(Scene(scene.background, air=scene.air), stock.side), drawing):
         return None
-    images = [draw_reference(rng, scene.subjects[i], stock.side) for i in named]
-    marks = _marks(scene, drawing, {subject: image for image, subject in enumerate(named)})
+    marks = _marks(scene, drawing, {i: min(i, len(images) - 1) for i in range(len(scene.subjects))})
     everywhere = np.ones((stock.side, stock.side), bool)
     asked = tuple(range(len(marks)))
-    return Sample("generate", "subject", prompt, images, None, drawing.picture, everywhere, (), marks, asked)
+    return Sample(kind, "subject", prompt, images, None, drawing.picture, everywhere, (), marks, asked)
 
 
 def edit(kind: str, stock: Stock, prompt: str, before: Scene, after: Scene, asked: Sequence[int] = ()) -> Sample | None:
