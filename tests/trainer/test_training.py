@@ -12,18 +12,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
+from torch import Tensor
 
 from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE
 from mige_rt.config import PRESETS
 from mige_rt.errors import InputError
 from mige_rt.instruction import load_tokenizer
 from mige_rt.pipeline import MigePipeline
+from mige_rt.scheduler import ALPHAS, SIGMAS
 from trainer.__main__ import main
+from trainer.loop import Float32Attention
 from trainer.model.encoders import ImageEncoder
 from trainer.model.vae import VAEDecoder, VAEEncoder, make_vae
 from trainer.settings import LadderSettings, StageSettings, load_settings
-from trainer.stages.features import KIND_NAMES, FeatureMaker, RollingShards, collate
+from trainer.stages.features import KIND_NAMES, Batch, FeatureMaker, RollingShards, collate
 from trainer.stages.ladder import KEPT_EDITS, LADDER, Climb, counts
+from trainer.stages.one_shot import one_shot
 from trainer.stages.reading import fourier_code, patch_centres, query_places, ridge
 from trainer.stages.rolling import Images, ImageSeries
 from trainer.stages.save_model import save
@@ -410,3 +414,39 @@ def test_only_the_stages_that_go_on_from_a_model_take_one(tmp_path: Path) -> Non
     arguments = ["vae", "--start", str(tmp_path), "--world", str(tmp_path), "--state", str(tmp_path)]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2 and "--start means nothing to the stage vae" in result.output
+
+
+class KnowsTheData(TrainedPart):
+    """Predicts what is true inside the left half, and nothing elsewhere."""
+
+    def forward(self, batch: Batch, noisy: Tensor, source: Tensor, timestep: Tensor, has_text: Tensor) -> Tensor:
+        alpha, sigma = float(ALPHAS[-1]), float(SIGMAS[-1])
+        noise = (noisy - alpha * batch.target) / sigma
+        output = alpha * noise - sigma * batch.target
+        output[..., output.shape[-1] // 2 :] = 0
+        return output
+
+
+def test_a_one_shot_error_is_measured_inside_things_alone(state: Path, concepts: list[Concept]) -> None:
+    maker = _maker(state)
+    shard = maker.shard([make_sample(1, index, concepts, TINY.size, {"again": 1}) for index in range(6)])
+    batch = collate([(shard, index) for index in range(6)], TINY)
+    module = KnowsTheData(with_trained_encoder(TINY, state))
+    left = batch.asked.clone()
+    left[..., left.shape[-1] // 2 :] = 0
+    right = batch.asked - left
+    assert one_shot(module, replace(batch, asked=left), 0).error == pytest.approx(0, abs=1e-4)
+    elsewhere = one_shot(module, replace(batch, asked=right), 0)
+    assert elsewhere.error > 0.1 and elsewhere.mean_color > 0 and elsewhere.share > 0.1
+
+
+def test_attention_is_the_same_in_float32() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 6, 8)
+    mask = torch.rand(2, 1, 1, 6) > 0.3
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    with Float32Attention(), torch.autocast("cpu", torch.bfloat16):
+        result = F.scaled_dot_product_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), attn_mask=mask)
+        assert result.dtype == torch.float32
+        assert (q.bfloat16() @ k.bfloat16().mT).dtype == torch.bfloat16
+    torch.testing.assert_close(result, expected, rtol=0.05, atol=0.05)

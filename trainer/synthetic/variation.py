@@ -7,7 +7,6 @@ copy what it is shown.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -20,18 +19,18 @@ HUE_SHARE, TURNED_SHARE = 0.7, 0.4  # of the varied things that are not drawn
 
 @dataclass(frozen=True)
 class Variation:
-    """How a cut-out image differs from its file. hue: in turns. angle: degrees. other: the image that shows on one side
+    """A cut-out image that is varied. hue: in turns. angle: degrees. other: the image that shows on one side
     of a line through the middle. line: that line's direction in degrees."""
 
-    path: Path
+    cut_out: CutOut
     hue: float = 0.0
     angle: float = 0.0
-    other: Path | None = None
+    other: CutOut | None = None
     line: float = 0.0
 
     def __call__(self) -> Image.Image:
         """RGBA of SPRITE_SIDE pixels a side."""
-        image = sprite(self.path)
+        image = sprite(self.cut_out)
         if self.other is not None:
             image = Image.composite(image, sprite(self.other), _half(self.line))
         if self.hue:
@@ -103,10 +102,11 @@ def _texture(rng: np.random.Generator) -> np.ndarray:
     return np.clip(np.rint(colours), 0, 255).astype(np.uint8)
 
 
-def vary(rng: np.random.Generator, concept: Concept, others: Sequence[Concept]) -> Concept:
-    """A thing made of `concept` and, perhaps, one of `others`, which words never name.
+def vary(rng: np.random.Generator, concept: Concept, other: Concept) -> Concept:
+    """A thing made of `concept` and, perhaps, of `other`, which words never name; where that is held out, of the first
+    alone.
 
-    Raises ValueError if `concept` is held out, whose images are to be seen by the evaluation alone.
+    Raises ValueError if `concept` is held out, whose images are for the evaluation alone.
     """
     if concept.held_out:
         raise ValueError(f"{concept.name} is held out and must not be varied")
@@ -114,18 +114,13 @@ def vary(rng: np.random.Generator, concept: Concept, others: Sequence[Concept]) 
         return replace(concept, fluent=DrawnShape(int(rng.integers(2**31))), noto=None, named=False)
     hue = float(rng.random()) if rng.random() < HUE_SHARE else 0.0
     angle = float(rng.uniform(-180, 180)) if rng.random() < TURNED_SHARE else 0.0
-    other, line = None, 0.0
-    if rng.random() < JOINED_SHARE:
-        other, line = others[int(rng.integers(len(others)))], float(rng.uniform(0, 360))
-        if other.held_out:
-            raise ValueError(f"{other.name} is held out and must not be varied")
+    is_joined, line = rng.random() < JOINED_SHARE and not other.held_out, float(rng.uniform(0, 360))
 
-    def varied(cut_out: CutOut, second: CutOut | None) -> Variation:
-        assert isinstance(cut_out, Path) and (second is None or isinstance(second, Path))
-        return Variation(cut_out, hue, angle, second, line)
+    def varied(cut_out: CutOut, second: CutOut) -> Variation:
+        return Variation(cut_out, hue, angle, second if is_joined else None, line)
 
-    noto = None if concept.noto is None else varied(concept.noto, other and (other.noto or other.fluent))
-    return replace(concept, fluent=varied(concept.fluent, other and other.fluent), noto=noto, named=False)
+    noto = None if concept.noto is None else varied(concept.noto, other.noto or other.fluent)
+    return replace(concept, fluent=varied(concept.fluent, other.fluent), noto=noto, named=False)
 
 
 class VariedConcepts(Sequence[Concept]):
@@ -141,11 +136,7 @@ class VariedConcepts(Sequence[Concept]):
     def __getitem__(self, index: int) -> Concept:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The same one whenever it is asked for."""
         concept = self.concepts[index]
-        rng = np.random.default_rng([self._seed, index % len(self.concepts)])
+        rng = np.random.default_rng([self._seed, index % len(self)])
         if concept.held_out or rng.random() >= self.share:
             return concept
-        return vary(
-            rng,
-            concept,
-            [other for other in (self.concepts[int(rng.integers(len(self)))],) if not other.held_out] or [concept],
-        )
+        return vary(rng, concept, self.concepts[int(rng.integers(len(self)))])
