@@ -20,8 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from mige_rt.config import ModelConfig
-from mige_rt.images import vae_pixels, vit_pixels
-from mige_rt.instruction import Tokenize, compose_prompt, encode_prompt
+from mige_rt.instruction import compose_prompt
+from mige_rt.preprocessing import vae_pixels, vit_pixels
+from mige_rt.tokenization import Tokenize, tokenize_prompt
 from trainer.model.encoders import ImageEncoder
 from trainer.model.vae import VAEEncoder
 from trainer.synthetic.concepts import Concept
@@ -94,7 +95,7 @@ class FeatureMaker:
                 vit_index[s, k] = by_row[latent_rows[s, k]]
             text = compose_prompt(sample.task, sample.prompt)
             queries = config.qformer.queries
-            prompt = encode_prompt(text, range(len(sample.images)), self.tokenize, queries, config.max_tokens)
+            prompt = tokenize_prompt(text, range(len(sample.images)), self.tokenize, queries, config.max_tokens)
             prompts.append(prompt)
             length[s], kind[s] = len(prompt.token_ids), KIND_NAMES.index(sample.kind)
             asked[s] = _asked(sample, config.vae.factor)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mige_rt.images import vae_pixels, vit_pixels
+from mige_rt.preprocessing import vae_pixels, vit_pixels
 from trainer.model.encoders import ImageEncoder
 from trainer.model.vae import VAEEncoder
 from trainer.settings import StageSettings

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from engines.pytorch import PyTorchEngine
 from mige_rt.bundle import TOKENIZER_FILE
 from mige_rt.config import ModelConfig
-from mige_rt.instruction import PLACEHOLDER, compose_prompt, load_tokenizer
-from mige_rt.pipeline import MigePipeline, Settings
+from mige_rt.instruction import PLACEHOLDER, compose_prompt
+from mige_rt.pipeline import MigePipeline
+from mige_rt.sampling import SamplingParams
 from mige_rt.scheduler import TRAIN_STEPS
+from mige_rt.tokenization import load_tokenizer
 from trainer.loop import Task, train, write_whole
 from trainer.objective import add_noise, objective
 from trainer.preview import answer, grid
@@ -208,7 +210,7 @@ def train_mige(
         if step % (WATCH_EVERY * PREVIEW_TIMES) == 0:
             pipe = MigePipeline(config, tokenize, PyTorchEngine(deepcopy(average).cpu().with_vae(model)))
             shown = [s for name in errors for s in samples[name][:SHOWN]]
-            grid(shown, answer(pipe, shown, Settings()), folder / f"preview-{step:06d}.png")
+            grid(shown, answer(pipe, shown, SamplingParams()), folder / f"preview-{step:06d}.png")
         return {"rung": newest} | {f"one-shot {name}": error.share for name, error in errors.items()}
 
     task = Task("mige", Loss(config, ladder), partial(source.batches, settings), watch, WATCH_EVERY)
