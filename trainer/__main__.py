@@ -28,7 +28,7 @@ STARTED = ("looks", "qformer", "mige", "save")  # the stages that a model to go 
 @click.option(
     "--start",
     type=click.Path(path_type=Path),
-    help="model folder or bundle to go on from, for the stages looks, qformer, mige and save; vae and vit are not needed then",
+    help=f"model folder or bundle to go on from, for the stages {', '.join(STARTED)}; the others are not needed then",
 )
 def main(stage: str, config: Path, world: Path, state: Path, start: Path | None) -> None:
     from trainer.synthetic.concepts import load_concepts

@@ -26,7 +26,7 @@ from trainer.model.encoders import ImageEncoder
 from trainer.model.vae import VAEDecoder, VAEEncoder, make_vae
 from trainer.settings import LadderSettings, StageSettings, load_settings
 from trainer.stages.features import KIND_NAMES, Batch, FeatureMaker, RollingShards, collate
-from trainer.stages.ladder import KEPT_EDITS, LADDER, Climb, counts
+from trainer.stages.ladder import KEPT_EDITS, LADDER, NEWEST_SHARE, Climb, counts
 from trainer.stages.one_shot import one_shot
 from trainer.stages.reading import fourier_code, patch_centres, query_places, ridge
 from trainer.stages.rolling import Images, ImageSeries
@@ -137,7 +137,7 @@ def test_the_trained_model_is_a_model_folder_that_runs(state: Path, concepts: li
     folder = _copy(state, tmp_path / "state")
     train_mige(TINY, QUICK, LEARNT_FROM, concepts, folder)
     pipe = MigePipeline.from_pretrained(save(TINY, folder))
-    assert pipe("a red apple", steps=2)[0].size == (64, 64)
+    assert pipe("a red apple", num_inference_steps=2).images[0].size == (64, 64)
     average = {k.removeprefix("module."): v for k, v in _weights(folder).items()}
     model = pipe.engine.model  # type: ignore[attr-defined]
     kept = model.denoiser.final_layer.linear.weight
@@ -242,14 +242,14 @@ def test_a_batch_mixes_the_rungs_as_the_ladder_says(state: Path, concepts: list[
     assert Counter(KIND_NAMES[kind] for kind in same.kinds) == kinds[1]
 
 
-def test_the_newest_rung_has_half_of_a_batch_and_older_ones_stay() -> None:
+def test_the_newest_rung_has_most_of_a_batch_and_older_ones_stay() -> None:
     for newest in range(len(LADDER)):
         of_batch = counts(newest, 40)
         assert sum(of_batch.values()) == 40
         assert all(of_batch[rung.name] > 0 for rung in LADDER[: newest + 1])
         assert not any(of_batch.get(rung.name) for rung in LADDER[newest + 1 :])
         if 0 < newest < len(LADDER) - 1:
-            assert of_batch[LADDER[newest].name] == 20
+            assert of_batch[LADDER[newest].name] == 40 * NEWEST_SHARE
 
 
 def test_a_climb_that_is_resumed_forgets_what_came_later(tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ def test_training_goes_on_from_a_model_with_another_number_of_image_tokens(
     assert (second / "tokenizer.json").read_bytes() == (model / TOKENIZER_FILE).read_bytes()
     pipe = MigePipeline.from_pretrained(save(more, second, model))
     assert pipe.config.qformer.queries == more.qformer.queries
-    assert pipe("a red apple", steps=2)[0].size == (64, 64)
+    assert pipe("a red apple", num_inference_steps=2).images[0].size == (64, 64)
     with pytest.raises(InputError, match="other sizes than the config's"):
         starting_model(replace(TINY, dit=replace(TINY.dit, depth=3)), second, model)
 
@@ -370,7 +370,7 @@ def _own_patches_read(encoder: ImageEncoder, images: Images) -> float:
 def test_a_start_that_looks_tells_more_than_a_random_one(state: Path, concepts: list[Concept]) -> None:
     model = with_trained_vit(TINY, state)
     encoder = model.image_encoder
-    images = ImageSeries(model.vae_encoder, encoder, concepts, TINY.size, 0.0).chunk(1, 0)
+    images = ImageSeries(model, concepts, seed=1, varied=0.0).first(1)
     random = _own_patches_read(encoder, images)
     assert start_qformer(encoder, images.features) > 0.3  # of an untrained ViT's places
     looking = _own_patches_read(encoder, images)

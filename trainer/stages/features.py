@@ -10,7 +10,7 @@ changes, in 255ths; token_ids and slot_index [S,L], padded (slots count from the
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -181,18 +181,24 @@ class RollingShards:
     samples: int  # a shard
     kept: int  # shards
     varied: float  # share of the things
+    _open: dict[int, Shard] = field(default_factory=dict)  # by number
 
     def read(self, newest: int) -> list[Shard]:
         """The shards up to number `newest`, at most `kept`, memory-mapped; those missing are made, older ones removed.
 
         They are the same whenever they are asked for.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         numbers = range(max(0, newest + 1 - self.kept), newest + 1)
+        if all(number in self._open for number in numbers):
+            return [self._open[number] for number in numbers]
+        self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob("shard-*"):
             if int(path.name.removeprefix("shard-")) < numbers.start:
                 shutil.rmtree(path, ignore_errors=True)
-        return [self._opened(number) for number in numbers]
+        shards = {number: self._open.get(number) or self._opened(number) for number in numbers}
+        self._open.clear()
+        self._open.update(shards)
+        return list(shards.values())
 
     def _opened(self, number: int) -> Shard:
         path = self.folder / f"shard-{number:06d}"

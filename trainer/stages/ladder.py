@@ -12,7 +12,7 @@ from pathlib import Path
 from trainer.loop import write_whole
 from trainer.synthetic.tasks import SHARES
 
-NEWEST_SHARE = 0.5  # of a batch, of the newest rung
+NEWEST_SHARE = 0.6  # of a batch, of the newest rung
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ _IN_PLACE = {kind: SHARES[kind] for kind in ("recolour", "recolour_subject", "li
 _COMPOSED = {kind: SHARES[kind] for kind in ("add", "replace")}
 LADDER: tuple[Rung, ...] = (
     Rung("again", {"again": 1.0}, 0.05, 0.5),
-    Rung("another_ground", {"another_ground": 1.0}, 0.15, 0.5),
-    Rung("generate_one", {"generate_one": 1.0}, 0.1, 0.6),
-    Rung("generate_several", {"generate_several": 1.0}, 0.1, 0.8),
-    Rung("compose", _COMPOSED, 0.25, 0.8),
+    Rung("another_ground", {"another_ground": 1.0}, 0.15, 0.4),
+    Rung("generate_one", {"generate_one": 1.0}, 0.1, 0.65),
+    Rung("generate_several", {"generate_several": 1.0}, 0.1, 0.85),
+    Rung("compose", _COMPOSED, 0.25, 0.85),
     Rung("edit", {kind: s for kind, s in SHARES.items() if kind not in ("generate", *_COMPOSED)}, 0.35, 0.0),
 )
 KEPT_EDITS = Rung("edit_in_place", _IN_PLACE, 0.1, 0.0)  # beside every rung but the last, which holds them

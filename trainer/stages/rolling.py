@@ -1,7 +1,7 @@
 """Images for training that are made as they are needed, and used a few times before newer ones take their place."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -10,8 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from mige_rt.preprocessing import vae_pixels, vit_pixels
-from trainer.model.encoders import ImageEncoder
-from trainer.model.vae import VAEEncoder
+from trainer.model.mige import Mige
 from trainer.settings import StageSettings
 from trainer.synthetic.concepts import Concept
 from trainer.synthetic.tasks import make_sample
@@ -19,6 +18,7 @@ from trainer.synthetic.tasks import make_sample
 CHUNK = 64  # images encoded at a time
 WINDOW = 40  # chunks that batches are drawn from
 VARIED = 0.8  # of the things
+HELD_OUT_SEED = 10**6 + 3
 
 
 @dataclass(frozen=True)
@@ -43,31 +43,41 @@ def joined(parts: list[Images]) -> Images:
 class ImageSeries:
     """An unlimited series of references and scenes of the small world, in chunks of CHUNK images."""
 
-    def __init__(
-        self, vae: VAEEncoder, encoder: ImageEncoder, concepts: list[Concept], side: int, varied: float = VARIED
-    ) -> None:
-        self.vae, self.encoder, self.concepts, self.side, self.varied = vae, encoder, concepts, side, varied
+    def __init__(self, model: Mige, concepts: Sequence[Concept], seed: int, varied: float) -> None:
+        """model: whose VAE and ViT encode the images. varied: the share of the things that are varied."""
+        self.vae, self.encoder, self.config = model.vae_encoder, model.image_encoder, model.config
+        self.concepts, self.seed, self.varied = concepts, seed, varied
+
+    def first(self, number: int) -> Images:
+        """The images of the first chunks."""
+        return joined([self.chunk(index) for index in range(number)])
 
     @torch.no_grad()
-    def chunk(self, seed: int, number: int) -> Images:
+    def chunk(self, number: int) -> Images:
         """The same one whenever it is asked for."""
         arrays: list[np.ndarray] = []
         index = number * CHUNK
         while len(arrays) < CHUNK:
-            sample = make_sample(seed, index, self.concepts, self.side, varied=self.varied)
+            sample = make_sample(self.seed, index, self.concepts, self.config.size, varied=self.varied)
             scene = sample.target if sample.source is None or index % 2 else sample.source
             arrays += [scene, *(image for image in sample.images if image is not sample.source)]
             index += 1
         images = [Image.fromarray(array) for array in arrays[:CHUNK]]
-        vit_side = self.encoder.vision.config.image_size
+        vit_side, side = self.config.vision.side, self.config.size
         vit = torch.from_numpy(np.stack([vit_pixels(image, vit_side) for image in images]))
-        vae = torch.from_numpy(np.stack([vae_pixels(image, self.side, self.side, "crop") for image in images]))
+        vae = torch.from_numpy(np.stack([vae_pixels(image, side, side, "crop") for image in images]))
         latents = self.vae(vae.to(memory_format=torch.channels_last))[0]
         return Images(vit, latents, self.encoder.vit(vit))
 
 
+def image_series(model: Mige, concepts: Sequence[Concept], seed: int) -> tuple[ImageSeries, ImageSeries]:
+    """A series of things to train on, most of them varied, and one of those that are held out, as they are."""
+    known, held_out = ([c for c in concepts if c.held_out == is_held_out] for is_held_out in (False, True))
+    return ImageSeries(model, known, seed, VARIED), ImageSeries(model, held_out, HELD_OUT_SEED, 0.0)
+
+
 def batches(
-    chunk: Callable[[int], Images], every: int, settings: StageSettings, step: int, rank: int, ranks: int
+    series: ImageSeries, every: int, settings: StageSettings, step: int, rank: int, ranks: int
 ) -> Iterator[Images]:
     """Batches of one process from a step on, the same ones whenever it is asked: drawn from the newest WINDOW chunks,
     of which one more is made `every` steps."""
@@ -76,7 +86,7 @@ def batches(
         newest = WINDOW + step // every
         for number in range(newest - WINDOW, newest):
             if number not in window:
-                window[number] = chunk(number)
+                window[number] = series.chunk(number)
         while next(iter(window)) < newest - WINDOW:
             window.popitem(last=False)
         rng = np.random.default_rng([settings.seed, step, rank])

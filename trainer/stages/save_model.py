@@ -13,7 +13,9 @@ from trainer.stages.trained_part import TrainedPart
 
 
 def save(config: ModelConfig, state: Path, start: Path | None = None) -> Path:
-    """Write the moving average of the weights, in half precision, to state/model; returns it. start: as for `starting_model`.
+    """Write the moving average of the weights, in half precision, to state/model; returns it.
+
+    start: as for `starting_model`.
 
     Raises InputError when the stage mige has not run yet, or state/model is there already.
     """

@@ -18,7 +18,7 @@ from trainer.loop import Task, train
 from trainer.model.encoders import ImageEncoder
 from trainer.settings import StageSettings
 from trainer.stages.reading import code_size, fourier_code, patch_centres, ridge
-from trainer.stages.rolling import Images, ImageSeries, batches, joined
+from trainer.stages.rolling import Images, batches, image_series
 from trainer.stages.starting_model import starting_model
 from trainer.synthetic.concepts import Concept
 
@@ -26,7 +26,6 @@ EVERY = 3  # steps, a new chunk of images
 WATCH_EVERY = 100  # steps
 START_CHUNKS = 16  # of images that the readers start from
 HELD_OUT_CHUNKS = 3
-HELD_OUT_SEED = 10**6 + 3
 
 
 def patches(latents: Tensor, patch: int) -> Tensor:
@@ -87,21 +86,19 @@ def _errors(module: nn.Module, reader: PatchReaders, images: Images) -> dict[str
 def train_looks(
     config: ModelConfig, settings: StageSettings, concepts: list[Concept], state: Path, start: Path | None = None
 ) -> Path:
-    """Train the ViT on, that of the model folder or bundle `start` or of the stage vit; returns the file with its weights,
-    state/looks/trained.safetensors. concepts: all of them; those held out are measured on.
+    """Train on the ViT of the model folder or bundle `start`, or of the stage vit.
+
+    Returns the file with its weights, state/looks/trained.safetensors. concepts: all of them; those held out are
+    measured on.
 
     Raises InputError as `starting_model` does.
     """
     torch.manual_seed(settings.seed)
     model = starting_model(config, state, start)
-    teacher = deepcopy(model.image_encoder).eval()
-    folder, vae = state / "looks", model.vae_encoder.to(memory_format=torch.channels_last)  # pyright: ignore
-    known = [concept for concept in concepts if not concept.held_out]
-    reader = PatchReaders(model.image_encoder.train(), config)
-    series = ImageSeries(vae, teacher, known, config.size)
-    reader.start(joined([series.chunk(settings.seed, number) for number in range(START_CHUNKS)]))
-    unseen = ImageSeries(vae, teacher, [c for c in concepts if c.held_out], config.size, 0.0)
-    held_out = [unseen.chunk(HELD_OUT_SEED, number) for number in range(HELD_OUT_CHUNKS)]
+    series, unseen = image_series(deepcopy(model), concepts, settings.seed)
+    folder, reader = state / "looks", PatchReaders(model.image_encoder.train(), config)
+    reader.start(series.first(START_CHUNKS))
+    held_out = unseen.first(HELD_OUT_CHUNKS)
 
     def loss(module: nn.Module, images: Images) -> tuple[Tensor, dict[str, float]]:
         errors = _errors(module, reader, images)
@@ -110,10 +107,9 @@ def train_looks(
     @torch.no_grad()
     def watch(average: nn.Module, step: int) -> dict[str, float]:
         assert isinstance(average, PatchReaders)
-        errors = [_errors(average, average, images) for images in held_out]
-        return {f"held-out {key} explained": 1 - sum(float(e[key]) for e in errors) / len(errors) for key in errors[0]}
+        return {f"held-out {key} explained": 1 - float(e) for key, e in _errors(average, average, held_out).items()}
 
-    stream = partial(batches, partial(series.chunk, settings.seed), EVERY, settings)
+    stream = partial(batches, series, EVERY, settings)
     average = train(reader, Task("looks", loss, stream, watch, WATCH_EVERY), settings, folder)
     assert isinstance(average, PatchReaders)
     save_model(average.vision, str(folder / "trained.safetensors"))

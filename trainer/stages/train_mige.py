@@ -29,7 +29,7 @@ from trainer.stages.ladder import KEPT_EDITS, LADDER, Climb, counts
 from trainer.stages.one_shot import one_shot
 from trainer.stages.reading import start_to_look
 from trainer.stages.starting_model import pass_on, with_trained_encoder
-from trainer.stages.trained_part import TrainedPart, attention_inputs
+from trainer.stages.trained_part import TrainedPart, attention_inputs, attention_layers
 from trainer.synthetic.concepts import Concept
 from trainer.synthetic.tasks import make_sample
 from trainer.tokenizer import train_tokenizer
@@ -51,21 +51,21 @@ def start_reading(module: TrainedPart, batch: Batch) -> list[dict[str, float]]:
     queries and keys explain."""
     config = module.config
     pass_on(module.text_encoder)
-    grid, rows = config.dit.trained_grid, config.dit.width // config.dit.heads * (config.dit.heads // 2)
-    blocks = list(zip(module.denoiser.blocks, module.conditioner.kv_linears, strict=True))
+    width = config.dit.width
+    rows = width // config.dit.heads * (config.dit.heads // 2)
+    pairs = attention_layers(module)
     with torch.no_grad():
-        for block, kv_linear in blocks:
-            block.cross_attn.proj.weight[:, :rows] = 0
-            values = kv_linear.weight[config.dit.width : config.dit.width + rows]
-            nn.init.xavier_uniform_(values)
-            kv_linear.bias[config.dit.width : config.dit.width + rows] = 0
+        for attention, kv_linear in pairs:
+            attention.proj.weight[:, :rows] = 0
+            nn.init.xavier_uniform_(kv_linear.weight[width : width + rows])
+            kv_linear.bias[width : width + rows] = 0
     noise = torch.randn_like(batch.target)
     timestep = torch.randint(NOISY_FROM, TRAIN_STEPS, (len(noise),))
     asked, keys_from = attention_inputs(module, batch, add_noise(batch.target, noise, timestep), timestep)
     image_tokens = keys_from[batch.slot_index >= 0].reshape(len(noise), config.qformer.queries, -1)
     return [
-        start_to_look(block.cross_attn, kv_linear, x, image_tokens, grid)
-        for (block, kv_linear), x in zip(blocks, asked, strict=True)
+        start_to_look(attention, kv_linear, x, image_tokens, config.dit.trained_grid)
+        for (attention, kv_linear), x in zip(pairs, asked, strict=True)
     ]
 
 

@@ -7,6 +7,7 @@ alone the Q-Former hardly learns within a small budget what is where (docs/train
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,9 @@ from trainer.model.dit import MLP, CrossAttention, sincos_positions
 from trainer.model.encoders import ImageEncoder
 from trainer.settings import StageSettings
 from trainer.stages.reading import fourier_code, patch_centres, query_places, ridge, start_to_look
-from trainer.stages.rolling import Images, ImageSeries, batches, joined
+from trainer.stages.rolling import Images, batches, image_series
 from trainer.stages.starting_model import with_trained_vit
-from trainer.stages.train_looks import HELD_OUT_CHUNKS, HELD_OUT_SEED, START_CHUNKS, WATCH_EVERY, patches
+from trainer.stages.train_looks import HELD_OUT_CHUNKS, START_CHUNKS, WATCH_EVERY, patches
 from trainer.synthetic.concepts import Concept
 
 EVERY = 6  # steps, a new chunk of images
@@ -36,7 +37,7 @@ def start_qformer(encoder: ImageEncoder, features: Tensor) -> float:
     A query is the codes of its patches, each in heads of its own; keys are the linear regression from features to
     codes. Residual branches other than the one that looks start at zero.
     """
-    layers = encoder.qformer.encoder.layer
+    layers: Any = encoder.qformer.encoder.layer
     attention = layers[0].crossattention.attention
     heads, size = attention.num_attention_heads, attention.attention_head_size
     tokens = encoder.vision.post_layernorm(features)[:, 1:]
@@ -128,13 +129,10 @@ def train_qformer(
     """
     torch.manual_seed(settings.seed)
     model, folder = with_trained_vit(config, state, start).train(), state / "qformer"
-    vae = model.vae_encoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    known, unseen = ([c for c in concepts if c.held_out == held_out] for held_out in (False, True))
-    series = ImageSeries(vae, model.image_encoder, known, config.size)
-    held_out = ImageSeries(vae, model.image_encoder, unseen, config.size, 0.0)
-    measured_on = joined([held_out.chunk(HELD_OUT_SEED, number) for number in range(HELD_OUT_CHUNKS)])
+    series, unseen = image_series(model, concepts, settings.seed)
+    held_out = unseen.first(HELD_OUT_CHUNKS)
     reader = PatchReader(model.image_encoder, config)
-    shares = reader.start(joined([series.chunk(settings.seed, number) for number in range(START_CHUNKS)]))
+    shares = reader.start(series.first(START_CHUNKS))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "start.json").write_text(json.dumps(shares) + "\n")
 
@@ -145,9 +143,9 @@ def train_qformer(
     @torch.no_grad()
     def watch(average: nn.Module, step: int) -> dict[str, float]:
         assert isinstance(average, PatchReader)
-        return {"held-out explained": _error(average, average, measured_on)[1]}
+        return {"held-out explained": _error(average, average, held_out)[1]}
 
-    stream = partial(batches, partial(series.chunk, settings.seed), EVERY, settings)
+    stream = partial(batches, series, EVERY, settings)
     average = train(reader, Task("qformer", loss, stream, watch, WATCH_EVERY), settings, folder)
     assert isinstance(average, PatchReader)
     save_model(average.encoder, str(folder / "trained.safetensors"))

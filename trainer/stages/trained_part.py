@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.checkpoints.model_folder import COMPONENTS
+from trainer.model.dit import Block, CrossAttention
 from trainer.model.mige import Mige
 from trainer.stages.features import Batch
 
@@ -40,13 +41,23 @@ class TrainedPart(nn.Module):
         return self.denoiser.predict(noisy, source, timestep.float(), cross_kv, mask)
 
 
+def attention_layers(module: TrainedPart) -> list[tuple[CrossAttention, nn.Linear]]:
+    """Each block's cross-attention, and the layer that makes its keys and values."""
+    pairs: list[tuple[CrossAttention, nn.Linear]] = []
+    for block, kv_linear in zip(module.denoiser.blocks, module.conditioner.kv_linears, strict=True):
+        assert isinstance(block, Block) and isinstance(kv_linear, nn.Linear)
+        pairs.append((block.cross_attn, kv_linear))
+    return pairs
+
+
 @torch.no_grad()
 def attention_inputs(module: TrainedPart, batch: Batch, noisy: Tensor, timestep: Tensor) -> tuple[list[Tensor], Tensor]:
-    """What each block's cross-attention is asked with, [B,T,width] a block, and what its keys are made of, [B,L,width]."""
+    """What each block's cross-attention is asked with, [B,T,width] a block, and what its keys are made of,
+    [B,L,width]."""
     asked: list[Tensor] = []
     hooks = [
-        block.cross_attn.register_forward_pre_hook(lambda _, arguments: asked.append(arguments[0]))
-        for block in module.denoiser.blocks
+        attention.register_forward_pre_hook(lambda _, arguments: asked.append(arguments[0]))
+        for attention, _ in attention_layers(module)
     ]
     try:
         with_text = torch.ones(len(noisy), dtype=torch.bool, device=noisy.device)
