@@ -69,7 +69,8 @@ def _wrong(detail: "ErrorDetails") -> str:
     elif detail["type"] in _EXPECTED:
         text = f"expected {_EXPECTED[detail['type']]}"
     elif detail["msg"].startswith("Input should be "):
-        text = f"expected {detail['msg'].removeprefix('Input should be ').removeprefix('an instance of ')}"
+        expected = detail["msg"].removeprefix("Input should be ").removeprefix("an instance of ")
+        text = f"expected {'a number ' if expected.startswith(('greater', 'less')) else ''}{expected}"
     else:
         text = detail["msg"]
     if not detail["loc"]:  # of the whole, which would be too long to repeat
