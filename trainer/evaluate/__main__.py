@@ -44,7 +44,13 @@ def main(**options: Any) -> None:
     from rich.progress import Progress
 
     from mige_rt.atomic import whole_folder
-    from trainer.evaluate.run import run
+
+    try:
+        from trainer.evaluate.run import run
+    except ModuleNotFoundError as error:
+        raise click.UsageError(
+            f"the package {error.name} is not installed; install it with: pip install 'mige-rt[eval]'"
+        ) from error
 
     parsed = EvaluationOptions(**options)
     console = Console(stderr=True)
