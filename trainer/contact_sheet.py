@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from mige_rt.atomic import atomic_file
+
 if TYPE_CHECKING:
     from trainer.synthetic.tasks import Sample
 
@@ -61,7 +63,8 @@ def sheet(strips: Sequence[Strip], titles: Sequence[str], path: Path, columns: i
                 canvas.paste(resized, (left + k * (cell + GAP), top))
         for k, line in enumerate(captions[i]):
             draw.text((left, top + cell + 3 + k * LINE), line, fill="black", font=font)
-    canvas.save(path)
+    with atomic_file(path) as temporary:
+        canvas.save(temporary, format="PNG")
 
 
 def grid(samples: "Sequence[Sample]", results: Sequence[Image.Image], path: Path, columns: int = 2) -> None:

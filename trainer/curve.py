@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from mige_rt.atomic import atomic_file
 from mige_rt.errors import InputError
 from trainer.plotting import make_figure
 from trainer.synthetic.tasks import KINDS
@@ -43,7 +44,8 @@ def plot_curve(log: Path, out: Path) -> Path:
     axes.set(xlabel="samples", ylabel="mean squared error of v", xscale="log", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=7, ncols=2)
-    figure.savefig(out, dpi=100)
+    with atomic_file(out) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
     return out
 
 

@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 from rich.table import Table
 
-from mige_rt.pipeline import MigePipeline, Settings
-from mige_rt.requests import Resolved
+from mige_rt.pipeline import MigePipeline
+from mige_rt.requests import ResolvedRequest
+from mige_rt.sampling import SamplingParams
 from trainer.contact_sheet import grid
 from trainer.evaluate.metrics import psnr
 from trainer.synthetic.concepts import Concept
@@ -42,7 +43,7 @@ def first_of_each_kind(concepts: Sequence[Concept], side: int, seed: int, sample
 def answer(
     pipe: MigePipeline,
     samples: Sequence[Sample],
-    settings: Settings,
+    params: SamplingParams,
     seed: int = 0,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Image.Image]:
@@ -51,7 +52,7 @@ def answer(
     Args:
         pipe: The model.
         samples: What it is asked for; samples of one task share a batch.
-        settings: The same for all samples.
+        params: How to sample; the same for all samples.
         seed: Of the first sample's noise; sample k has `seed` + k.
         on_progress: Called after each batch with the number of images made so far.
     """
@@ -59,14 +60,14 @@ def answer(
     for k, sample in enumerate(samples):
         images = tuple(Image.fromarray(image) for image in sample.images)
         source = None if sample.source is None else Image.fromarray(sample.source)
-        requests.append(Resolved(sample.prompt, images, source, seed + k, sample.task))
+        requests.append(ResolvedRequest(sample.prompt, images, source, seed + k, sample.task))
     results: dict[int, Image.Image] = {}
-    batch_size = min(BATCH, pipe.most_at_once)
+    batch_size = min(BATCH, pipe.max_batch_size)
     for task in dict.fromkeys(request.task for request in requests):
         of_task = [k for k, request in enumerate(requests) if request.task == task]
         for first in range(0, len(of_task), batch_size):
             batch = of_task[first : first + batch_size]
-            results |= zip(batch, pipe.make([requests[k] for k in batch], settings), strict=True)
+            results |= zip(batch, pipe.generate([requests[k] for k in batch], params), strict=True)
             if on_progress is not None:
                 on_progress(len(results))
     return [results[k] for k in range(len(samples))]
@@ -86,7 +87,7 @@ def preview(concepts: list[Concept], state: Path) -> Table:
     """
     pipe = MigePipeline.from_pretrained(state / "model")
     samples = first_of_each_kind(concepts, pipe.config.size, PREVIEW_SEED, SAMPLES_MEASURED)
-    results = answer(pipe, samples, Settings())
+    results = answer(pipe, samples, SamplingParams())
     shown = [i for first in range(0, len(samples), SAMPLES_MEASURED) for i in range(first, first + SAMPLES_SHOWN)]
     grid([samples[i] for i in shown], [results[i] for i in shown], state / "preview.png")
     table = Table("task", "result, dB", "source copied, dB", title=f"PSNR, {SAMPLES_MEASURED} samples a task")

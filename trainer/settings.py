@@ -1,31 +1,21 @@
-"""A training config file: TOML with a preset's name and one table for each stage, validated by pydantic."""
+"""A training config file: TOML with a preset's name and one table for each stage, checked against these types."""
 
 import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    field_validator,
-)
-from pydantic.dataclasses import dataclass
+from annotated_types import Ge, Gt, Le
 
-from mige_rt.config import PRESETS
+from mige_rt.config import PRESETS, PositiveInt
 from mige_rt.errors import InputError
-from mige_rt.validation import validation_message
+from mige_rt.validation import validate
 
-_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)  # strict: "3" is not 3
+NonNegativeInt = Annotated[int, Ge(0)]
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True)
 class StageSettings:
     """How one stage is optimised by AdamW.
 
@@ -46,17 +36,17 @@ class StageSettings:
 
     steps: PositiveInt
     batch: PositiveInt
-    rate: PositiveFloat
+    rate: Annotated[float, Gt(0)]
     warmup: NonNegativeInt
     decay: NonNegativeInt
-    weight_decay: NonNegativeFloat
-    epsilon: PositiveFloat
-    clip: PositiveFloat
-    ema: Annotated[float, Field(ge=0, le=1)]
+    weight_decay: Annotated[float, Ge(0)]
+    epsilon: Annotated[float, Gt(0)]
+    clip: Annotated[float, Gt(0)]
+    ema: Annotated[float, Ge(0), Le(1)]
     seed: NonNegativeInt
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True)
 class FeatureSettings:
     """The samples whose latents and ViT features are computed once, before training.
 
@@ -71,24 +61,16 @@ class FeatureSettings:
     seed: NonNegativeInt
 
 
-class _ConfigFile(BaseModel):
+@dataclass(frozen=True)
+class _ConfigFile:
     """A config file's keys. Tables are validated one by one afterwards, so that a message names the table."""
 
-    model_config = _STRICT
-
-    model: str
+    model: str | None = None
     vae: dict[str, Any] | None = None
     vit: dict[str, Any] | None = None
     features: dict[str, Any] | None = None
     qformer: dict[str, Any] | None = None
     mige: dict[str, Any] | None = None
-
-    @field_validator("model", mode="before")
-    @classmethod
-    def _is_preset(cls, value: object) -> object:
-        if not isinstance(value, str) or value not in PRESETS:
-            raise ValueError(f"expected one of {', '.join(PRESETS)}")
-        return value
 
 
 @dataclass(frozen=True)
@@ -128,16 +110,6 @@ class TrainingSettings:
         return self.feature_table
 
 
-_Table = TypeVar("_Table", StageSettings, FeatureSettings)
-
-
-def _table(kind: type[_Table], values: dict[str, Any], where: str) -> _Table:
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        raise InputError(validation_message(error, where, kind)) from error
-
-
 def load_settings(path: Path) -> TrainingSettings:
     """Read a config file.
 
@@ -151,14 +123,13 @@ def load_settings(path: Path) -> TrainingSettings:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"{path} cannot be read as a TOML file: {error}") from error
-    try:
-        file = _ConfigFile.model_validate({"model": None, **content})  # so that a missing model is answered with names
-    except ValidationError as error:
-        raise InputError(validation_message(error, str(path), _ConfigFile)) from error
+    file = validate(_ConfigFile, content, str(path))
+    if file.model is None or file.model not in PRESETS:
+        raise InputError(f"{path}: model is {file.model!r}, expected one of {', '.join(PRESETS)}")
     stages = {
-        name: _table(StageSettings, values, f"{path} [{name}]")
-        for name, values in (("vae", file.vae), ("vit", file.vit), ("qformer", file.qformer), ("mige", file.mige))
-        if values is not None
+        name: validate(StageSettings, table, f"{path} [{name}]")
+        for name, table in (("vae", file.vae), ("vit", file.vit), ("qformer", file.qformer), ("mige", file.mige))
+        if table is not None
     }
-    features = None if file.features is None else _table(FeatureSettings, file.features, f"{path} [features]")
+    features = None if file.features is None else validate(FeatureSettings, file.features, f"{path} [features]")
     return TrainingSettings(path, file.model, stages, features)

@@ -220,7 +220,7 @@ def test_the_files_of_an_evaluation_and_that_it_is_repeatable(tmp_path: Path, mo
     assert list(data["kinds"]) == ["move", "add", "generate"]
     assert data["engine"] == {"name": "onnxruntime", "device": "cpu", "precision": "fp32"}
     assert data["seed"] == 7 and data["held_out_concepts"] == 3 and data["versions"]["torch"]
-    assert data["settings"]["edit"]["steps"] == 20 and data["tolerances"]["kept"] == 8
+    assert data["settings"]["edit"]["num_inference_steps"] == 20 and data["tolerances"]["kept"] == 8
     assert data["kinds"]["add"]["found"]["truth"]["value"] == 1
     assert {threshold["kind"] for threshold in data["thresholds"]} == set(data["kinds"])
     text = (one / "evaluation.md").read_text()
@@ -228,31 +228,31 @@ def test_the_files_of_an_evaluation_and_that_it_is_repeatable(tmp_path: Path, mo
 
 
 def test_the_models_images_are_those_of_the_pipeline(pipe: MigePipeline, concepts: list[Concept]) -> None:
-    from mige_rt.pipeline import Settings
+    from mige_rt.sampling import SamplingParams
 
     samples = first_of_each_kind(concepts, 64, 1, 1)
     steps: list[int] = []
-    together = answer(pipe, samples, Settings(steps=2), 3, steps.append)
+    together = answer(pipe, samples, SamplingParams(num_inference_steps=2), 3, steps.append)
     assert steps[-1] == len(samples)
     for k in (1, 4):
-        alone = answer(pipe, [samples[k]], Settings(steps=2), 3 + k)[0]
+        alone = answer(pipe, [samples[k]], SamplingParams(num_inference_steps=2), 3 + k)[0]
         assert psnr(np.asarray(together[k]), np.asarray(alone)) > 50
 
 
 def test_no_more_is_asked_of_an_engine_than_it_takes(
     pipe: MigePipeline, concepts: list[Concept], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from engines.interface import Range
-    from mige_rt.pipeline import Settings
+    from mige_rt.graphs import AxisRange
+    from mige_rt.sampling import SamplingParams
 
-    monkeypatch.setattr(pipe.engine, "limits", {"B": Range(1, 1, 2)})
+    monkeypatch.setattr(pipe.engine, "limits", {"B": AxisRange(1, 1, 2)})
     samples = _of_kind(concepts, "remove", 3)
     asked: list[int] = []
     run = pipe.engine.run
     monkeypatch.setattr(pipe.engine, "run", lambda g, i: asked.append(len(next(iter(i.values())))) or run(g, i))
     assert len(reconstruct(pipe, [sample.target for sample in samples])) == 3
     assert asked == [2, 2, 1, 1]
-    assert len(answer(pipe, samples, Settings(steps=2))) == 3
+    assert len(answer(pipe, samples, SamplingParams(num_inference_steps=2))) == 3
 
 
 def test_a_reconstruction_is_near_and_not_the_same(pipe: MigePipeline, concepts: list[Concept]) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from engines.interface import GRAPHS
 from mige_rt.config import PRESETS, ModelConfig
 from mige_rt.errors import InputError
+from mige_rt.graphs import GRAPHS, GraphName
 from trainer.model.dit import sincos_positions
 from trainer.model.mige import Mige
 
@@ -53,7 +53,7 @@ def _inputs(batch: int, images: int, length: int, height: int, width: int) -> di
 @pytest.mark.parametrize("sizes", [(1, 1, 24, 16, 16), (3, 4, 40, 8, 24)])
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_each_module_has_the_tensor_specs_of_its_graph(
-    model: Mige, graph: str, sizes: tuple[int, int, int, int, int]
+    model: Mige, graph: GraphName, sizes: tuple[int, int, int, int, int]
 ) -> None:
     inputs = _inputs(*sizes)
     known: dict[str, int] = {"f": TINY.vae.factor}
@@ -68,7 +68,7 @@ def test_each_module_has_the_tensor_specs_of_its_graph(
     for spec in specs.inputs:
         check(spec.axes, inputs[spec.name].shape, spec.name)
         assert str(inputs[spec.name].dtype) == f"torch.{spec.dtype}"
-    outputs = getattr(model, graph)(*(inputs[spec.name] for spec in specs.inputs))
+    outputs = model.graph(graph)(*(inputs[spec.name] for spec in specs.inputs))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     assert len(outputs) == len(specs.outputs)
     for spec, output in zip(specs.outputs, outputs, strict=True):

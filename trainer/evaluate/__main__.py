@@ -43,7 +43,7 @@ def main(**options: Any) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from mige_rt.atomic import whole_folder
+    from mige_rt.atomic import atomic_folder
 
     try:
         from trainer.evaluate.run import run
@@ -56,7 +56,7 @@ def main(**options: Any) -> None:
     console = Console(stderr=True)
     try:
         with (
-            whole_folder(parsed.out) as folder,
+            atomic_folder(parsed.out) as folder,
             Progress(console=console, transient=True, disable=not console.is_terminal) as bar,
         ):
             task = bar.add_task("")

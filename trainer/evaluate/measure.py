@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 
 from engines.interface import to_numpy
-from mige_rt.images import to_picture, vae_pixels
+from mige_rt.image_output import to_image
 from mige_rt.pipeline import MigePipeline
+from mige_rt.preprocessing import vae_pixels
 from trainer.evaluate.identity import Gallery, flattened
 from trainer.evaluate.intervals import Estimate, estimate
 from trainer.evaluate.metrics import mean_squared_error, psnr, within
@@ -117,13 +118,13 @@ def reconstruct(pipe: MigePipeline, images: Sequence[np.ndarray]) -> list[np.nda
         As many images of the same size.
     """
     reconstructions = []
-    batch_size = min(VAE_BATCH, pipe.most_at_once)
+    batch_size = min(VAE_BATCH, pipe.max_batch_size)
     for first in range(0, len(images), batch_size):
         batch = images[first : first + batch_size]
         pixels = np.stack([vae_pixels(Image.fromarray(p), p.shape[1], p.shape[0], "crop") for p in batch])
         encoded = pipe.engine.run("vae_encoder", {"pixels_vae": pipe.engine.array(pixels)})
         decoded = pipe.engine.run("vae_decoder", {"latents": encoded["latent_mean"]})
-        reconstructions += [np.asarray(to_picture(image)) for image in to_numpy(decoded["pixels"])]
+        reconstructions += [np.asarray(to_image(image)) for image in to_numpy(decoded["pixels"])]
     return reconstructions
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from engines.interface import Precision
+from mige_rt.config import Precision
 
 EVALUATION_SEED, GUIDANCE_SEED = 10**6 + 1, 10**6 + 2  # of series of samples that training never sees
 EVALUATION_SAMPLES, GUIDANCE_SAMPLES = 64, 8  # of each kind

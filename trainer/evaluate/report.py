@@ -11,7 +11,8 @@ from typing import Any, get_args
 from tabulate import tabulate
 
 from mige_rt.instruction import Task
-from mige_rt.pipeline import MigePipeline, Settings
+from mige_rt.pipeline import MigePipeline
+from mige_rt.sampling import SamplingParams
 from trainer.evaluate import efficientnet_lite
 from trainer.evaluate.intervals import CONFIDENCE, RESAMPLES, Estimate
 from trainer.evaluate.measure import EDITED_TOLERANCE, KEPT_TOLERANCE, KindMetrics, Threshold
@@ -52,7 +53,7 @@ def describe_run(pipe: MigePipeline, seed: int, samples_per_kind: int) -> dict[s
         "seed": seed,
         "samples_per_kind": samples_per_kind,
         "settings": {
-            task: {n: v for n, v in asdict(pipe.complete(Settings(), task)).items() if v is not None}
+            task: {n: v for n, v in asdict(SamplingParams().with_defaults(pipe.config, task)).items() if v is not None}
             for task in get_args(Task)
         },
         "tolerances": {"edited": EDITED_TOLERANCE, "kept": KEPT_TOLERANCE, "unit": "of 255, in every channel"},

@@ -7,7 +7,8 @@ import numpy as np
 
 from mige_rt.bundle import DEFAULT_MODEL
 from mige_rt.errors import InputError
-from mige_rt.pipeline import MigePipeline, Settings
+from mige_rt.pipeline import MigePipeline
+from mige_rt.sampling import SamplingParams
 from trainer import preview
 from trainer.contact_sheet import grid
 from trainer.evaluate.identity import Gallery
@@ -109,7 +110,9 @@ def evaluate(
     """
     gallery = Gallery(concepts, pipe.config.size)
     samples = preview.first_of_each_kind(concepts, pipe.config.size, seed, samples_per_kind)
-    results = preview.answer(pipe, samples, Settings(), seed, lambda done: on_progress("images", done, len(samples)))
+    results = preview.answer(
+        pipe, samples, SamplingParams(), seed, lambda done: on_progress("images", done, len(samples))
+    )
     truths = reconstruct(pipe, [sample.target for sample in samples])
     with_source = [(k, sample.source) for k, sample in enumerate(samples) if sample.source is not None]
     reconstructed = reconstruct(pipe, [source for _, source in with_source])

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from mige_rt.instruction import Task
-from mige_rt.pipeline import MigePipeline, Settings
+from mige_rt.pipeline import MigePipeline
+from mige_rt.sampling import SamplingParams
 from trainer.evaluate.identity import Gallery
 from trainer.evaluate.intervals import Estimate
 from trainer.evaluate.measure import measure, reconstruct, summarize
@@ -96,7 +97,7 @@ def sweep(
         pairs = [(text, image) for image in image_scales for text in GUIDANCE_SCALES]
         for done, (text, image) in enumerate(pairs):
             on_progress(f"scales of {task}", done, len(pairs))
-            results = answer(pipe, of_task, Settings(text_scale=text, source_scale=image), seed)
+            results = answer(pipe, of_task, SamplingParams(guidance_scale=text, image_guidance_scale=image), seed)
             metrics = summarize(
                 [
                     measure(sample, np.asarray(result), truth, None, gallery, baselines=False)
