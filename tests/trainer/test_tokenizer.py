@@ -1,3 +1,5 @@
+"""Tokenizers read from T5's sentencepiece model give its ids; trained ones follow the same conventions."""
+
 import json
 import string
 from pathlib import Path
