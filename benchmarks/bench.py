@@ -17,10 +17,9 @@ from benchmarks.findings import Findings, model_name, title
 from benchmarks.machine import environment, measure_peaks
 from benchmarks.worker import CandidateError, Worker
 from engines.factory import ENGINES, has_nvidia_driver
-from engines.interface import Precision
-from export.exporter import Limits, export_bundle
+from export.exporter import ExportLimits, export_bundle
 from mige_rt.bundle import is_bundle, read_config, read_manifest
-from mige_rt.config import ModelConfig
+from mige_rt.config import ModelConfig, Precision
 from mige_rt.errors import InputError
 
 
@@ -37,8 +36,8 @@ class Plan:
     references: tuple[int, ...] = (1,)
     batches: tuple[int, ...] = (1,)
     steps: tuple[int, ...] = (60,)  # the published edits'
-    text_scale: float = 5.0
-    source_scale: float = 1.0
+    guidance_scale: float = 5.0
+    image_guidance_scale: float = 1.0
     effort: Effort = field(default_factory=Effort)
     compile: bool = True  # torch.compile as a candidate
     peak_side: int | None = None  # see `machine.measure_peaks`
@@ -46,7 +45,7 @@ class Plan:
 
     def cases(self, config: ModelConfig) -> list[Case]:
         return [
-            Case(references, batch, steps, size, self.text_scale, self.source_scale)
+            Case(references, batch, steps, size, self.guidance_scale, self.image_guidance_scale)
             for size in self.sizes or ((config.size, config.size),)
             for batch in self.batches
             for steps in sorted(self.steps, reverse=True)
@@ -96,7 +95,7 @@ def _models(plan: Plan, config: ModelConfig, found: Findings, say: OnProgress) -
                 continue  # only PyTorch computes in it here, which needs no bundle
             say(f"exporting {precision} for the time being", 0, 0)
             sides = [side for size in plan.sizes for side in size] or [config.size]
-            limits = Limits(max(plan.batches), max(plan.references), (min(sides), max(sides)))
+            limits = ExportLimits(max(plan.batches), max(plan.references), (min(sides), max(sides)))
             try:
                 export_bundle(str(plan.models[0]), Path(scratch) / precision, precision, limits, validate=False)
                 models[precision] = Path(scratch) / precision

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engines.interface import GRAPHS, Range, axis_size
 from engines.plans import PRODUCTS, SIDECAR, PlanEngine, PlanEntry, Plans, Target, fingerprint
 from engines.trt_runtime import capabilities as known_capabilities
 from engines.trt_runtime import find_device, import_runtime, is_out_of_memory
 from export.processes import WorkerFailedError, run_worker
-from mige_rt.atomic import whole_folder
+from mige_rt.atomic import atomic_folder
 from mige_rt.bundle import Manifest, check_files, file_entry, read_manifest
 from mige_rt.errors import InputError, NotAvailableError
+from mige_rt.graphs import GRAPHS, AxisRange, axis_size
 
 # Two kinds of Ampere, Ada Lovelace, Blackwell. For Turing (7.5) it has no matrix products in float32 or bfloat16, and
 # every precision of ours has one somewhere.
@@ -60,7 +60,7 @@ def build(
         engines.mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"{engines} cannot be made ({error}): give a bundle that can be written") from error
-    with whole_folder(engines / name, replace=True) as out:
+    with atomic_folder(engines / name, replace=True) as out:
         entries = {}
         for done, graph in enumerate(GRAPHS):
             plan, cache = out / f"{graph}.plan", engines / f"timing-{engine}-{target.version}.cache"
@@ -118,15 +118,15 @@ def _job(
 def profile(manifest: Manifest, graph: str) -> dict[str, tuple[list[int], list[int], list[int]]]:
     """The smallest, the usual and the largest shape of each of a graph's inputs."""
 
-    def shape(port: str, size: Callable[[Range], int]) -> list[int]:
+    def shape(port: str, size: Callable[[AxisRange], int]) -> list[int]:
         sizes = {axis: size(span) for axis, span in manifest.ranges.items()}
         return [axis_size(axis, sizes) for axis in manifest.graphs[graph].axes[port]]
 
     return {
         port.name: (
-            shape(port.name, lambda span: span.smallest),
-            shape(port.name, lambda span: span.usual),
-            shape(port.name, lambda span: span.largest),
+            shape(port.name, lambda span: span.min),
+            shape(port.name, lambda span: span.opt),
+            shape(port.name, lambda span: span.max),
         )
         for port in GRAPHS[graph].inputs
     }

@@ -15,10 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from engines.interface import GRAPHS, Range
 from export.precision import TABLES, check_precision
 from export.processes import WorkerFailedError, run_worker
-from mige_rt.atomic import whole_folder
+from mige_rt.atomic import atomic_folder
 from mige_rt.bundle import (
     DEFAULT_MODEL,
     MANIFEST,
@@ -31,13 +30,13 @@ from mige_rt.bundle import (
     is_bundle,
     read_config,
     read_source,
-    resolved_axes,
 )
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
+from mige_rt.graphs import GRAPHS, AxisRange, resolved_axes
 from trainer.checkpoints.model_folder import convert
 
-SOLVER = "dpm_solver_pp_2m"  # mige_rt.scheduler
+SCHEDULER = "dpm_solver_pp_2m"  # mige_rt.scheduler
 SMALL = 200_000_000  # parameters up to which every shape is validated, and two graphs are exported at a time
 
 WORKER = (sys.executable, "-m", "export.worker")
@@ -46,7 +45,7 @@ OnProgress = Callable[[str, int, int], None]  # what is being done, jobs done, j
 
 
 @dataclass(frozen=True)
-class Limits:
+class ExportLimits:
     """What the graphs are made for. sizes: the smallest and the largest side in pixels; None: the trained size."""
 
     batch: int = 4  # pictures made at once
@@ -55,14 +54,14 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """What was made: the manifest, and the report with the measurements, as in the bundle's report.json."""
 
     manifest: Manifest
     report: dict[str, Any]
 
 
-def axis_ranges(config: ModelConfig, limits: Limits) -> dict[str, Range]:
+def axis_ranges(config: ModelConfig, limits: ExportLimits) -> dict[str, AxisRange]:
     """The named axes' ranges. Raises InputError when the limits are not possible for this model."""
     low, high = limits.sizes or (config.size, config.size)
     if not 0 < low <= high or low % config.multiple or high % config.multiple:
@@ -70,8 +69,8 @@ def axis_ranges(config: ModelConfig, limits: Limits) -> dict[str, Range]:
             f"the sizes are {low} to {high}; multiples of {config.multiple} pixels are expected, the smaller first"
         )
     factor, trained = config.vae.factor, config.size // config.vae.factor
-    h = Range(low // factor, min(max(trained, low // factor), high // factor), high // factor)
-    encoded = Range(min(h.smallest, trained), trained, max(h.largest, trained))
+    h = AxisRange(low // factor, min(max(trained, low // factor), high // factor), high // factor)
+    encoded = AxisRange(min(h.min, trained), trained, max(h.max, trained))
     pictures = limits.batch * limits.references
     if pictures > 63:
         raise InputError(
@@ -79,11 +78,11 @@ def axis_ranges(config: ModelConfig, limits: Limits) -> dict[str, Range]:
             "VAE takes at most 63"
         )
     return {
-        "N": Range(1, 1, pictures),
-        "M": Range(1, 1, pictures),
-        "B": Range(1, 1, limits.batch),
-        "R": Range(1, 2, 3 * limits.batch),  # at most three guidance branches
-        "L": Range(1, min(config.max_tokens, 32 + config.qformer.queries), config.max_tokens),
+        "N": AxisRange(1, 1, pictures),
+        "M": AxisRange(1, 1, pictures),
+        "B": AxisRange(1, 1, limits.batch),
+        "R": AxisRange(1, 2, 3 * limits.batch),  # at most three guidance branches
+        "L": AxisRange(1, min(config.max_tokens, 32 + config.qformer.queries), config.max_tokens),
         "h": h,
         "w": h,
         "eh": encoded,
@@ -135,13 +134,13 @@ def export_bundle(
     ckpt: str,
     out: Path,
     precision: str,
-    limits: Limits = Limits(),
+    limits: ExportLimits = ExportLimits(),
     vae: Path | None = None,
     tokenizer: Path | None = None,
     validate: bool = True,
     rehearsal: bool = False,
     on_progress: OnProgress | None = None,
-) -> Exported:
+) -> ExportResult:
     """Write the bundle `out`: six graphs in `precision`, each validated against PyTorch, tokenizer, manifest, report.
 
     ckpt: see `open_checkpoint`. rehearsal: treat the model as a large one whatever its size, and keep a graph that
@@ -150,7 +149,7 @@ def export_bundle(
     disk is full; RuntimeError when a graph's process ends otherwise.
     """
     checked = check_precision(precision)
-    with _disk_errors(out), whole_folder(out) as folder, open_checkpoint(ckpt, vae, tokenizer, out) as model:
+    with _disk_errors(out), atomic_folder(out) as folder, open_checkpoint(ckpt, vae, tokenizer, out) as model:
         config = read_config(model)
         ranges = axis_ranges(config, limits)
         jobs = _Jobs(model, folder, checked, ranges, validate, rehearsal, on_progress)
@@ -165,7 +164,7 @@ def export_bundle(
             source=read_source(model),
             precision=checked,
             validated=False,
-            solver=SOLVER,
+            scheduler=SCHEDULER,
             ranges=ranges,
             graphs={
                 graph: GraphEntry(
@@ -187,7 +186,7 @@ def export_bundle(
         _write(folder / REPORT, report)
         manifest = replace(manifest, validated=validate)
         _write(folder / MANIFEST, manifest.to_json())
-    return Exported(manifest, report)
+    return ExportResult(manifest, report)
 
 
 @contextmanager
@@ -223,7 +222,7 @@ class _Jobs:
         model: Path,
         folder: Path,
         precision: str,
-        ranges: dict[str, Range],
+        ranges: dict[str, AxisRange],
         validate: bool,
         rehearsal: bool,
         on_progress: OnProgress | None,

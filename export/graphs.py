@@ -20,11 +20,10 @@ import torch
 from onnxscript import optimizer
 from torch import Tensor
 
-from engines.interface import GRAPHS, Range, axis_size, split_axis
 from export.precision import PreciseGraph
-from mige_rt.bundle import resolved_axes
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
+from mige_rt.graphs import GRAPHS, AxisRange, axis_size, resolved_axes, split_axis
 
 OPSET = 20  # of ONNX; what was found to convert T5 with float32 parts, and the VAE
 ALIGNMENT = 64  # bytes, of the first weight in its file
@@ -57,7 +56,7 @@ def export_graph(
     stored: Callable[[str], Tensor],
     precision: Any,
     config: ModelConfig,
-    ranges: Mapping[str, Range],
+    ranges: Mapping[str, AxisRange],
     onnx_path: Path,
     weights_path: Path,
 ) -> int:
@@ -92,15 +91,15 @@ def export_graph(
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def _trace(graph: str, precise: PreciseGraph, config: ModelConfig, ranges: Mapping[str, Range]) -> ir.Model:
+def _trace(graph: str, precise: PreciseGraph, config: ModelConfig, ranges: Mapping[str, AxisRange]) -> ir.Model:
     """The graph with named axes; the weights are still without values."""
     axes = resolved_axes(config)[graph]
     # Two axes of one length would be taken for the same, so all differ; their limits are checked where graphs are run.
     sizes: dict[str, int] = {}
     dims: dict[str, Any] = {}
     for number, (axis, span) in enumerate(ranges.items()):
-        if span.smallest == span.largest:
-            sizes[axis] = span.smallest
+        if span.min == span.max:
+            sizes[axis] = span.min
         elif axis in ("h", "w", "eh", "ew"):
             patch = config.dit.patch
             sizes[axis], dims[axis] = (5 + number) * patch, patch * torch.export.Dim(f"{axis}_cells", min=1)

@@ -10,14 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from engines.interface import GRAPHS, Range, axis_size, split_axis
 from export.reference import run_reference
-from mige_rt.bundle import TOKENIZER_FILE, read_config, resolved_axes
+from mige_rt.bundle import TOKENIZER_FILE, read_config
 from mige_rt.config import ModelConfig
-from mige_rt.images import vae_pixels, vit_pixels
-from mige_rt.instruction import collate, compose_prompt, encode_prompt, load_tokenizer
-from mige_rt.requests import Resolved, read_requests
+from mige_rt.graphs import GRAPHS, AxisRange, axis_size, resolved_axes, split_axis
+from mige_rt.instruction import compose_prompt
+from mige_rt.preprocessing import vae_pixels, vit_pixels
+from mige_rt.requests import ResolvedRequest, read_requests
 from mige_rt.scheduler import ALPHAS, SIGMAS, draw_noise
+from mige_rt.tokenization import collate, load_tokenizer, tokenize_prompt
 
 SAMPLES = Path(__file__).parent / "samples"  # requests.jsonl and its pictures
 TIMESTEP = 600  # at which the real latents are noisy
@@ -27,12 +28,12 @@ Sizes = dict[str, int]
 Feed = dict[str, NDArray]
 
 
-def sample_requests() -> list[Resolved]:
+def sample_requests() -> list[ResolvedRequest]:
     """The requests that come with the project, two of each task."""
     return list(read_requests(SAMPLES / "requests.jsonl").values())
 
 
-def shapes_of(graph: str, config: ModelConfig, ranges: Mapping[str, Range], small: bool) -> dict[str, Sizes]:
+def shapes_of(graph: str, config: ModelConfig, ranges: Mapping[str, AxisRange], small: bool) -> dict[str, Sizes]:
     """The shapes that a graph is tried at, by what they are called; each is given by its named axes' sizes.
 
     Without `small` two: the smallest, and the next above it in every axis, but for text, which has SMALL_LENGTH
@@ -44,28 +45,26 @@ def shapes_of(graph: str, config: ModelConfig, ranges: Mapping[str, Range], smal
     steps = {name: config.dit.patch if name in ("h", "w", "eh", "ew") else 1 for name in names}
 
     def within(name: str, size: int) -> int:
-        return min(size // steps[name] * steps[name], spans[name].largest)
+        return min(size // steps[name] * steps[name], spans[name].max)
 
-    smallest = {name: span.smallest for name, span in spans.items()}
+    smallest = {name: span.min for name, span in spans.items()}
     if small:
         # A third and two thirds of the way: rows and columns differ.
         shares = {name: (1 + number % 2) / 3 for number, name in enumerate(names)}
         found = {
-            "smallest": smallest,
-            "usual": {name: span.usual for name, span in spans.items()},
-            "largest": {name: span.largest for name, span in spans.items()},
+            "min": smallest,
+            "opt": {name: span.opt for name, span in spans.items()},
+            "max": {name: span.max for name, span in spans.items()},
             "between": {
-                name: max(
-                    span.smallest, within(name, span.smallest + round((span.largest - span.smallest) * shares[name]))
-                )
+                name: max(span.min, within(name, span.min + round((span.max - span.min) * shares[name])))
                 for name, span in spans.items()
             },
         }
     else:
-        above = {n: SMALL_LENGTH if n == "L" else span.smallest + steps[n] for n, span in spans.items()}
+        above = {n: SMALL_LENGTH if n == "L" else span.min + steps[n] for n, span in spans.items()}
         found = {
-            "smallest": smallest,
-            "next": {n: max(span.smallest, within(n, above[n])) for n, span in spans.items()},
+            "min": smallest,
+            "next": {n: max(span.min, within(n, above[n])) for n, span in spans.items()},
         }
     return {what: sizes for i, (what, sizes) in enumerate(found.items()) if sizes not in list(found.values())[:i]}
 
@@ -173,7 +172,7 @@ class RealInputs:
                 text, images = " ".join([text] * repeats), images * repeats
             slots = [(used + k) % sizes["N"] for k in range(images)]
             used += images
-            encoded.append(encode_prompt(text, slots, self.tokenize, config.qformer.queries, sizes["L"]))
+            encoded.append(tokenize_prompt(text, slots, self.tokenize, config.qformer.queries, sizes["L"]))
         token_ids, slot_index, text_mask = collate(encoded)
         return {"token_ids": token_ids, "slot_index": slot_index, "text_mask": text_mask}
 

@@ -67,7 +67,7 @@ def work(job: dict[str, Any], say: Any) -> dict[str, Any]:
     say(phase="reading the graph")
     if not parser.parse_from_file(job["onnx"]):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        raise BuildError("; ".join(f"{error.node_name()}: {error.desc()}" for error in errors[:3]) or logger.said())
+        raise BuildError("; ".join(f"{error.node_name()}: {error.desc()}" for error in errors[:3]) or logger.summary())
 
     config = builder.create_builder_config()
     monitor = make_monitor(trt, say)
@@ -85,7 +85,7 @@ def work(job: dict[str, Any], say: Any) -> dict[str, Any]:
         name = network.get_input(i).name
         ranges.set_shape(name, *job["profile"][name])
     if config.add_optimization_profile(ranges) < 0:
-        raise BuildError(f"the ranges {job['profile']} are not possible: {logger.said()}")
+        raise BuildError(f"the ranges {job['profile']} are not possible: {logger.summary()}")
     if job["engine"] == "tensorrt-rtx":
         _for_rtx(trt, config, job["capabilities"])
     else:
@@ -93,7 +93,7 @@ def work(job: dict[str, Any], say: Any) -> dict[str, Any]:
 
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise BuildError(logger.said())
+        raise BuildError(logger.summary())
     say(phase="writing the plan")
     Path(job["plan"]).write_bytes(plan)
     if job["engine"] == "tensorrt":

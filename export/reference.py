@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from engines.interface import GRAPHS
+from mige_rt.graphs import GRAPHS
 from trainer.checkpoints.model_folder import load_model
 
 Feed = Mapping[str, NDArray]

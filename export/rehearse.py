@@ -22,8 +22,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from export.build_plans import rehearse_plan
-from export.exporter import Exported, Limits, export_bundle
-from mige_rt.atomic import whole_folder
+from export.exporter import ExportLimits, ExportResult, export_bundle
+from mige_rt.atomic import atomic_folder
 from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE
 from mige_rt.config import PRESETS, ModelConfig
 from mige_rt.errors import InputError
@@ -55,7 +55,7 @@ def make_model(config: ModelConfig, out: Path) -> None:
     """A model folder of these sizes with made-up weights, one held at a time, and the default model's tokenizer."""
     shapes = our_shapes(config)
     block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0))
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         write_model_folder(
             folder,
             config,
@@ -68,7 +68,7 @@ def make_model(config: ModelConfig, out: Path) -> None:
         )
 
 
-def _plans(bundle: Path, exported: Exported, scratch: Path) -> dict[str, dict[str, Any]]:
+def _plans(bundle: Path, exported: ExportResult, scratch: Path) -> dict[str, dict[str, Any]]:
     """Per graph what building its plan for TensorRT for RTX took, or why it was not tried: the builder's memory for the
     denoiser, which comes first, tells what the others need."""
     plans: dict[str, dict[str, Any]] = {}
@@ -139,7 +139,7 @@ def main(precision: str, out: Path, preset: str, scratch: Path | None) -> None:
             console.log(f"making a model of the sizes {preset}")
             make_model(PRESETS[preset], folder / "model")
             exported = export_bundle(
-                str(folder / "model"), folder / "bundle", precision, Limits(1, 4), rehearsal=True, on_progress=say
+                str(folder / "model"), folder / "bundle", precision, ExportLimits(1, 4), rehearsal=True, on_progress=say
             )
             console.log("plans")
             plans = _plans(folder / "bundle", exported, folder)

@@ -4,10 +4,10 @@ from typing import Any
 
 from rich.table import Table
 
-from export.exporter import Exported
+from export.exporter import ExportResult
 
 
-def exported_table(exported: Exported) -> Table:
+def exported_table(exported: ExportResult) -> Table:
     """A row a graph: parameters, size, precision, worst relative RMS error and where, seconds, peak memory."""
     columns = ("graph", "parameters", "MB", "precision", "worst error", "at", "seconds", "peak GB")
     table = Table(*columns, title=f"{exported.manifest.model.name} in {exported.manifest.precision}")

@@ -14,20 +14,23 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image as Picture
 
-from engines.interface import GRAPHS, Array, Precision, Range, to_numpy
+from engines.interface import Array, EngineOptions, to_numpy
 from engines.onnx_runtime import OnnxRuntimeEngine
 from engines.pytorch import PyTorchEngine
-from engines.wrapper import WatchedEngine
+from engines.wrapper import HookedEngine
 from export.chunks import CHUNK_BYTES, run_onnx
 from export.inputs import RealInputs, Sizes, random_feed, sample_requests, shapes_of
 from export.precision import PreciseGraph
 from export.reference import run_module, run_reference
-from mige_rt.bundle import TOKENIZER_FILE, read_config
+from mige_rt.bundle import TOKENIZER_FILE, open_model, read_config
+from mige_rt.config import Precision
 from mige_rt.errors import InputError
-from mige_rt.images import to_picture
-from mige_rt.instruction import load_tokenizer
-from mige_rt.pipeline import MigePipeline, Settings
-from mige_rt.requests import Resolved
+from mige_rt.graphs import GRAPHS, AxisRange
+from mige_rt.image_output import to_image
+from mige_rt.pipeline import MigePipeline
+from mige_rt.requests import ResolvedRequest
+from mige_rt.sampling import SamplingParams
+from mige_rt.tokenization import load_tokenizer
 from trainer.checkpoints.model_folder import load_model
 from trainer.preview import psnr
 
@@ -88,7 +91,7 @@ def validate_graph(
     folder: Path,
     onnx_path: Path,
     precision: Precision,
-    ranges: Mapping[str, Range],
+    ranges: Mapping[str, AxisRange],
     small: bool,
     on_progress: OnProgress = lambda what: None,
 ) -> list[Check]:
@@ -148,15 +151,17 @@ def validate_pipeline(model_folder: Path, bundle_folder: Path, precision: Precis
     the final latents and the pictures. For small models: both are in memory at once."""
     config = read_config(model_folder)
     tokenize = load_tokenizer(model_folder / TOKENIZER_FILE)
-    reference = PyTorchEngine.open(model_folder, "cpu", "fp32")
+    reference = PyTorchEngine.open(open_model(model_folder), EngineOptions(device="cpu", precision="fp32"))
     if precision == "bf16":
         ours = _PreciseEngine(bundle_folder, precision)
     else:
-        ours = OnnxRuntimeEngine.open(bundle_folder, "cpu", precision)
+        ours = OnnxRuntimeEngine.open(open_model(bundle_folder), EngineOptions(device="cpu", precision=precision))
     pipes = [MigePipeline(config, tokenize, engine) for engine in (ours, reference)]
     checks = []
     for request in _one_of_each_task():
-        (latents, made), (expected, right) = (make_watched(pipe, request, Settings(steps=STEPS)) for pipe in pipes)
+        (latents, made), (expected, right) = (
+            make_watched(pipe, request, SamplingParams(num_inference_steps=STEPS)) for pipe in pipes
+        )
         picture, truth = np.asarray(made), np.asarray(right)
         sizes = {"B": 1, "h": latents.shape[2], "w": latents.shape[3]}
         checks.append(
@@ -170,9 +175,12 @@ def validate_pipeline(model_folder: Path, bundle_folder: Path, precision: Precis
 
 
 def make_watched(
-    pipe: MigePipeline, request: Resolved, settings: Settings, on_run: OnRun = lambda graph, inputs, run: run()
+    pipe: MigePipeline,
+    request: ResolvedRequest,
+    settings: SamplingParams,
+    on_run: OnRun = lambda graph, inputs, run: run(),
 ) -> tuple[NDArray, Picture]:
-    """The final latents, [1,c,h,w], unscaled, and the picture, as the pipeline makes them; on_run: see WatchedEngine.
+    """The final latents, [1,c,h,w], unscaled, and the picture, as the pipeline makes them; on_run: see HookedEngine.
 
     Where the model overflowed, black and white stand in the picture for what is not finite, and the latents tell.
     """
@@ -185,20 +193,20 @@ def make_watched(
             latents, pixels = to_numpy(inputs["latents"]), to_numpy(outputs["pixels"])
         return outputs
 
-    watched = WatchedEngine(pipe.engine, keep)
+    watched = HookedEngine(pipe.engine, keep)
     try:
-        (picture,) = MigePipeline(pipe.config, pipe.encoder.tokenize, watched, low_memory=pipe.low_memory).make(
-            [request], settings
-        )
+        (picture,) = MigePipeline(
+            pipe.config, pipe.condition_encoder.tokenize, watched, low_memory=pipe.runner.low_memory
+        ).generate([request], settings)
     except InputError:
         if np.isfinite(pixels).all():
             raise
-        picture = to_picture(np.nan_to_num(pixels[0], nan=-1, posinf=1, neginf=-1))
+        picture = to_image(np.nan_to_num(pixels[0], nan=-1, posinf=1, neginf=-1))
     return latents, picture
 
 
-def _one_of_each_task() -> list[Resolved]:
-    found: dict[str, Resolved] = {}
+def _one_of_each_task() -> list[ResolvedRequest]:
+    found: dict[str, ResolvedRequest] = {}
     for request in sample_requests():
         found.setdefault(request.task, request)
     return list(found.values())

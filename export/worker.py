@@ -5,13 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engines.interface import Range
 from export.graphs import export_graph
 from export.memory import peak_bytes
 from export.processes import serve
 from export.quantise import quantise
 from export.validate import validate_graph, validate_pipeline
 from mige_rt.errors import InputError
+from mige_rt.graphs import AxisRange
 from trainer.checkpoints.model_folder import empty_model, load_model
 
 
@@ -23,7 +23,7 @@ def work(job: dict[str, Any], on_phase: Callable[[str], None]) -> dict[str, Any]
         on_phase("pictures")
         checks = validate_pipeline(model, folder, precision)
         return {"checks": [check.to_json() for check in checks], "seconds": round(time.monotonic() - started, 1)}
-    graph, ranges = job["graph"], {axis: Range(**sizes) for axis, sizes in job["ranges"].items()}
+    graph, ranges = job["graph"], {axis: AxisRange(**sizes) for axis, sizes in job["ranges"].items()}
     onnx_path, weights_path = folder / f"onnx/{graph}.onnx", folder / f"onnx/{graph}.safetensors"
     on_phase("graph")
     opened = load_model(model, dtype=None, only=[graph])

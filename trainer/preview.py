@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from mige_rt.sampling import SamplingParams
 from PIL import Image, ImageDraw, ImageFont
 from rich.table import Table
 
-from mige_rt.pipeline import MigePipeline, Settings
-from mige_rt.requests import Resolved
+from mige_rt.pipeline import MigePipeline
+from mige_rt.requests import ResolvedRequest
 from trainer.evaluate.metrics import psnr
 from trainer.synthetic.concepts import Concept
 from trainer.synthetic.tasks import KINDS, Sample, make_sample
@@ -37,7 +38,7 @@ def first_of_each_kind(concepts: Sequence[Concept], side: int, seed: int, each: 
 def answer(
     pipe: MigePipeline,
     samples: Sequence[Sample],
-    settings: Settings,
+    settings: SamplingParams,
     seed: int = 0,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Image.Image]:
@@ -46,9 +47,9 @@ def answer(
     for k, sample in enumerate(samples):
         images = tuple(Image.fromarray(image) for image in sample.images)
         source = None if sample.source is None else Image.fromarray(sample.source)
-        requests.append(Resolved(sample.prompt, images, source, seed + k, sample.task))
+        requests.append(ResolvedRequest(sample.prompt, images, source, seed + k, sample.task))
     results: dict[int, Image.Image] = {}
-    batch = min(BATCH, pipe.most_at_once)
+    batch = min(BATCH, pipe.max_batch_size)
     for task in dict.fromkeys(request.task for request in requests):
         of_task = [k for k, request in enumerate(requests) if request.task == task]
         for first in range(0, len(of_task), batch):
@@ -67,7 +68,7 @@ def preview(concepts: list[Concept], state: Path) -> Table:
     """
     pipe = MigePipeline.from_pretrained(state / "model")
     samples = first_of_each_kind(concepts, pipe.config.size, PREVIEW_SEED, MEASURED)
-    results = answer(pipe, samples, Settings())
+    results = answer(pipe, samples, SamplingParams())
     shown = [i for first in range(0, len(samples), MEASURED) for i in range(first, first + SHOWN)]
     grid([samples[i] for i in shown], [results[i] for i in shown], state / "preview.png")
     table = Table("task", "result, dB", "source copied, dB", title=f"PSNR, {MEASURED} samples a task")

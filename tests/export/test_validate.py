@@ -11,21 +11,21 @@ import pytest
 import torch
 from torch import nn
 
-from engines.interface import GRAPHS, Range
 from export import chunks, validate
 from export.chunks import run_onnx
-from export.exporter import Limits, axis_ranges
+from export.exporter import ExportLimits, axis_ranges
 from export.graphs import export_graph
 from export.inputs import SAMPLES, RealInputs, random_feed, sample_requests, shapes_of
 from export.reference import run_module, run_reference, widen_by_block
 from export.validate import measure, validate_graph, validate_pipeline
 from mige_rt.bundle import DEFAULT_MODEL, read_config
 from mige_rt.config import PRESETS
+from mige_rt.graphs import GRAPHS, AxisRange
 from trainer.checkpoints.model_folder import empty_model, load_model
 
 Bundles = Callable[[str], Path]
 CONFIG = read_config(DEFAULT_MODEL)
-RANGES = axis_ranges(CONFIG, Limits(4, 4, (32, 128)))
+RANGES = axis_ranges(CONFIG, ExportLimits(4, 4, (32, 128)))
 
 
 def conditioner_in(precision: str, folder: Path) -> Path:
@@ -195,11 +195,11 @@ def test_a_bundles_weights_are_a_reference_too(bundles: Bundles) -> None:
 @pytest.mark.parametrize("small", [True, False])
 def test_shapes_differ_and_stay_within_the_ranges(graph: str, small: bool) -> None:
     shapes = shapes_of(graph, CONFIG, RANGES, small)
-    assert next(iter(shapes)) == "smallest" and len(shapes) >= (3 if small else 2)
+    assert next(iter(shapes)) == "min" and len(shapes) >= (3 if small else 2)
     assert len({tuple(sizes.values()) for sizes in shapes.values()}) == len(shapes)
     for sizes in shapes.values():
         for axis, size in sizes.items():
-            assert RANGES[axis].smallest <= size <= RANGES[axis].largest
+            assert RANGES[axis].min <= size <= RANGES[axis].max
             assert axis not in ("h", "w", "eh", "ew") or size % CONFIG.dit.patch == 0
     if small and "h" in sizes:
         assert shapes["between"]["h"] != shapes["between"]["w"]
@@ -207,10 +207,10 @@ def test_shapes_differ_and_stay_within_the_ranges(graph: str, small: bool) -> No
 
 def test_full_size_graphs_are_tried_at_small_shapes() -> None:
     config = PRESETS["xl"]
-    ranges = axis_ranges(config, Limits())
+    ranges = axis_ranges(config, ExportLimits())
     sizes = list(shapes_of("denoiser", config, ranges, False).values())
     assert sizes == [{"R": 1, "h": 64, "w": 64, "L": 1}, {"R": 2, "h": 64, "w": 64, "L": 48}]
-    fixed = {axis: Range(1, 1, 1) for axis in ranges}
+    fixed = {axis: AxisRange(1, 1, 1) for axis in ranges}
     assert len(shapes_of("text_encoder", config, fixed, False)) == 1
 
 
@@ -220,7 +220,7 @@ def test_the_samples_are_of_every_task_and_end_in_a_graphs_own_axes() -> None:
     assert {path.name for path in SAMPLES.iterdir()} >= {"requests.jsonl", "picture-1.png"}
     sizes = {"N": 3, "L": 40, "B": 2, "R": 3, "h": 8, "w": 12, "M": 2, "eh": 8, "ew": 12}
     for graph in GRAPHS:
-        shape = {axis: sizes[axis] for axis in shapes_of(graph, CONFIG, RANGES, True)["smallest"]}
+        shape = {axis: sizes[axis] for axis in shapes_of(graph, CONFIG, RANGES, True)["min"]}
         (real,) = RealInputs(DEFAULT_MODEL).feeds(graph, [shape])
         drawn = random_feed(graph, CONFIG, shape)
         for port in GRAPHS[graph].inputs:

@@ -225,31 +225,31 @@ def test_the_files_of_an_evaluation_and_that_it_is_repeatable(tmp_path: Path, mo
 
 
 def test_the_models_pictures_are_those_of_the_pipeline(pipe: MigePipeline, concepts: list[Concept]) -> None:
-    from mige_rt.pipeline import Settings
+    from mige_rt.sampling import SamplingParams
 
     samples = first_of_each_kind(concepts, 64, 1, 1)
     steps: list[int] = []
-    together = answer(pipe, samples, Settings(steps=2), 3, steps.append)
+    together = answer(pipe, samples, SamplingParams(steps=2), 3, steps.append)
     assert steps[-1] == len(samples)
     for k in (1, 4):
-        alone = answer(pipe, [samples[k]], Settings(steps=2), 3 + k)[0]
+        alone = answer(pipe, [samples[k]], SamplingParams(steps=2), 3 + k)[0]
         assert psnr(np.asarray(together[k]), np.asarray(alone)) > 50
 
 
 def test_no_more_is_asked_of_an_engine_than_it_takes(
     pipe: MigePipeline, concepts: list[Concept], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from engines.interface import Range
-    from mige_rt.pipeline import Settings
+    from mige_rt.graphs import AxisRange
+    from mige_rt.sampling import SamplingParams
 
-    monkeypatch.setattr(pipe.engine, "limits", {"B": Range(1, 1, 2)})
+    monkeypatch.setattr(pipe.engine, "limits", {"B": AxisRange(1, 1, 2)})
     samples = _of_kind(concepts, "remove", 3)
     asked: list[int] = []
     run = pipe.engine.run
     monkeypatch.setattr(pipe.engine, "run", lambda g, i: asked.append(len(next(iter(i.values())))) or run(g, i))
     assert len(through_vae(pipe, [sample.target for sample in samples])) == 3
     assert asked == [2, 2, 1, 1]
-    assert len(answer(pipe, samples, Settings(steps=2))) == 3
+    assert len(answer(pipe, samples, SamplingParams(steps=2))) == 3
 
 
 def test_through_the_vae_is_near_and_not_the_same(pipe: MigePipeline, concepts: list[Concept]) -> None:
@@ -306,7 +306,7 @@ def test_the_files_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     result = _run(tmp_path / "out", "--guidance", "--samples", "1")
     assert result.exit_code == 0, result.output
     data = json.loads((tmp_path / "out" / "guidance.json").read_text())
-    assert [(p["task"], p["text_scale"], p["source_scale"]) for p in data["points"]] == [
+    assert [(p["task"], p["guidance_scale"], p["image_guidance_scale"]) for p in data["points"]] == [
         *(("edit", 1, 1), ("edit", 4, 1), ("compose", 1, 1), ("compose", 4, 1)),
         *(("subject", 1, None), ("subject", 4, None)),
     ]

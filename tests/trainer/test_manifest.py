@@ -9,7 +9,7 @@ from PIL import Image
 
 from mige_rt.cli import main as mige_rt
 from mige_rt.errors import InputError
-from mige_rt.requests import RequestLine, parse_request
+from mige_rt.requests import RequestRecord, parse_request
 from trainer.synthetic import manifest
 from trainer.synthetic.concepts import Concept
 from trainer.synthetic.tasks import KINDS, Mark, make_sample
@@ -29,7 +29,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def _lines(folder: Path) -> list[RequestLine]:
+def _lines(folder: Path) -> list[RequestRecord]:
     return [parse_request(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
 
 

@@ -4,9 +4,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from engines.interface import GRAPHS
 from mige_rt.config import PRESETS, ModelConfig
 from mige_rt.errors import InputError
+from mige_rt.graphs import GRAPHS
 from trainer.model.dit import sincos_positions
 from trainer.model.mige import Mige
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mige_rt.graphs import GRAPHS
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from engines.interface import GRAPHS
-from mige_rt.atomic import whole_folder
+from mige_rt.atomic import atomic_folder
 from mige_rt.bundle import SCHEMA, TOKENIZER_FILE, check_files, is_bundle, read_config, read_manifest
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
@@ -53,7 +53,7 @@ def convert(
     Raises InputError, with nothing left behind, when `out` exists or cannot be written, when a part is missing or
     unreadable, or when the checkpoint's keys are not exactly the model's.
     """
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         path = published.find_checkpoint(ckpt)
         places = [path.parent, ckpt] if ckpt.is_dir() else [path.parent]
         vae = vae or published.find_beside(places, published.VAE_FOLDER, ("config.json",), "--vae")
@@ -95,7 +95,7 @@ def save_model(model: Mige, tokenizer: Tokenizer, out: Path, dtype: torch.dtype,
         tensor = state[name].detach()
         return tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
 
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         names = [name for name in distinct_tensors(model) if not name.startswith("vae_")]
         sizes = {name: state[name].numel() * dtype.itemsize for name in names}
         vae = {name.partition(".")[2]: stored(name) for name in state if name.startswith("vae_")}

@@ -45,8 +45,8 @@ def evaluate(
     Returns evaluation.md.
     """
     import numpy as np
+    from mige_rt.sampling import SamplingParams
 
-    from mige_rt.pipeline import Settings
     from trainer.evaluate.identity import Gallery
     from trainer.evaluate.measure import Measured, bars, figures, measure, through_vae
     from trainer.evaluate.report import as_data, circumstances, markdown, write_json
@@ -55,7 +55,7 @@ def evaluate(
     gallery = Gallery(concepts, pipe.config.size)
     gallery.network  # noqa: B018 - fails here rather than after minutes
     samples = first_of_each_kind(concepts, pipe.config.size, seed, each)
-    results = answer(pipe, samples, Settings(), seed, lambda done: on_progress("pictures", done, len(samples)))
+    results = answer(pipe, samples, SamplingParams(), seed, lambda done: on_progress("pictures", done, len(samples)))
     truths = through_vae(pipe, [sample.target for sample in samples])
     with_source = [k for k, sample in enumerate(samples) if sample.source is not None]
     coded = through_vae(pipe, [source for sample in samples if (source := sample.source) is not None])
@@ -107,7 +107,7 @@ def main(
     from rich.console import Console
     from rich.progress import Progress
 
-    from mige_rt.atomic import whole_folder
+    from mige_rt.atomic import atomic_folder
     from mige_rt.bundle import DEFAULT_MODEL
     from mige_rt.pipeline import MigePipeline
     from trainer.synthetic.concepts import load_concepts
@@ -115,7 +115,7 @@ def main(
     console = Console(stderr=True)
     try:
         with (
-            whole_folder(out) as folder,
+            atomic_folder(out) as folder,
             Progress(console=console, transient=True, disable=not console.is_terminal) as bar,
         ):
             task = bar.add_task("")

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from mige_rt.image_output import to_image
+from mige_rt.preprocessing import vae_pixels
 from PIL import Image
 
 from engines.interface import to_numpy
-from mige_rt.images import to_picture, vae_pixels
 from mige_rt.pipeline import MigePipeline
 from trainer.evaluate.identity import Gallery, flattened
 from trainer.evaluate.metrics import Estimate, estimate, psnr, squared_error, within
@@ -86,13 +87,13 @@ class Bar:
 def through_vae(pipe: MigePipeline, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
     """uint8 [side,side,3] pictures as the engine's VAE gives them back."""
     made = []
-    at_once = min(ENCODED, pipe.most_at_once)
+    at_once = min(ENCODED, pipe.max_batch_size)
     for first in range(0, len(pictures), at_once):
         batch = pictures[first : first + at_once]
         pixels = np.stack([vae_pixels(Image.fromarray(p), p.shape[1], p.shape[0], "crop") for p in batch])
         encoded = pipe.engine.run("vae_encoder", {"pixels_vae": pipe.engine.array(pixels)})
         decoded = pipe.engine.run("vae_decoder", {"latents": encoded["latent_mean"]})
-        made += [np.asarray(to_picture(picture)) for picture in to_numpy(decoded["pixels"])]
+        made += [np.asarray(to_image(picture)) for picture in to_numpy(decoded["pixels"])]
     return made
 
 

@@ -8,8 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
+from mige_rt.sampling import SamplingParams
+
 from mige_rt.instruction import Task
-from mige_rt.pipeline import MigePipeline, Settings
+from mige_rt.pipeline import MigePipeline
 from trainer.evaluate import efficientnet_lite
 from trainer.evaluate.measure import EDITED_TOLERANCE, KEPT_TOLERANCE, Bar, Figures
 from trainer.evaluate.metrics import CONFIDENCE, RESAMPLES, Estimate, rounded
@@ -26,7 +28,7 @@ def circumstances(pipe: MigePipeline, seed: int, samples: int) -> dict[str, Any]
         "seed": seed,
         "samples_per_kind": samples,
         "settings": {
-            task: {n: v for n, v in asdict(pipe.complete(Settings(), task)).items() if v is not None}
+            task: {n: v for n, v in asdict(pipe.complete(SamplingParams(), task)).items() if v is not None}
             for task in get_args(Task)
         },
         "tolerances": {"edited": EDITED_TOLERANCE, "kept": KEPT_TOLERANCE, "unit": "of 255, in every channel"},

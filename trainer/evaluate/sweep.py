@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from mige_rt.sampling import SamplingParams
 
 from mige_rt.errors import InputError
 from mige_rt.instruction import Task
-from mige_rt.pipeline import MigePipeline, Settings
+from mige_rt.pipeline import MigePipeline
 from trainer.evaluate.identity import Gallery
 from trainer.evaluate.measure import figures, measure, through_vae
 from trainer.evaluate.metrics import Estimate
@@ -35,8 +36,8 @@ class Point:
     """The shares of all samples of a task at one pair of scales; as in Figures, of the result."""
 
     task: Task
-    text_scale: float
-    source_scale: float | None
+    guidance_scale: float
+    image_guidance_scale: float | None
     right: Estimate
     found: Estimate | None
     kept: Estimate | None
@@ -74,7 +75,7 @@ def sweep(
         for done, (text, source) in enumerate(pairs):
             if on_progress is not None:
                 on_progress(f"scales of {task}", done, len(pairs))
-            results = answer(pipe, of_task, Settings(text_scale=text, source_scale=source), seed)
+            results = answer(pipe, of_task, SamplingParams(guidance_scale=text, image_guidance_scale=source), seed)
             found = figures(
                 [
                     measure(sample, np.asarray(result), truth, None, gallery, baselines=False)
@@ -92,7 +93,8 @@ def choose(points: Sequence[Point]) -> dict[str, Point]:
     """The best balanced point of each task; of equal ones the smallest scales."""
     return {
         task: max(
-            (p for p in points if p.task == task), key=lambda p: (p.balance, -p.text_scale, -(p.source_scale or 0))
+            (p for p in points if p.task == task),
+            key=lambda p: (p.balance, -p.guidance_scale, -(p.image_guidance_scale or 0)),
         )
         for task in TASKS
     }
@@ -101,7 +103,11 @@ def choose(points: Sequence[Point]) -> dict[str, Point]:
 def write_sweep(pipe: MigePipeline, points: Sequence[Point], seed: int, each: int, folder: Path) -> None:
     """guidance.json and guidance.png into a folder."""
     chosen = {
-        task: {"text_scale": point.text_scale, "source_scale": point.source_scale, "balance": point.balance}
+        task: {
+            "guidance_scale": point.guidance_scale,
+            "image_guidance_scale": point.image_guidance_scale,
+            "balance": point.balance,
+        }
         for task, point in choose(points).items()
     }
     data: dict[str, Any] = circumstances(pipe, seed, each)
@@ -141,8 +147,8 @@ def plot(points: Sequence[Point], path: Path) -> None:
 
 
 def _lines(axes: "Axes", points: Sequence[Point], name: str) -> None:
-    for source in dict.fromkeys(point.source_scale for point in points):
-        shown = [(p.text_scale, getattr(p, name)) for p in points if p.source_scale == source]
+    for source in dict.fromkeys(point.image_guidance_scale for point in points):
+        shown = [(p.guidance_scale, getattr(p, name)) for p in points if p.image_guidance_scale == source]
         scales = [scale for scale, share in shown if share is not None]
         shares = [share for _, share in shown if share is not None]
         if not shares:
