@@ -1,6 +1,4 @@
-"""Edit a source with a subject from a reference, several images as one batch, with a callback after each step:
-`python examples/compose_batch.py [FOLDER]`.
-"""
+"""Edit with a subject, several images as one batch, with a callback: `python examples/compose_batch.py [FOLDER]`."""
 
 import sys
 from pathlib import Path
@@ -21,6 +19,7 @@ def show_progress(pipe: MigePipeline, step: int, timestep: float, callback_kwarg
 
 
 def main(out: Path) -> None:
+    """Write the images of three seeds into a folder."""
     pipe = MigePipeline.from_pretrained()
     scene, subject = Image.open(DOCS / "scene.png"), Image.open(DOCS / "subject.png")
     result = pipe(

@@ -11,6 +11,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
 def main(out: Path) -> None:
+    """Write an image for each guidance scale into a folder."""
     pipe = MigePipeline.from_pretrained()
     source = Image.open(DOCS / "scene.png")
     for guidance_scale in (1.5, 5.0):  # how strongly the prompt counts

@@ -11,6 +11,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
 def main(out: Path) -> None:
+    """Write two images into a folder."""
     pipe = MigePipeline.from_pretrained()  # the default model: 64 x 64 pixels
     result = pipe(
         "a <imagehere> on a plain green background",

@@ -142,6 +142,13 @@ def test_relative_links_lead_somewhere(page: str) -> None:
             assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, link
 
 
+@pytest.mark.parametrize("page", NAMES)
+def test_paths_named_in_the_text_exist(page: str) -> None:
+    prose = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    paths = re.findall(r"`((?:mige_rt|engines|export|trainer|benchmarks|tests|docs|examples)/[\w./-]*)`", prose)
+    assert not [path for path in paths if "NAME" not in path and not (ROOT / path).exists()]
+
+
 def test_the_readme_is_short() -> None:
     assert 600 <= len((ROOT / "README.md").read_text().split()) <= 800
 
