@@ -209,10 +209,11 @@ def _read(folder: Path) -> Plans:
     path = folder / SIDECAR
     remedy = f"remove {folder}, and build again"
     try:
-        content: object = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}): {remedy}") from error
-    schema = cast("dict[str, object]", content).get("schema") if isinstance(content, dict) else None
+    fields: dict[str, object] = cast("dict[str, object]", content) if isinstance(content, dict) else {}
+    schema = fields.get("schema")
     if isinstance(schema, int) and schema != SCHEMA:
         raise InputError(f"{path} has schema {schema}, this version of mige-rt reads {SCHEMA}: {remedy}")
     try:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from mige_rt.sampling import SamplingParams
 from PIL import Image, ImageDraw, ImageFont
 from rich.table import Table
 
 from mige_rt.pipeline import MigePipeline
 from mige_rt.requests import ResolvedRequest
+from mige_rt.sampling_params import SamplingParams
 from trainer.evaluate.metrics import psnr
 from trainer.synthetic.concepts import Concept
 from trainer.synthetic.tasks import KINDS, Sample, make_sample

@@ -225,7 +225,7 @@ def test_the_files_of_an_evaluation_and_that_it_is_repeatable(tmp_path: Path, mo
 
 
 def test_the_models_pictures_are_those_of_the_pipeline(pipe: MigePipeline, concepts: list[Concept]) -> None:
-    from mige_rt.sampling import SamplingParams
+    from mige_rt.sampling_params import SamplingParams
 
     samples = first_of_each_kind(concepts, 64, 1, 1)
     steps: list[int] = []
@@ -240,7 +240,7 @@ def test_no_more_is_asked_of_an_engine_than_it_takes(
     pipe: MigePipeline, concepts: list[Concept], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mige_rt.graphs import AxisRange
-    from mige_rt.sampling import SamplingParams
+    from mige_rt.sampling_params import SamplingParams
 
     monkeypatch.setattr(pipe.engine, "limits", {"B": AxisRange(1, 1, 2)})
     samples = _of_kind(concepts, "remove", 3)

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from mige_rt.errors import InputError
-from mige_rt.tokenization import load_tokenizer
+from mige_rt.tokenizer import load_tokenizer
 from trainer.tokenizer import from_spiece, train_tokenizer
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference"

@@ -45,8 +45,8 @@ def evaluate(
     Returns evaluation.md.
     """
     import numpy as np
-    from mige_rt.sampling import SamplingParams
 
+    from mige_rt.sampling_params import SamplingParams
     from trainer.evaluate.identity import Gallery
     from trainer.evaluate.measure import Measured, bars, figures, measure, through_vae
     from trainer.evaluate.report import as_data, circumstances, markdown, write_json

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from mige_rt.image_output import to_image
-from mige_rt.preprocessing import vae_pixels
 from PIL import Image
 
 from engines.interface import to_numpy
 from mige_rt.pipeline import MigePipeline
+from mige_rt.postprocessing import to_image
+from mige_rt.preprocessing import vae_pixels
 from trainer.evaluate.identity import Gallery, flattened
 from trainer.evaluate.metrics import Estimate, estimate, psnr, squared_error, within
 from trainer.synthetic.sample import Sample

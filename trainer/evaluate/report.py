@@ -8,10 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
-from mige_rt.sampling import SamplingParams
-
 from mige_rt.instruction import Task
 from mige_rt.pipeline import MigePipeline
+from mige_rt.sampling_params import SamplingParams
 from trainer.evaluate import efficientnet_lite
 from trainer.evaluate.measure import EDITED_TOLERANCE, KEPT_TOLERANCE, Bar, Figures
 from trainer.evaluate.metrics import CONFIDENCE, RESAMPLES, Estimate, rounded

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from mige_rt.sampling import SamplingParams
 
 from mige_rt.errors import InputError
 from mige_rt.instruction import Task
 from mige_rt.pipeline import MigePipeline
+from mige_rt.sampling_params import SamplingParams
 from trainer.evaluate.identity import Gallery
 from trainer.evaluate.measure import figures, measure, through_vae
 from trainer.evaluate.metrics import Estimate

@@ -15,8 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from mige_rt.preprocessing import vae_pixels, vit_pixels
-from mige_rt.tokenization import Tokenize, load_tokenizer, tokenize_prompt
 from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import track
@@ -28,6 +26,9 @@ from mige_rt.bundle import TOKENIZER_FILE
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
 from mige_rt.instruction import PLACEHOLDER, compose_prompt
+from mige_rt.preprocessing import vae_pixels, vit_pixels
+from mige_rt.prompt_tokens import tokenize_prompt
+from mige_rt.tokenizer import Tokenize, load_tokenizer
 from trainer.checkpoints.model_folder import load_model as load_model_folder
 from trainer.model.encoders import ImageEncoder
 from trainer.model.mige import Mige

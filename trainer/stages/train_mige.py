@@ -8,8 +8,6 @@ from pathlib import Path
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from mige_rt.sampling import SamplingParams
-from mige_rt.tokenization import load_tokenizer
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
@@ -17,7 +15,9 @@ from engines.pytorch import PyTorchEngine
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
 from mige_rt.pipeline import MigePipeline
+from mige_rt.sampling_params import SamplingParams
 from mige_rt.scheduler import TRAIN_STEPS
+from mige_rt.tokenizer import load_tokenizer
 from trainer.checkpoints.model_folder import COMPONENTS
 from trainer.checkpoints.model_folder import load_model as load_model_folder
 from trainer.loop import train

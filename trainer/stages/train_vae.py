@@ -9,11 +9,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from mige_rt.image_output import to_image
 from PIL import Image
 from torch import Tensor, nn
 
 from mige_rt.config import ModelConfig
+from mige_rt.postprocessing import to_image
 from trainer.loop import train
 from trainer.model.vae import VAEDecoder, VAEEncoder, make_vae
 from trainer.settings import StageSettings

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from mige_rt.preprocessing import vit_pixels
 from PIL import Image
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from mige_rt.config import ModelConfig
+from mige_rt.preprocessing import vit_pixels
 from trainer.loop import train
 from trainer.model.mige import Mige
 from trainer.settings import StageSettings
