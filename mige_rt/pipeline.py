@@ -58,7 +58,7 @@ class MigePipelineOutput:
 class MigePipeline:
     """MIGE on one engine: make an image of given things, edit an image, or both at once.
 
-    Example:
+    Examples:
         >>> from PIL import Image
         >>> from mige_rt import MigePipeline
         >>> pipe = MigePipeline.from_pretrained()
