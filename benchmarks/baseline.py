@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from array_api_compat import array_namespace
-from mige_rt.sampling import SamplingParams
 from numpy.typing import NDArray
 from PIL.Image import Image as Picture
 
@@ -25,6 +24,7 @@ from mige_rt.guidance import Branch, branches
 from mige_rt.instruction import Task
 from mige_rt.pipeline import MigePipeline
 from mige_rt.requests import ResolvedRequest
+from mige_rt.sampling_params import SamplingParams
 
 PICTURE_SLOTS = 4  # pictures a prompt that the published code encodes, always
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from mige_rt.sampling import SamplingParams
 from PIL import ImageChops
 from PIL.Image import Image as Picture
 
@@ -15,6 +14,7 @@ from engines.factory import ENGINES, Asked
 from mige_rt.images import open_image
 from mige_rt.instruction import PLACEHOLDER
 from mige_rt.requests import Request, ResolvedRequest, resolve
+from mige_rt.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from benchmarks.variants import Program  # needs torch, whose memory is no other engine's

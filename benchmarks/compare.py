@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mige_rt.sampling import SamplingParams
 from rich.table import Column, Table
 
 from benchmarks.parity import Parity, PictureParity, Side, compare_each
 from mige_rt.pipeline import MigePipeline
 from mige_rt.requests import ResolvedRequest
+from mige_rt.sampling_params import SamplingParams
 from trainer.evaluate.__main__ import EVALUATION_SEED, evaluate, held_out_concepts
 from trainer.evaluate.efficientnet_lite import load_efficientnet
 from trainer.preview import Strip, sheet

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from mige_rt.graphs import GRAPHS, axis_size, resolved_axes
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mige_rt.config import ModelConfig, Precision
+from mige_rt.graphs import GRAPHS, axis_size, resolved_axes
 from trainer.checkpoints.model_folder import empty_model
 from trainer.model.mige import Mige
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from mige_rt.graphs import GRAPHS, TensorSpec
-from mige_rt.sampling import SamplingParams
 from numpy.typing import NDArray
 from PIL.Image import Image as Picture
 
@@ -19,8 +17,10 @@ from benchmarks.tolerance import Figure, Tolerance, at_least, at_most, finite, s
 from engines.interface import Array, Engine, to_numpy
 from export.validate import make_watched, measure
 from mige_rt.errors import InputError, NotAvailableError
+from mige_rt.graphs import GRAPHS, TensorSpec
 from mige_rt.pipeline import MigePipeline
 from mige_rt.requests import ResolvedRequest
+from mige_rt.sampling_params import SamplingParams
 from trainer.evaluate.metrics import psnr
 
 

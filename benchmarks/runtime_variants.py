@@ -11,8 +11,6 @@ from typing import Literal
 
 import numpy as np
 import onnxruntime
-from mige_rt.sampling import SamplingParams
-from mige_rt.tokenization import load_tokenizer
 from numpy.typing import NDArray
 
 from engines.onnx_runtime import OnnxRuntimeEngine
@@ -20,6 +18,8 @@ from export.memory import peak_bytes
 from mige_rt.bundle import TOKENIZER_FILE, read_manifest
 from mige_rt.pipeline import MigePipeline
 from mige_rt.requests import ResolvedRequest
+from mige_rt.sampling_params import SamplingParams
+from mige_rt.tokenizer import load_tokenizer
 
 _LEVELS = {
     "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mige_rt.graphs import GRAPHS
-
 from mige_rt.instruction import Task
 
 if TYPE_CHECKING:

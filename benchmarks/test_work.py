@@ -11,9 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
-from mige_rt.graphs import GRAPHS
-from mige_rt.sampling import SamplingParams
-from mige_rt.tokenization import collate, tokenize_prompt
 from numpy.typing import NDArray
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,8 +37,11 @@ from engines.pytorch import PyTorchEngine
 from export.inputs import sample_requests
 from mige_rt.config import PRESETS, ModelConfig
 from mige_rt.errors import InputError
+from mige_rt.graphs import GRAPHS
 from mige_rt.instruction import Task, compose_prompt
 from mige_rt.pipeline import MigePipeline, ResolvedRequest
+from mige_rt.prompt_tokens import collate, tokenize_prompt
+from mige_rt.sampling_params import SamplingParams
 
 ENCODERS = ("vae_encoder", "image_encoder", "text_encoder", "conditioner")
 TINY, XL = PRESETS["tiny"], PRESETS["xl"]

@@ -15,8 +15,6 @@
 from functools import cache
 from typing import Literal, get_args
 
-from mige_rt.tokenization import load_tokenizer, tokenize_prompt
-
 from benchmarks.baseline import PICTURE_SLOTS, all_branches
 from benchmarks.meter import Call, call
 from export.inputs import sample_requests
@@ -25,7 +23,9 @@ from mige_rt.config import ModelConfig, TaskDefaults
 from mige_rt.errors import InputError
 from mige_rt.guidance import branches
 from mige_rt.instruction import Task, compose_prompt
+from mige_rt.prompt_tokens import tokenize_prompt
 from mige_rt.scheduler import make_schedule
+from mige_rt.tokenizer import load_tokenizer
 
 Program = Literal["published", "encode_once", "ours"]
 

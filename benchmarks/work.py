@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
-from mige_rt.graphs import GRAPHS
-from mige_rt.sampling import SamplingParams
 from rich.console import Console
 from rich.table import Table
 
@@ -28,8 +26,10 @@ from mige_rt.bundle import read_config
 from mige_rt.cli.shared import Size
 from mige_rt.config import PRESETS, ModelConfig, Precision
 from mige_rt.errors import InputError
+from mige_rt.graphs import GRAPHS
 from mige_rt.instruction import Task
 from mige_rt.pipeline import MigePipeline
+from mige_rt.sampling_params import SamplingParams
 
 PROGRAMS: tuple[Program, ...] = get_args(Program)
 TASKS: tuple[Task, ...] = get_args(Task)

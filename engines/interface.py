@@ -85,6 +85,20 @@ class Engine(Protocol):
         ...
 
 
+def array_namespace(*arrays: Array) -> Any:
+    """The array API of these arrays' library (`array_api_compat`): NumPy's or PyTorch's functions."""
+    from array_api_compat import array_namespace as namespace
+
+    return namespace(*arrays)
+
+
+def device(array: Array) -> Any:
+    """Where an array lies, as its library's functions take it."""
+    from array_api_compat import device as device_of  # pyright: ignore[reportUnknownVariableType]
+
+    return device_of(array)  # pyright: ignore[reportUnknownVariableType, reportArgumentType]
+
+
 def to_numpy(values: Array) -> "NDArray[Any]":
     """An engine's array as a NumPy array of the same type, copied from the device if need be."""
     import numpy as np  # here, so that the command line can name engines in no time

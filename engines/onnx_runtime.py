@@ -78,7 +78,7 @@ class OnnxRuntimeEngine:
             return values
         import torch
 
-        return torch.from_numpy(values).to(self.device)
+        return torch.as_tensor(values, device=self.device)
 
     def run(self, graph: GraphName, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """See `Engine.run`."""
@@ -99,7 +99,7 @@ class OnnxRuntimeEngine:
     def _run_arrays(self, session: onnxruntime.InferenceSession, graph: GraphName, inputs: Arrays) -> Arrays:
         names = [spec.name for spec in GRAPHS[graph].outputs]
         try:
-            return dict(zip(names, cast("list[NDArray[Any]]", session.run(names, dict(inputs))), strict=True))
+            return dict(zip(names, session.run(names, dict(inputs)), strict=True))
         except Exception as error:  # the library's own classes derive from Exception alone
             raise InputError(f"ONNX Runtime could not run {graph} of {self.folder} ({error})") from error
 

@@ -209,14 +209,14 @@ def _read(folder: Path) -> Plans:
     path = folder / SIDECAR
     remedy = f"remove {folder}, and build again"
     try:
-        content: object = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}): {remedy}") from error
-    schema = cast("dict[str, object]", content).get("schema") if isinstance(content, dict) else None
+    schema = content.get("schema") if isinstance(content, dict) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     if isinstance(schema, int) and schema != SCHEMA:
         raise InputError(f"{path} has schema {schema}, this version of mige-rt reads {SCHEMA}: {remedy}")
     try:
-        sidecar = validate(_Sidecar, content, f"{path} is damaged")
+        sidecar = validate(_Sidecar, cast("object", content), f"{path} is damaged")
     except InputError as error:
         raise InputError(f"{error}: {remedy}") from error
     plans = Plans(folder, sidecar.target, sidecar.precision, sidecar.ranges, sidecar.options, sidecar.graphs)

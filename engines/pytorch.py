@@ -57,7 +57,7 @@ class PyTorchEngine:
         self.compiled = compile
         self._released: set[GraphName] = set(released)
         if compile and "denoiser" not in self._released:
-            self.model.denoiser.compile()
+            self.model.denoiser.compile()  # pyright: ignore[reportUnknownMemberType]
 
     @classmethod
     def open(cls, model: OpenedModel, options: EngineOptions) -> "PyTorchEngine":
@@ -89,7 +89,7 @@ class PyTorchEngine:
 
     def array(self, values: NDArray[Any]) -> Array:
         """See `Engine.array`."""
-        return values if self.device == "cpu" else torch.from_numpy(values).to(self.device)
+        return values if self.device == "cpu" else torch.as_tensor(values, device=self.device)
 
     @torch.inference_mode()
     def run(self, graph: GraphName, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -119,7 +119,7 @@ class PyTorchEngine:
         assert self.folder is not None
         loaded = load_model(self.folder, _DTYPES[self.precision], self.device, {graph}).graph(graph)
         if graph == "denoiser" and self.compiled:
-            loaded.compile()
+            loaded.compile()  # pyright: ignore[reportUnknownMemberType]
         self.model.set_graph(graph, loaded)
         self._released.remove(graph)
 

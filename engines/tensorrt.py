@@ -80,7 +80,7 @@ class TensorRTEngine:
 
     def array(self, values: NDArray[Any]) -> Array:
         """See `Engine.array`."""
-        return torch.from_numpy(values).to(self.device)
+        return torch.as_tensor(values, device=self.device)
 
     @torch.inference_mode(False)  # buffers made in inference mode could not be written outside it
     @torch.no_grad()
@@ -235,7 +235,7 @@ class _Plan:
         if shapes != self._shapes:
             self._shapes = {}  # until all are set
             for name, shape in shapes.items():
-                if not self.context.set_input_shape(name, shape):
+                if not self.context.set_input_shape(name, shape):  # pyright: ignore[reportUnknownMemberType]
                     raise InputError(
                         f"the plan of {self.graph} does not take {name} of shape {list(shape)}: the bundle was "
                         "exported for other sizes; see `mige-rt info`, and export it with larger limits"

@@ -16,9 +16,10 @@ from mige_rt.config import ModelConfig
 from mige_rt.graphs import GRAPHS, AxisRange, axis_size, resolved_axes, split_axis
 from mige_rt.instruction import compose_prompt
 from mige_rt.preprocessing import vae_pixels, vit_pixels
+from mige_rt.prompt_tokens import collate, tokenize_prompt
 from mige_rt.requests import ResolvedRequest, read_requests
 from mige_rt.scheduler import ALPHAS, SIGMAS, draw_noise
-from mige_rt.tokenization import collate, load_tokenizer, tokenize_prompt
+from mige_rt.tokenizer import load_tokenizer
 
 SAMPLES = Path(__file__).parent / "samples"  # requests.jsonl and its pictures
 TIMESTEP = 600  # at which the real latents are noisy

@@ -26,11 +26,11 @@ from mige_rt.bundle import TOKENIZER_FILE, open_model, read_config
 from mige_rt.config import Precision
 from mige_rt.errors import InputError
 from mige_rt.graphs import GRAPHS, AxisRange
-from mige_rt.image_output import to_image
 from mige_rt.pipeline import MigePipeline
+from mige_rt.postprocessing import to_image
 from mige_rt.requests import ResolvedRequest
-from mige_rt.sampling import SamplingParams
-from mige_rt.tokenization import load_tokenizer
+from mige_rt.sampling_params import SamplingParams
+from mige_rt.tokenizer import load_tokenizer
 from trainer.checkpoints.model_folder import load_model
 from trainer.preview import psnr
 

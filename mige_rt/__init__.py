@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
     from mige_rt.errors import InputError, NotAvailableError, NotFiniteError
     from mige_rt.pipeline import MigePipeline, MigePipelineOutput
-    from mige_rt.sampling import SamplingParams
+    from mige_rt.sampling_params import SamplingParams
 
 __all__ = [
     "InputError",
@@ -25,7 +25,7 @@ _MODULES = {
     "MigePipelineOutput": "mige_rt.pipeline",
     "NotAvailableError": "mige_rt.errors",
     "NotFiniteError": "mige_rt.errors",
-    "SamplingParams": "mige_rt.sampling",
+    "SamplingParams": "mige_rt.sampling_params",
 }
 
 

@@ -3,7 +3,7 @@
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from mige_rt.errors import InputError
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Generator[Path, None, None]:
     """A temporary name beside `path`, renamed to it when the block ends, and removed when the block fails.
 
     Args:
@@ -29,7 +29,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
+def atomic_folder(out: Path, *, replace: bool = False) -> Generator[Path, None, None]:
     """A temporary folder beside `out`, which becomes `out` when the block ends, and vanishes when it fails.
 
     A killed run leaves `OUT.partial-PID` at most.

@@ -190,16 +190,16 @@ def check_files(folder: Path, manifest: Manifest, *, everything: bool = False) -
 
 def describe(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """The manifest as plain data, and under `checks`, per graph, the validation's worst comparison from the report."""
-    content = manifest.to_json() | {"checks": {}}
+    checks_of: dict[str, Any] = {}
     try:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         for name, result in {**report["graphs"], "images": report.get("pipeline", {})}.items():
             if checks := result.get("checks"):
                 worst = max(checks, key=lambda check: check["rms"] / check["limit"])
-                content["checks"][name] = {"number": len(checks), "rms": worst["rms"], "limit": worst["limit"]}
+                checks_of[name] = {"number": len(checks), "rms": worst["rms"], "limit": worst["limit"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / REPORT} cannot be read ({error!r}): export or copy the bundle again") from error
-    return content
+    return manifest.to_json() | {"checks": checks_of}
 
 
 def file_entry(folder: Path, path: str) -> FileEntry:

@@ -9,20 +9,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace, device
 from cachetools import LRUCache
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from engines.interface import Array
+from engines.interface import Array, array_namespace, device
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
 from mige_rt.graph_runner import GraphRunner
 from mige_rt.image_size import Fit
 from mige_rt.preprocessing import vae_pixels, vit_pixels
+from mige_rt.prompt_tokens import TokenizedPrompt, collate, tokenize_prompt
 from mige_rt.requests import ResolvedRequest
-from mige_rt.sampling import SamplingPlan
-from mige_rt.tokenization import Tokenize, TokenizedPrompt, collate, tokenize_prompt
+from mige_rt.sampling_plan import SamplingPlan
+from mige_rt.tokenizer import Tokenize
 
 CACHED_PROMPTS = 32  # text states
 CACHED_LATENTS = 64  # of sources and references
@@ -168,11 +168,11 @@ def _batch_slots(
 def _padded(states: Sequence[Array], length: int) -> Array:
     """[length,D] of several lengths -> [B,length,D], with zeros at the end."""
     xp = array_namespace(*states)
-    rows = []
+    padded: list[Array] = []
     for state in states:
-        blank = xp.zeros((length - state.shape[0], state.shape[1]), dtype=state.dtype, device=device(state))
-        rows.append(xp.concat([state, blank]))
-    return xp.stack(rows)
+        zeros = xp.zeros((length - state.shape[0], state.shape[1]), dtype=state.dtype, device=device(state))
+        padded.append(xp.concat([state, zeros]))
+    return xp.stack(padded)
 
 
 def _digest(image: Image) -> bytes:

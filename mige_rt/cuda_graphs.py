@@ -1,7 +1,7 @@
 """A step of the loop as a CUDA graph, captured once for each shape and replayed."""
 
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from cachetools import LRUCache
@@ -49,7 +49,7 @@ class CudaGraphRunner:
                 while len(self._graphs) >= self._engine.max_cuda_graphs:
                     self._graphs.popitem()  # before the next is captured, which needs memory, too
                 self._warmed_up = key
-                outputs = self._step(inputs, latents, data_before, coefficients)
+                outputs = self._step_tensors(inputs, latents, data_before, coefficients)
             else:
                 self._graphs[key] = self._capture(inputs, latents, data_before, coefficients)
                 outputs = self._graphs[key](inputs, latents, data_before, coefficients)
@@ -65,13 +65,20 @@ class CudaGraphRunner:
         """How many graphs are held."""
         return len(self._graphs)
 
+    def _step_tensors(
+        self, inputs: LoopInputs, latents: Tensor, data_before: Tensor, coefficients: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return cast("tuple[Tensor, Tensor]", self._step(inputs, latents, data_before, coefficients))
+
     def _capture(
         self, inputs: LoopInputs, latents: Tensor, data_before: Tensor, coefficients: Tensor
     ) -> "_CapturedStep":
         static_inputs = replace(inputs, **{field.name: getattr(inputs, field.name).clone() for field in fields(inputs)})
         captured = _CapturedStep(static_inputs, latents.clone(), data_before.clone(), coefficients.clone())
         with torch.cuda.graph(captured.graph, stream=self._stream):
-            after, data = self._step(static_inputs, captured.latents, captured.data_before, captured.coefficients)
+            after, data = self._step_tensors(
+                static_inputs, captured.latents, captured.data_before, captured.coefficients
+            )
             captured.latents.copy_(after)
             captured.data_before.copy_(data)
         captured.held = (after, data, getattr(self._engine, "workspace", None))

@@ -7,11 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from array_api_compat import array_namespace, device
-
-from engines.interface import Array
+from engines.interface import Array, array_namespace, device
 from mige_rt.guidance import Branch
-from mige_rt.sampling import Approximations
+from mige_rt.sampling_params import Approximations
 from mige_rt.scheduler import SchedulerStep
 
 

@@ -21,7 +21,7 @@ def local_folder(name_or_path: str | Path, *, local_files_only: bool = False) ->
     path = Path(name_or_path)
     if path.exists() or not _REPOSITORY.fullmatch(str(name_or_path)):
         return path
-    from huggingface_hub import snapshot_download  # comes with tokenizers
+    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]  # comes with tokenizers
 
     try:
         return Path(snapshot_download(str(name_or_path), local_files_only=local_files_only))

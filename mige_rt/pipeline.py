@@ -5,16 +5,16 @@ import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
-from array_api_compat import array_namespace
 from PIL import Image
 
 from engines.factory import EngineOptions, open_engine
-from engines.interface import Array, Engine, to_numpy
+from engines.interface import Array, Engine, array_namespace, to_numpy
 from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, open_model
 from mige_rt.conditioning import ConditionEncoder
 from mige_rt.config import ModelConfig, Precision, SchedulerName
@@ -22,13 +22,14 @@ from mige_rt.denoise import Conditioning, Step, denoise, denoising_step
 from mige_rt.errors import InputError
 from mige_rt.graph_runner import GraphRunner
 from mige_rt.hub import local_folder
-from mige_rt.image_output import to_image
 from mige_rt.image_size import Fit
 from mige_rt.images import normalize_image
 from mige_rt.instruction import EditScope, Task
+from mige_rt.postprocessing import to_image
 from mige_rt.requests import Request, ResolvedRequest, resolve
-from mige_rt.sampling import SamplingParams, plan_sampling
-from mige_rt.tokenization import Tokenize, load_tokenizer
+from mige_rt.sampling_params import SamplingParams
+from mige_rt.sampling_plan import plan_sampling
+from mige_rt.tokenizer import Tokenize, load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Generator
@@ -57,7 +58,7 @@ class MigePipelineOutput:
 class MigePipeline:
     """MIGE on one engine: make an image of given things, edit an image, or both at once.
 
-    Example:
+    Examples:
         >>> from PIL import Image
         >>> from mige_rt import MigePipeline
         >>> pipe = MigePipeline.from_pretrained()
@@ -97,7 +98,7 @@ class MigePipeline:
         self.engine = engine
         self.runner = GraphRunner(engine, low_memory=low_memory)
         self.condition_encoder = ConditionEncoder(config, tokenize, self.runner)
-        self._step: Step = denoising_step(lambda **inputs: self.runner.run("denoiser", **inputs))
+        self._step: Step = denoising_step(partial(self.runner.run, "denoiser"))
         self._cuda_graphs: CudaGraphRunner | None = None
         if cuda_graphs and engine.max_cuda_graphs:
             from mige_rt import cuda_graphs as graphs  # needs torch

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 LONGEST_VALUE = 80  # characters of a given value that a message shows
+SIMILARITY = 0.7  # of two names, from 0 to 1, from which on one is taken for a misspelling of the other
 
 # What pydantic calls a valid type, in words that fit JSON, TOML and the command line alike.
 _EXPECTED = {
@@ -111,7 +112,7 @@ def validation_message(
         error: What pydantic raised.
         where: The file, table or request that was validated; begins the message.
         model: The pydantic model or dataclass that was validated against. Given, an unknown field is answered with the
-            known one whose name is nearest.
+            known one whose name is nearest, or with all known ones where none is near.
         unknown: Unknown fields besides those that pydantic found.
         missing: Missing fields, the same way.
 
@@ -143,8 +144,11 @@ def _name(location: Location) -> str:
 
 
 def _unknown(location: Location, model: type[Any] | None) -> str:
-    nearest = get_close_matches(str(location[-1]), _field_names(model, location[:-1]), n=1)
-    return f"unknown {_name(location)}" + (f", did you mean {nearest[0]}?" if nearest else "")
+    known = _field_names(model, location[:-1])
+    nearest = get_close_matches(str(location[-1]), known, n=1, cutoff=SIMILARITY)
+    if nearest:
+        return f"unknown {_name(location)}, did you mean {nearest[0]}?"
+    return f"unknown {_name(location)}" + (f", known are {', '.join(known)}" if known else "")
 
 
 def _wrong(detail: "ErrorDetails") -> str:
@@ -153,7 +157,8 @@ def _wrong(detail: "ErrorDetails") -> str:
     elif detail["type"] in _EXPECTED:
         text = f"expected {_EXPECTED[detail['type']]}"
     elif detail["msg"].startswith("Input should be "):
-        text = f"expected {detail['msg'].removeprefix('Input should be ').removeprefix('an instance of ')}"
+        expected = detail["msg"].removeprefix("Input should be ").removeprefix("an instance of ")
+        text = f"expected {'a number ' if expected.startswith(('greater', 'less')) else ''}{expected}"
     else:
         text = detail["msg"]
     if not detail["loc"]:  # of the whole, which would be too long to repeat

@@ -1,14 +1,13 @@
-"""`python -m trainer STAGE --config FILE --world DIR --state DIR`: the stages that make a model, in order."""
+"""`python -m trainer STAGE --config FILE --assets DIR --state DIR`: the stages that make a model, in order."""
 
 from pathlib import Path
 
 import click
 
 from mige_rt.errors import InputError
-from trainer.settings import load_settings
 
-HERE = Path(__file__).parent
-STARTED = ("looks", "qformer", "mige", "save")  # the stages that a model to go on from has a say in
+CONFIGS = Path(__file__).parent / "configs"
+STAGES_WITH_START = ("looks", "qformer", "mige", "save")  # those that can go on from an existing model
 
 
 @click.command(help=__doc__)
@@ -16,11 +15,15 @@ STARTED = ("looks", "qformer", "mige", "save")  # the stages that a model to go 
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
-    default=HERE / "configs" / "tiny.toml",
+    default=CONFIGS / "tiny.toml",
     show_default="the default model's",
 )
 @click.option(
-    "--world", type=click.Path(path_type=Path), required=True, help="folder made by python -m trainer.synthetic.fetch"
+    "--assets",
+    type=click.Path(path_type=Path),
+    metavar="ASSETS",
+    required=True,
+    help="folder of emoji images made by python -m trainer.synthetic.fetch",
 )
 @click.option(
     "--state", type=click.Path(path_type=Path), required=True, help="folder for states, logs, previews; resumed from"
@@ -28,17 +31,22 @@ STARTED = ("looks", "qformer", "mige", "save")  # the stages that a model to go 
 @click.option(
     "--start",
     type=click.Path(path_type=Path),
-    help=f"model folder or bundle to go on from, for the stages {', '.join(STARTED)}; the others are not needed then",
+    help=f"model folder or bundle to go on from, for the stages {', '.join(STAGES_WITH_START)}; vae and vit are not "
+    "needed then",
 )
-def main(stage: str, config: Path, world: Path, state: Path, start: Path | None) -> None:
+def main(stage: str, config: Path, assets: Path, state: Path, start: Path | None) -> None:
+    """Run one stage; bad input ends with exit code 2."""
+    from trainer.settings import load_settings
     from trainer.synthetic.concepts import load_concepts
 
     try:
-        if start is not None and stage not in STARTED:
-            raise InputError(f"--start means nothing to the stage {stage}, only to {', '.join(STARTED)}")
+        if start is not None and stage not in STAGES_WITH_START:
+            raise InputError(
+                f"--start means nothing to the stage {stage}, only to {', '.join(STAGES_WITH_START)}; leave it out"
+            )
         settings = load_settings(config)
-        model, every = settings.config(), load_concepts(world)
-        concepts = [concept for concept in every if not concept.held_out]
+        model, all_concepts = settings.config(), load_concepts(assets)
+        concepts = [concept for concept in all_concepts if not concept.held_out]
         if stage == "vae":
             from trainer.stages.train_vae import train_vae
 
@@ -50,15 +58,15 @@ def main(stage: str, config: Path, world: Path, state: Path, start: Path | None)
         elif stage == "looks":
             from trainer.stages.train_looks import train_looks
 
-            train_looks(model, settings.stage("looks"), every, state, start)
+            train_looks(model, settings.stage("looks"), all_concepts, state, start)
         elif stage == "qformer":
             from trainer.stages.train_qformer import train_qformer
 
-            train_qformer(model, settings.stage("qformer"), every, state, start)
+            train_qformer(model, settings.stage("qformer"), all_concepts, state, start)
         elif stage == "mige":
             from trainer.stages.train_mige import train_mige
 
-            train_mige(model, settings.stage("mige"), settings.ladder(), every, state, start)
+            train_mige(model, settings.stage("mige"), settings.ladder(), all_concepts, state, start)
         elif stage == "save":
             from trainer.stages.save_model import save
 

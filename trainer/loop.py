@@ -1,12 +1,10 @@
 """The training loop that every stage shares: optimiser, schedule, moving average, log, and a state to resume from."""
 
 import json
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.overrides import TorchFunctionMode
 
+from mige_rt.atomic import atomic_file
 from trainer.settings import StageSettings
 
 LOG_EVERY = 50  # steps
@@ -30,13 +29,6 @@ def rate_at(step: int, settings: StageSettings) -> float:
     warm = min(1.0, (step + 1) / max(1, settings.warmup))
     left = (settings.steps - step) / max(1, settings.decay)
     return warm * (0.1 + 0.9 * min(1.0, max(0.0, left)))
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file under a temporary name, then rename it, so that a killed run leaves the previous one."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    write(partial)
-    os.replace(partial, path)
 
 
 class Float32Attention(TorchFunctionMode):
@@ -105,7 +97,8 @@ def train(module: nn.Module, task: Task, settings: StageSettings, folder: Path) 
                 "step": step,
                 "hours": hours + (time.monotonic() - started) / 3600,
             }
-            write_whole(state_path, partial(torch.save, content))
+            with atomic_file(state_path) as temporary:
+                torch.save(content, temporary)
 
     started = saved = time.monotonic()
     sums: dict[str, float] = defaultdict(float)

@@ -1,108 +1,157 @@
-"""A training config file: TOML, one table a stage, read into frozen dataclasses."""
+"""A training config file: TOML with a preset's name and one table for each stage, checked against these types."""
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from mige_rt.config import PRESETS, ModelConfig
+from annotated_types import Ge, Gt, Le
+
+from mige_rt.config import PRESETS, ModelConfig, PositiveInt
 from mige_rt.errors import InputError
+from mige_rt.validation import validate
 
 TRAINED = ("vae", "vit", "looks", "qformer", "mige")  # the stages that train
+NonNegativeInt = Annotated[int, Ge(0)]
 
 
 @dataclass(frozen=True)
 class StageSettings:
-    """How one stage is optimised. Rates warm up linearly, stay constant, and fall linearly to a tenth at the end."""
+    """How one stage is optimised by AdamW.
 
-    steps: int
-    batch: int
-    rate: float  # AdamW's learning rate
-    warmup: int  # steps
-    decay: int  # steps at the end over which the rate falls
-    weight_decay: float
-    epsilon: float  # AdamW's
-    clip: float  # the gradient's norm
-    ema: float  # decay of the weights' moving average, per step
-    seed: int  # of the world's samples, and of every draw in training
+    The learning rate warms up linearly, stays constant, and falls linearly to a tenth at the end.
+
+    Attributes:
+        steps: Number of optimiser steps.
+        batch: Samples in a step, in each process.
+        rate: Peak learning rate.
+        warmup: Steps over which the rate rises.
+        decay: Steps at the end over which it falls.
+        weight_decay: AdamW's weight decay.
+        epsilon: AdamW's epsilon.
+        clip: Largest norm of the gradient.
+        ema: Decay per step of the weights' exponential moving average, 0 to 1.
+        seed: Seed of the synthetic samples and of every random draw in training.
+    """
+
+    steps: PositiveInt
+    batch: PositiveInt
+    rate: Annotated[float, Gt(0)]
+    warmup: NonNegativeInt
+    decay: NonNegativeInt
+    weight_decay: Annotated[float, Ge(0)]
+    epsilon: Annotated[float, Gt(0)]
+    clip: Annotated[float, Gt(0)]
+    ema: Annotated[float, Ge(0), Le(1)]
+    seed: NonNegativeInt
 
 
 @dataclass(frozen=True)
 class LadderSettings:
-    """What the stage mige learns from. Samples are made as they are needed, in shards that are used a few times."""
+    """What the stage `mige` learns from. Samples are made as they are needed, and used a few times.
 
-    shards: int  # kept of each rung
-    shard_samples: int
-    uses: int  # draws of a sample, on average
-    varied: float  # share of the things that are varied
-    noisy: float  # share of the timesteps that are drawn from the noisiest
-    asked: float  # what a pixel of what is asked for counts for, against 1 for any other
-    draws: int  # of noise and timestep for each encoded prompt
-    seed: int
+    Attributes:
+        shards: Files of samples that are kept for each rung of the ladder.
+        shard_samples: Samples in each file.
+        uses: How often a sample is drawn, on average, before newer ones take its place.
+        varied: Share of the concepts whose images are varied, 0 to 1.
+        noisy: Share of the timesteps that are drawn from the noisiest, 0 to 1; the others are drawn from all.
+        asked: Weight of the loss where an image shows what the instruction asks for; it is 1 elsewhere.
+        draws: Draws of noise and timestep for each encoded prompt.
+        seed: Seed of the synthetic samples.
+    """
+
+    shards: PositiveInt
+    shard_samples: PositiveInt
+    uses: PositiveInt
+    varied: Annotated[float, Ge(0), Le(1)]
+    noisy: Annotated[float, Ge(0), Le(1)]
+    asked: Annotated[float, Gt(0)]
+    draws: PositiveInt
+    seed: NonNegativeInt
+
+
+@dataclass(frozen=True)
+class _ConfigFile:
+    """A config file's keys. Tables are validated one by one afterwards, so that a message names the table."""
+
+    model: str | None = None
+    queries: PositiveInt | None = None
+    vae: dict[str, Any] | None = None
+    vit: dict[str, Any] | None = None
+    looks: dict[str, Any] | None = None
+    qformer: dict[str, Any] | None = None
+    ladder: dict[str, Any] | None = None
+    mige: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """A config file: a preset's name, and the tables of the stages that it is for."""
+    """A config file's content: the name of a preset, and the tables that the file has.
+
+    Attributes:
+        path: The file.
+        model: A key of mige_rt.config.PRESETS.
+        queries: Image tokens of the model, where they are not the preset's.
+        stages: The tables of the stages that train, by name.
+        ladder_table: The table of what the stage `mige` learns from; None where the file has none.
+    """
 
     path: Path
     model: str
-    queries: int | None  # image tokens, where they are not the preset's
+    queries: int | None
     stages: Mapping[str, StageSettings]
-    climb: LadderSettings | None
+    ladder_table: LadderSettings | None
+
+    def stage(self, name: str) -> StageSettings:
+        """The table of a stage that trains, one of TRAINED.
+
+        Raises:
+            InputError: The file has no such table.
+        """
+        if name not in self.stages:
+            raise InputError(f"{self.path} has no table [{name}]; write one, as in trainer/configs/tiny.toml")
+        return self.stages[name]
+
+    def ladder(self) -> LadderSettings:
+        """The table of what the stage `mige` learns from.
+
+        Raises:
+            InputError: The file has no such table.
+        """
+        if self.ladder_table is None:
+            raise InputError(f"{self.path} has no table [ladder]; write one, as in trainer/configs/tiny.toml")
+        return self.ladder_table
 
     def config(self) -> ModelConfig:
-        """The sizes of the model to train. Raises InputError when there is no such preset."""
-        if self.model not in PRESETS:
-            raise InputError(f"{self.path}: model is {self.model!r}, expected one of {', '.join(PRESETS)}")
+        """The sizes of the model to train."""
         preset = PRESETS[self.model]
         if self.queries is None:
             return preset
         return replace(preset, qformer=replace(preset.qformer, queries=self.queries))
 
-    def stage(self, name: str) -> StageSettings:
-        """The table of a stage that trains. Raises InputError when the file has none."""
-        if name not in self.stages:
-            raise InputError(f"{self.path} has no table [{name}]")
-        return self.stages[name]
-
-    def ladder(self) -> LadderSettings:
-        """The table of what the stage mige learns from. Raises InputError when the file has none."""
-        if self.climb is None:
-            raise InputError(f"{self.path} has no table [ladder]")
-        return self.climb
-
-
-def _table(kind: type[Any], data: dict[str, Any], where: str) -> Any:
-    names = {field.name: field.type for field in fields(kind)}
-    wrong = [f"unknown {name}" for name in data if name not in names] + [f"missing {n}" for n in names if n not in data]
-    for name, expected in names.items():
-        value = data.get(name)
-        if value is not None and type(value) is not expected and not (expected is float and type(value) is int):
-            wrong.append(f"{name} is {value!r}, expected {getattr(expected, '__name__', expected)}")
-    if wrong:
-        raise InputError(f"{where}: {'; '.join(wrong)}")
-    return kind(**data)
-
 
 def load_settings(path: Path) -> TrainingSettings:
-    """Read a config file. Raises InputError that names what is missing, unknown or of a wrong type in a table."""
+    """Read a config file.
+
+    Args:
+        path: A TOML file as in trainer/configs.
+
+    Raises:
+        InputError: The file cannot be read, or the message names what is unknown, missing or wrong in it.
+    """
     try:
-        data = tomllib.loads(path.read_text())
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"{path} cannot be read as a TOML file: {error}") from error
-    model, queries = data.pop("model", None), data.pop("queries", None)
-    unknown = [name for name, table in data.items() if name not in (*TRAINED, "ladder") or type(table) is not dict]
-    if queries is not None and (type(queries) is not int or queries < 1):
-        raise InputError(f"{path}: queries is {queries!r}, expected a number of image tokens")
-    if type(model) is not str or unknown:
-        what = f"unknown {', '.join(unknown)}" if unknown else f"model is {model!r}, expected a preset's name"
-        raise InputError(f"{path}: {what}; it has a model and tables [{'], ['.join((*TRAINED, 'ladder'))}]")
-    tables = {
-        name: _table(LadderSettings if name == "ladder" else StageSettings, table, f"{path} [{name}]")
-        for name, table in data.items()
+    file = validate(_ConfigFile, content, str(path))
+    if file.model is None or file.model not in PRESETS:
+        raise InputError(f"{path}: model is {file.model!r}, expected one of {', '.join(PRESETS)}")
+    stages = {
+        name: validate(StageSettings, table, f"{path} [{name}]")
+        for name in TRAINED
+        if (table := getattr(file, name)) is not None
     }
-    return TrainingSettings(
-        path, model, queries, {n: t for n, t in tables.items() if n != "ladder"}, tables.get("ladder")
-    )
+    ladder = None if file.ladder is None else validate(LadderSettings, file.ladder, f"{path} [ladder]")
+    return TrainingSettings(path, file.model, file.queries, stages, ladder)

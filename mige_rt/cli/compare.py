@@ -64,7 +64,7 @@ def compare(
     from mige_rt.atomic import atomic_folder
     from mige_rt.bundle import DEFAULT_MODEL
     from mige_rt.requests import read_requests
-    from mige_rt.sampling import SamplingParams
+    from mige_rt.sampling_params import SamplingParams
 
     requests = read_requests(prompts or SAMPLES / "requests.jsonl")  # first, since it costs less than opening models
     if reference_precision is None:

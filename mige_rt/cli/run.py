@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mige_rt.instruction import EditScope, Task
     from mige_rt.pipeline import CallbackOnStepEnd, MigePipeline
     from mige_rt.requests import RequestRecord, ResolvedRequest
-    from mige_rt.sampling import SamplingParams
+    from mige_rt.sampling_params import SamplingParams
 
 AT_ONCE = 4  # images of --num-images made together
 
@@ -67,7 +67,7 @@ class RunOptions:
 
     def sampling_params(self) -> "SamplingParams":
         """How to sample. Raises InputError when it is not possible with any model."""
-        from mige_rt.sampling import SamplingParams
+        from mige_rt.sampling_params import SamplingParams
 
         width, height = self.size or (self.width, self.height)
         params = SamplingParams(
@@ -275,11 +275,11 @@ def _make_images(pipe: "MigePipeline", job: _Job, params: "SamplingParams", edit
     """Make and write a job's images, AT_ONCE at a time, and print their paths."""
     from mige_rt.image_output import save_image
 
-    params = params.with_defaults(pipe.config, job.request.task)
+    resolved = params.with_defaults(pipe.config, job.request.task)
     metadata = {"prompt": job.prompt, "model": pipe.model_name, "task": job.request.task, "edit_scope": edit_scope}
     metadata |= {"engine": pipe.engine.name, "device": pipe.engine.device, "precision": pipe.engine.precision}
     sizes = ("width", "height")  # each image's own stands under `size`
-    metadata |= {k: str(v) for k, v in asdict(params).items() if v is not None and k not in sizes}
+    metadata |= {k: str(v) for k, v in asdict(resolved).items() if v is not None and k not in sizes}
     warnings: set[str] = set()
 
     def warn(sentence: str) -> None:
@@ -292,14 +292,15 @@ def _make_images(pipe: "MigePipeline", job: _Job, params: "SamplingParams", edit
         paths = job.paths[first : first + at_once]
         requests = [replace(job.request, seed=job.request.seed + first + i) for i in range(len(paths))]
         with progress("steps") as advance:
-            images = pipe.generate(requests, params, callback_on_step_end=_show_steps(advance, params), on_warning=warn)
+            on_step_end = _show_steps(advance, resolved.num_inference_steps)
+            images = pipe.generate(requests, params, callback_on_step_end=on_step_end, on_warning=warn)
         for request, path, image in zip(requests, paths, images, strict=True):
             save_image(image, path, {**metadata, "seed": str(request.seed), "size": f"{image.width}x{image.height}"})
             click.echo(path)
 
 
-def _show_steps(advance: Callable[[str, int, int], None], params: "SamplingParams") -> "CallbackOnStepEnd":
+def _show_steps(advance: Callable[[str, int, int], None], steps: int) -> "CallbackOnStepEnd":
     def on_step_end(pipe: "MigePipeline", step: int, timestep: float, values: dict[str, Any]) -> None:
-        advance("steps", step + 1, params.num_inference_steps or 0)
+        advance("steps", step + 1, steps)
 
     return on_step_end

@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
@@ -42,7 +42,7 @@ def model_options(command: F) -> F:
 
 
 @contextmanager
-def requires(extra: str, purpose: str) -> Iterator[None]:
+def requires(extra: str, purpose: str) -> Generator[None, None, None]:
     """Imports in this block are of packages that come with an extra.
 
     Args:
@@ -61,7 +61,7 @@ def requires(extra: str, purpose: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress(description: str) -> Iterator[Callable[[str, int, int], None]]:
+def progress(description: str) -> Generator[Callable[[str, int, int], None], None, None]:
     """A progress bar on stderr; the function given takes a description, what is done, and the total."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -77,7 +77,7 @@ def progress(description: str) -> Iterator[Callable[[str, int, int], None]]:
         yield advance
 
 
-class Scale(click.ParamType):
+class Scale(click.ParamType[float]):
     """A finite number."""
 
     name = "scale"
@@ -93,7 +93,7 @@ class Scale(click.ParamType):
         return number
 
 
-class StepRange(click.ParamType):
+class StepRange(click.ParamType[tuple[float, float]]):
     """A part of the steps, as 0.1-0.8."""
 
     name = "A-B"
@@ -107,7 +107,7 @@ class StepRange(click.ParamType):
         return first, last
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[tuple[int, int]]):
     """(width, height) in pixels, as 512 or 768x512."""
 
     name = "N|WxH"

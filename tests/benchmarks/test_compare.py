@@ -22,7 +22,7 @@ from mige_rt.errors import InputError
 from mige_rt.graphs import GRAPHS
 from mige_rt.pipeline import MigePipeline
 from mige_rt.requests import read_requests
-from mige_rt.sampling import SamplingParams
+from mige_rt.sampling_params import SamplingParams
 from trainer.evaluate import efficientnet_lite
 from trainer.preview import CELL
 from trainer.synthetic.concepts import Concept

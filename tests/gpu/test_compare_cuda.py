@@ -6,7 +6,7 @@ import torch
 from benchmarks.parity import compare_pipelines
 from export.inputs import sample_requests
 from mige_rt.pipeline import MigePipeline
-from mige_rt.sampling import SamplingParams
+from mige_rt.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

@@ -20,7 +20,7 @@ from export.build_plans import build
 from mige_rt.bundle import DEFAULT_MODEL, open_model, read_config
 from mige_rt.errors import InputError
 from mige_rt.pipeline import MigePipeline
-from mige_rt.tokenization import load_tokenizer
+from mige_rt.tokenizer import load_tokenizer
 from trainer.evaluate.metrics import psnr
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -39,7 +39,7 @@ def run(scales: tuple[float, float | None], seeds: list[int], steps: int = 6) ->
     given = None if scales[1] is None else source
     schedule = make_schedule("dpm_solver_pp_2m", steps, "v_prediction")
     conditioning = Conditioning(given, *conditions(len(guidance) * len(seeds)))
-    return denoise(denoising_step(denoiser), noise, conditioning, guidance, schedule), denoiser
+    return np.asarray(denoise(denoising_step(denoiser), noise, conditioning, guidance, schedule)), denoiser
 
 
 @pytest.mark.parametrize("scales", [(5.0, 1.6), (5.0, 1.0), (7.0, None)])

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from mige_rt.errors import InputError
-from mige_rt.image_output import check_output, save_image, to_image
+from mige_rt.image_output import check_output, save_image
 from mige_rt.image_size import aspect_size, cropped_share
 from mige_rt.images import normalize_image, open_image
+from mige_rt.postprocessing import to_image
 from mige_rt.preprocessing import vae_pixels, vit_pixels
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)

@@ -18,7 +18,8 @@ from mige_rt.instruction import (
     rewrite_instruction,
     words_before_cut,
 )
-from mige_rt.tokenization import collate, load_tokenizer, tokenize_prompt
+from mige_rt.prompt_tokens import collate, tokenize_prompt
+from mige_rt.tokenizer import load_tokenizer
 
 CASES = json.loads((Path(__file__).parents[1] / "data" / "reference" / "text.json").read_text(encoding="utf-8"))
 

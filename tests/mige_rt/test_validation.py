@@ -47,10 +47,10 @@ def _message(kind: type[Any], data: object) -> str:
     ("kind", "data", "message"),
     [
         (Stage, {"stepz": 3}, "a.toml: unknown stepz, did you mean steps?; missing steps"),
-        (Stage, {"steps": 3, "colour": 1}, "a.toml: unknown colour"),
+        (Stage, {"steps": 3, "colour": 1}, "a.toml: unknown colour, known are steps, rate"),
         (Stage, {"steps": "3"}, "a.toml: steps is '3', expected an integer"),
         (Stage, {"steps": True}, "a.toml: steps is True, expected an integer"),
-        (Stage, {"steps": 0}, "a.toml: steps is 0, expected greater than 0"),
+        (Stage, {"steps": 0}, "a.toml: steps is 0, expected a number greater than 0"),
         (Stage, {"steps": 1, "rate": 9.0}, "a.toml: rate times steps is too large"),
         (Stage, [1], "a.toml: expected an object"),
         (Config, {"model": 1, "modle": 2}, "a.toml: unknown modle, did you mean model?; model is 1, expected a string"),

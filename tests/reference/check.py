@@ -43,8 +43,8 @@ from mige_rt.denoise import denoise, denoising_step
 from mige_rt.errors import InputError
 from mige_rt.guidance import Branch, branches
 from mige_rt.instruction import count_placeholders
+from mige_rt.prompt_tokens import collate, tokenize_prompt
 from mige_rt.scheduler import make_schedule
-from mige_rt.tokenization import collate, tokenize_prompt
 from trainer.checkpoints.convert_published import check_published, our_shapes, our_tensor
 from trainer.checkpoints.model_folder import empty_model, fill
 from trainer.model.dit import sincos_positions

@@ -25,7 +25,7 @@ from mige_rt.config import (
 )
 from mige_rt.errors import InputError
 from mige_rt.graphs import GRAPHS
-from mige_rt.tokenization import load_tokenizer
+from mige_rt.tokenizer import load_tokenizer
 from trainer.checkpoints import model_folder as checkpoint
 from trainer.checkpoints.convert_published import (
     T5_EMBEDDINGS,

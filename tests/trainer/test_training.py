@@ -19,7 +19,7 @@ from mige_rt.config import PRESETS
 from mige_rt.errors import InputError
 from mige_rt.pipeline import MigePipeline
 from mige_rt.scheduler import ALPHAS, SIGMAS
-from mige_rt.tokenization import load_tokenizer
+from mige_rt.tokenizer import load_tokenizer
 from trainer.__main__ import main
 from trainer.loop import Float32Attention
 from trainer.model.encoders import ImageEncoder

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from mige_rt.tokenization import load_tokenizer
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from mige_rt.config import PRESETS, ModelConfig, VAEConfig
 from mige_rt.errors import InputError
+from mige_rt.tokenizer import load_tokenizer
 from trainer.model.mige import Mige
 from trainer.model.vae import make_vae
 from trainer.tokenizer import from_spiece

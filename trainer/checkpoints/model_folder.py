@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mige_rt.graphs import GRAPHS
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -23,6 +22,7 @@ from mige_rt.atomic import atomic_folder
 from mige_rt.bundle import SCHEMA, TOKENIZER_FILE, check_files, is_bundle, read_config, read_manifest
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
+from mige_rt.graphs import GRAPHS
 from trainer.checkpoints import convert_published as published
 from trainer.checkpoints.convert_published import differences, distinct_tensors, our_tensor
 from trainer.model.mige import Mige

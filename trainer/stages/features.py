@@ -22,7 +22,8 @@ from torch import Tensor
 from mige_rt.config import ModelConfig
 from mige_rt.instruction import compose_prompt
 from mige_rt.preprocessing import vae_pixels, vit_pixels
-from mige_rt.tokenization import Tokenize, tokenize_prompt
+from mige_rt.prompt_tokens import tokenize_prompt
+from mige_rt.tokenizer import Tokenize
 from trainer.model.encoders import ImageEncoder
 from trainer.model.vae import VAEEncoder
 from trainer.synthetic.concepts import Concept

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainer.loop import write_whole
+from mige_rt.atomic import atomic_file
 from trainer.synthetic.tasks import SHARES
 
 NEWEST_SHARE = 0.6  # of a batch, of the newest rung
@@ -83,7 +83,8 @@ class Climb:
     def begin_next(self, step: int) -> None:
         """The next rung begins at `step`."""
         self.began.append(step)
-        write_whole(self.path, lambda path: path.write_text(json.dumps(self.began) + "\n"))
+        with atomic_file(self.path) as temporary:
+            temporary.write_text(json.dumps(self.began) + "\n")
 
     def drawn(self, name: str, step: int, batch: int, ladder: Sequence[Rung] = LADDER) -> int:
         """How many samples of a rung the steps before `step` took."""

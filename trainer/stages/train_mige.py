@@ -13,16 +13,18 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from engines.pytorch import PyTorchEngine
+from mige_rt.atomic import atomic_file
 from mige_rt.bundle import TOKENIZER_FILE
 from mige_rt.config import ModelConfig
 from mige_rt.instruction import PLACEHOLDER, compose_prompt
 from mige_rt.pipeline import MigePipeline
-from mige_rt.sampling import SamplingParams
+from mige_rt.sampling_params import SamplingParams
 from mige_rt.scheduler import TRAIN_STEPS
-from mige_rt.tokenization import load_tokenizer
-from trainer.loop import Task, train, write_whole
+from mige_rt.tokenizer import load_tokenizer
+from trainer.contact_sheet import grid
+from trainer.loop import Task, train
 from trainer.objective import add_noise, objective
-from trainer.preview import answer, grid
+from trainer.preview import answer
 from trainer.settings import LadderSettings, StageSettings
 from trainer.stages.features import KIND_NAMES, Batch, FeatureMaker, RollingShards, collate
 from trainer.stages.ladder import KEPT_EDITS, LADDER, Climb, counts
@@ -193,7 +195,7 @@ def train_mige(
         ]
         shard = maker.shard(alone)
         shares = start_reading(module, collate([(shard, index) for index in range(START_SAMPLES)], config))
-        write_whole(folder / "start.json", lambda path: path.write_text(json.dumps(shares) + "\n"))
+        (folder / "start.json").write_text(json.dumps(shares) + "\n")
 
     def watch(average: nn.Module, step: int) -> dict[str, float]:
         """Measure each rung, begin the next where the newest one holds, and paint a preview."""
@@ -240,5 +242,6 @@ def state_tokenizer(config: ModelConfig, concepts: Sequence[Concept], state: Pat
             if start is not None
             else synthetic_tokenizer(known, config.text.vocabulary)
         )
-        write_whole(path, lambda partial_path: tokenizer.save(str(partial_path)))
+        with atomic_file(path) as temporary:
+            tokenizer.save(str(temporary))
     return path

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mige_rt.config import ModelConfig
-from mige_rt.image_output import to_image
+from mige_rt.postprocessing import to_image
 from trainer.loop import Task, train
 from trainer.model.vae import VAEDecoder, VAEEncoder, make_vae
 from trainer.settings import StageSettings

@@ -1,96 +1,24 @@
-"""How images are sampled: what the user asked for, and the plan that it comes to for a batch of requests."""
+"""The plan that a batch of requests comes to: sizes, guidance, schedule and noise, checked against the model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from mige_rt.config import ModelConfig, SchedulerName, TaskDefaults
+from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
 from mige_rt.graphs import AxisRange
 from mige_rt.guidance import Branch, branches
 from mige_rt.image_size import Fit, aspect_size, cropped_share
 from mige_rt.instruction import Task
 from mige_rt.requests import ResolvedRequest
+from mige_rt.sampling_params import Approximations, SamplingParams
 from mige_rt.scheduler import SchedulerStep, draw_noise, make_schedule
 
 MAX_ENLARGED = 16  # times the trained area; far beyond it, attention needs more memory than machines have
 CROP_WARNING = 0.1  # share of an image that is cropped away without a warning
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Approximations:
-    """What saves time and changes the image a little; by default nothing does.
-
-    Attributes:
-        guidance_range: Guidance is computed in this part of the steps alone, from a first to a last share of them
-            (Kynkaanniemi et al., 2024); in the others the most conditioned branch counts alone.
-        reuse: The data predicted at the last step that ran the model serve on until the latents have changed by this
-            share of their mean magnitude (TeaCache, Liu et al., 2024, on the denoiser as a whole).
-    """
-
-    guidance_range: tuple[float, float] = (0.0, 1.0)
-    reuse: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How images are sampled. None is the model's default for the task, unless another one is named.
-
-    Attributes:
-        num_inference_steps: Of the scheduler, 2 to 1000.
-        guidance_scale: How strongly the text counts; 1 is no guidance.
-        image_guidance_scale: How strongly the source counts; without a source it has no effect.
-        width: Of the image in pixels, a multiple of `ModelConfig.multiple`; None: the trained size.
-        height: The same.
-        fit: How images of another shape are fitted, see `preprocessing.vae_pixels`. aspect: the image takes the
-            source's shape, and no width or height may be given. None is the published way: crop, but references of
-            generation are padded.
-        scheduler: None: the published one, dpm_solver_pp_2m.
-        guidance_range: See `Approximations`; None: all steps.
-        reuse: See `Approximations`; None: never.
-    """
-
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    image_guidance_scale: float | None = None
-    width: int | None = None
-    height: int | None = None
-    fit: Fit | None = None
-    scheduler: SchedulerName | None = None
-    guidance_range: tuple[float, float] | None = None
-    reuse: float | None = None
-
-    def approximations(self) -> Approximations:
-        """What saves time.
-
-        Raises:
-            InputError: The range is no part of 0 to 1, or the threshold is not from 0 to below 1.
-        """
-        first, last = self.guidance_range or (0.0, 1.0)
-        if not 0 <= first < last <= 1:
-            raise InputError(
-                f"the guidance range is {first} to {last}; a part of 0 to 1 is expected, such as 0.1 to 0.8"
-            )
-        reuse = 0.0 if self.reuse is None else self.reuse
-        if not 0 <= reuse < 1:
-            raise InputError(f"the threshold of reuse is {reuse}; 0 (none) to 1 is expected, such as 0.05")
-        return Approximations((first, last), reuse)
-
-    def with_defaults(self, config: ModelConfig, task: Task) -> "SamplingParams":
-        """These parameters with the model's defaults for the task filled in; sizes and `fit` stay as they are."""
-        defaults = _task_defaults(config, task)
-        return replace(
-            self,
-            num_inference_steps=_given(self.num_inference_steps, defaults.num_inference_steps),
-            guidance_scale=_given(self.guidance_scale, defaults.guidance_scale),
-            image_guidance_scale=_given(self.image_guidance_scale, defaults.image_guidance_scale),
-        )
 
 
 @dataclass(frozen=True)
@@ -145,19 +73,15 @@ def plan_sampling(
     if len(tasks) > 1:
         raise InputError(f"the batch mixes the tasks {', '.join(sorted(tasks))}; run them apart")
     task, fit = requests[0].task, params.fit
-    defaults = _task_defaults(config, task)
-    image_guidance_scale = _given(params.image_guidance_scale, defaults.image_guidance_scale)
-    guidance = branches(
-        _given(params.guidance_scale, defaults.guidance_scale), None if task == "subject" else image_guidance_scale
-    )
-    steps = _given(params.num_inference_steps, defaults.num_inference_steps)
-    schedule = make_schedule(params.scheduler or "dpm_solver_pp_2m", steps, config.prediction)
+    resolved = params.with_defaults(config, task)
+    guidance = branches(resolved.guidance_scale, None if task == "subject" else resolved.image_guidance_scale)
+    schedule = make_schedule(resolved.scheduler, resolved.num_inference_steps, config.prediction)
     approximations = params.approximations()
     width, height = _output_size(requests, params, config)
     _check_limits(_requested_sizes(requests, width, height, config), limits, precision)
     noise_shape = (config.vae.channels, height // config.vae.factor, width // config.vae.factor)
     reference_fit: Fit = "crop" if fit == "crop" or (fit is None and task != "subject") else "pad"
-    warnings = []
+    warnings: list[str | None] = []
     if fit in (None, "crop"):
         warnings += [_crop_warning(request.source, width, height) for request in requests if request.source is not None]
     for request in requests:
@@ -189,7 +113,9 @@ def _output_size(requests: Sequence[ResolvedRequest], params: SamplingParams, co
         if len(sizes) > 1:
             raise InputError("the batch's sources have different shapes; run them apart, or use fit crop or pad")
         return sizes.pop()
-    width, height, multiple = _given(params.width, config.size), _given(params.height, config.size), config.multiple
+    width = config.size if params.width is None else params.width
+    height = config.size if params.height is None else params.height
+    multiple = config.multiple
     if min(width, height) < multiple or width % multiple or height % multiple:
         raise InputError(
             f"the size is {width}x{height}; both sides must be multiples of {multiple}, "
@@ -249,12 +175,3 @@ def _crop_warning(image: Image, width: int, height: int) -> str | None:
         f"{share:.0%} of an image of {image.width}x{image.height} is cropped away for {width}x{height}; "
         "fit aspect keeps the source's shape, fit pad keeps all of every image"
     )
-
-
-def _task_defaults(config: ModelConfig, task: Task) -> TaskDefaults:
-    defaults = config.defaults
-    return {"subject": defaults.subject, "edit": defaults.edit, "compose": defaults.compose}[task]
-
-
-def _given(value: T | None, default: T) -> T:
-    return default if value is None else value

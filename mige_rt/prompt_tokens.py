@@ -4,51 +4,15 @@ Shapes: B prompts, L tokens, Q query tokens an image, N images in the whole batc
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from mige_rt.errors import InputError
 from mige_rt.instruction import PLACEHOLDER, PLACEHOLDER_PATTERN, last_words
-
-END_OF_SEQUENCE = "</s>"
-END_ID = 1
-
-Tokenize = Callable[[str], list[int]]  # one text segment -> its ids, without special tokens
-
-
-def load_tokenizer(path: str | Path) -> Tokenize:
-    """Read a `tokenizer.json`.
-
-    Returns:
-        A function that gives a text segment's ids without special tokens.
-
-    Raises:
-        InputError: The file is missing, is no tokenizer, or does not end a sequence as T5 does (`</s>` = 1).
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(
-            f"no tokenizer at {path}: a tokenizer.json is expected there; give a whole model folder or bundle"
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise InputError(
-            f"{path} is not a readable tokenizer.json ({error}); make or download the model again"
-        ) from error
-    if (end_id := tokenizer.token_to_id(END_OF_SEQUENCE)) != END_ID:
-        raise InputError(
-            f"{path} is the tokenizer of another model: its {END_OF_SEQUENCE} has the id {end_id}, "
-            f"{END_ID} is expected; use the tokenizer that belongs to the model"
-        )
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+from mige_rt.tokenizer import END_ID, Tokenize
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +38,7 @@ def tokenize_prompt(
     Args:
         text: With placeholders.
         images: Which of the batch's N images stands at each placeholder, in their order.
-        tokenize: See `load_tokenizer`.
+        tokenize: See `tokenizer.load_tokenizer`.
         query_tokens: Q.
         max_tokens: A longer sequence is cut at its end, as published: the end-of-sequence id goes with it, and the cut
             may pass through an image's slots.
