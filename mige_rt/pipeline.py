@@ -108,7 +108,7 @@ class MigePipeline:
             self.runner.before_denoiser_release = self._cuda_graphs.clear
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # noqa: PLR0913, diffusers' way to open a model
         cls,
         name_or_path: str | Path = DEFAULT_MODEL,
         *,
@@ -156,7 +156,7 @@ class MigePipeline:
             cuda_graphs=cuda_graphs,
         )
 
-    def __call__(
+    def __call__(  # noqa: PLR0913, diffusers' way to sample
         self,
         prompt: str | Sequence[str],
         images: Sequence[Image.Image] | Sequence[Sequence[Image.Image]] | None = None,

@@ -199,7 +199,8 @@ def test_a_killed_export_leaves_nothing_that_looks_finished(tmp_path: Path) -> N
 @pytest.mark.parametrize("room", [100_000, 800_000])
 def test_a_full_disk_is_said(tmp_path: Path, room: int) -> None:
     """A file that may not grow past `room` bytes stands for it: the system's answer is of the same kind. The smaller
-    stops the tokenizer, the larger a graph's weights."""
+    stops the tokenizer, the larger a graph's weights.
+    """
     run = subprocess.run(
         [*EXPORT, "--out", str(tmp_path / "out")],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)),

@@ -103,7 +103,7 @@ def test_half_precision_is_tried_by_both_runtimes(bundles: Bundles, tmp_path: Pa
 # --- a part of a graph at a time ---
 
 
-@pytest.mark.parametrize("precision, graph", [("fp32", "text_encoder"), ("fp16", "denoiser"), ("int8", "denoiser")])
+@pytest.mark.parametrize(("precision", "graph"), [("fp32", "text_encoder"), ("fp16", "denoiser"), ("int8", "denoiser")])
 def test_a_graph_in_parts_gives_what_it_gives_whole(
     bundles: Bundles, precision: str, graph: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

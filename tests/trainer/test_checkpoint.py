@@ -127,14 +127,14 @@ def refused_state(edit: Edit) -> str:
 # --- the published names ---
 
 
-@pytest.mark.parametrize("preset, file, count", [("xl", "published", 1451), ("reduced", "reduced", 172)])
+@pytest.mark.parametrize(("preset", "file", "count"), [("xl", "published", 1451), ("reduced", "reduced", 172)])
 def test_the_published_keys_are_exactly_those_our_modules_need(preset: str, file: str, count: int) -> None:
     expected = {**published_shapes(PRESETS[preset]), **optional_shapes(PRESETS[preset])}
     assert expected == {key: tuple(shape) for key, shape in keys(file).items()}
     assert len(expected) == count
 
 
-@pytest.mark.parametrize("preset, file", [("xl", "published"), ("reduced", "reduced")])
+@pytest.mark.parametrize(("preset", "file"), [("xl", "published"), ("reduced", "reduced")])
 def test_published_keys_fill_all_of_our_weights_but_the_vaes(preset: str, file: str) -> None:
     state = {key: torch.empty(shape, device="meta") for key, shape in keys(file).items()}
     with torch.device("meta"):
@@ -148,7 +148,7 @@ def test_published_keys_fill_all_of_our_weights_but_the_vaes(preset: str, file: 
 
 
 @pytest.mark.parametrize(
-    "ours, published",
+    ("ours", "published"),
     [
         ("image_encoder.vision.encoder.layers.7.self_attn.projection.bias", "visual_encoder.blocks.7.attn.proj.bias"),
         ("image_encoder.vision.encoder.layers.7.layer_norm2.weight", "visual_encoder.blocks.7.norm2.weight"),
@@ -181,7 +181,7 @@ def test_the_vits_attention_bias_is_that_of_q_nothing_for_k_and_that_of_v() -> N
     assert torch.equal(v, state["visual_encoder.blocks.1.attn.v_bias"])
 
 
-@pytest.mark.parametrize("preset, file", [("xl", "published"), ("reduced", "reduced")])
+@pytest.mark.parametrize(("preset", "file"), [("xl", "published"), ("reduced", "reduced")])
 def test_the_size_is_told_from_the_keys(preset: str, file: str) -> None:
     assert check_published(hollow_state(keys(file)), "model.pth") == PRESETS[preset]
 
@@ -238,7 +238,7 @@ def test_the_two_embeddings_must_agree() -> None:
     assert "two tables of T5's embedding that differ" in message
 
 
-@pytest.mark.parametrize("value, kind", [(3, "int"), (torch.zeros(32, dtype=torch.int8), "torch.int8")])
+@pytest.mark.parametrize(("value", "kind"), [(3, "int"), (torch.zeros(32, dtype=torch.int8), "torch.int8")])
 def test_entries_that_are_no_weights_are_named(value: Any, kind: str) -> None:
     assert f"t5_proj.bias ({kind})" in refused_state(lambda state: state.update({"t5_proj.bias": value}))
 
@@ -302,7 +302,7 @@ def test_several_checkpoints(snapshot: Path) -> None:
     assert "(a.pth, b.pth)" in refusal(lambda: convert(snapshot, snapshot / "out", config=SMALL))
 
 
-@pytest.mark.parametrize("name, option", [("sd-vae-ft-ema", "--vae"), ("t5-v1_1-xxl", "--tokenizer")])
+@pytest.mark.parametrize(("name", "option"), [("sd-vae-ft-ema", "--vae"), ("t5-v1_1-xxl", "--tokenizer")])
 def test_a_folder_missing_beside_the_checkpoint(snapshot: Path, name: str, option: str) -> None:
     shutil.rmtree(snapshot / name)
     message = refusal(lambda: convert(snapshot / "model.pth", snapshot / "out", config=SMALL))
@@ -416,7 +416,7 @@ def test_a_full_disk_is_found_before_anything_is_written(
 
 
 @pytest.mark.parametrize(
-    "error, raised", [(OSError("disk on fire"), InputError), (KeyboardInterrupt(), KeyboardInterrupt)]
+    ("error", "raised"), [(OSError("disk on fire"), InputError), (KeyboardInterrupt(), KeyboardInterrupt)]
 )
 def test_a_failure_midway_leaves_nothing(original: Path, tmp_path: Path, error: Any, raised: type[Exception]) -> None:
     def fail(component: str, done: int, total: int) -> None:
@@ -609,7 +609,7 @@ def test_shards_of_two_models(model_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content, said",
+    ("content", "said"),
     [
         ({"schema": 99, "model": {}}, "has schema 99"),
         ({"schema": 1, "model": {"name": "x"}}, "missing config.vision"),
