@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 Array = Any  # NumPy on the CPU, torch on CUDA; both follow the array API
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
+GraphName = Literal["vae_encoder", "image_encoder", "text_encoder", "conditioner", "denoiser", "vae_decoder"]
 
 
 @dataclass(frozen=True)

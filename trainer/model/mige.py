@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from engines.interface import GraphName
 from mige_rt.config import ModelConfig
 from trainer.model.dit import Conditioner, Denoiser
 from trainer.model.encoders import ImageEncoder, TextEncoder
@@ -21,3 +22,11 @@ class Mige(nn.Module):
         self.conditioner = Conditioner(config)
         self.image_encoder = ImageEncoder(config, self.denoiser.x_embedder)
         self.text_encoder = TextEncoder(config)
+
+    def graph(self, name: GraphName) -> nn.Module:
+        """The module that computes the graph `name`."""
+        return self.get_submodule(name)
+
+    def set_graph(self, name: GraphName, module: nn.Module) -> None:
+        """Put `module` in the place of the graph `name`; what it shares with other graphs is shared no longer."""
+        self.set_submodule(name, module, strict=True)
