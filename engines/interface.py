@@ -43,7 +43,7 @@ class Graph:
 
 _CROSS_KV = Port("cross_kv", "float32", ("2", "depth", "R", "heads", "L", "head_dim"))
 
-GRAPHS: dict[str, Graph] = {
+GRAPHS: dict[GraphName, Graph] = {
     "vae_encoder": Graph(
         (Port("pixels_vae", "float32", ("M", "3", "f*eh", "f*ew")),),
         (
