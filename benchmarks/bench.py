@@ -18,7 +18,7 @@ from benchmarks.machine import environment, measure_peaks
 from benchmarks.worker import CandidateError, Worker
 from engines.factory import ENGINES, has_nvidia_driver
 from engines.interface import Precision
-from export.exporter import Limits, export_bundle
+from export.exporter import ExportLimits, ExportOptions, export_bundle
 from mige_rt.bundle import is_bundle, read_config, read_manifest
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
@@ -96,9 +96,15 @@ def _models(plan: Plan, config: ModelConfig, found: Findings, say: OnProgress) -
                 continue  # only PyTorch computes in it here, which needs no bundle
             say(f"exporting {precision} for the time being", 0, 0)
             sides = [side for size in plan.sizes for side in size] or [config.size]
-            limits = Limits(max(plan.batches), max(plan.references), (min(sides), max(sides)))
+            limits = ExportLimits(max(plan.batches), max(plan.references), (min(sides), max(sides)))
             try:
-                export_bundle(str(plan.models[0]), Path(scratch) / precision, precision, limits, validate=False)
+                export_bundle(
+                    str(plan.models[0]),
+                    Path(scratch) / precision,
+                    precision,
+                    limits,
+                    options=ExportOptions(validate=False),
+                )
                 models[precision] = Path(scratch) / precision
             except (InputError, RuntimeError) as error:
                 found.skip(f"a bundle in {precision}", str(error))

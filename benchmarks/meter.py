@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from engines.interface import GRAPHS, Precision, axis_size
 from mige_rt.bundle import resolved_axes
 from mige_rt.config import ModelConfig
-from trainer.checkpoints.model_folder import empty_model
+from trainer.checkpoints.weights import empty_model
 from trainer.model.mige import Mige
 
 _TYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}

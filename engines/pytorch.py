@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from engines.interface import GRAPHS, Array, Precision, Range
 from mige_rt.errors import InputError, NotAvailableError
-from trainer.checkpoints.model_folder import empty_model, load_model
+from trainer.checkpoints.model_folder import load_model
+from trainer.checkpoints.weights import empty_model
 from trainer.model.mige import Mige
 
 _DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -7,14 +7,17 @@ import numpy as np
 import onnx_ir as ir
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
+from engines.interface import GraphName
+from export.context import ExportTarget
 from export.graphs import strip, write_weights
 from export.precision import TABLES
 
 
-def quantise(graph: str, onnx_path: Path, weights_path: Path) -> None:
+def quantise(graph: GraphName, target: ExportTarget) -> None:
     """Replace a float32 graph's two files by quantised ones; a graph that its precision's table leaves alone stays."""
     if "int8" not in str(TABLES["int8"][graph]):
         return
+    onnx_path, weights_path = target.onnx_path(graph), target.weights_path(graph)
     with tempfile.TemporaryDirectory(dir=onnx_path.parent) as scratch:
         folded, path = Path(scratch) / "folded.onnx", Path(scratch) / "quantised.onnx"
         model = ir.load(onnx_path)

@@ -44,7 +44,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     @cache
     def bundle(precision: str) -> Path:
         out = tmp_path_factory.mktemp("bundles") / precision
-        export.exporter.export_bundle("tiny", out, precision, export.exporter.Limits(4, 4, (32, 128)))
+        export.exporter.export_bundle("tiny", out, precision, export.exporter.ExportLimits(4, 4, (32, 128)))
         return out
 
     return bundle

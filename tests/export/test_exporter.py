@@ -19,13 +19,13 @@ from PIL import Image
 from safetensors import safe_open
 
 from engines.interface import GRAPHS
-from export.exporter import Limits, axis_ranges, export_bundle
+from export.exporter import ExportLimits, ExportOptions, axis_ranges, export_bundle
 from mige_rt.bundle import DEFAULT_MODEL, MANIFEST, read_manifest
 from mige_rt.cli import main
 from mige_rt.config import PRESETS
 from mige_rt.errors import InputError
 from mige_rt.pipeline import MigePipeline
-from trainer.preview import psnr
+from trainer.evaluate.metrics import psnr
 
 Bundles = Callable[[str], Path]
 EXPORT = [sys.executable, "-m", "mige_rt.cli", "export", "--no-validate"]
@@ -91,7 +91,8 @@ def test_weights_are_kept_as_the_checkpoint_has_them(bundles: Bundles) -> None:
 
 
 def test_equal_inputs_give_equal_graphs_and_manifest(bundles: Bundles, tmp_path: Path) -> None:
-    export_bundle("tiny", tmp_path / "again", "fp32", Limits(4, 4, (32, 128)), validate=False)
+    unvalidated = ExportOptions(validate=False)
+    export_bundle("tiny", tmp_path / "again", "fp32", ExportLimits(4, 4, (32, 128)), options=unvalidated)
     for path in (bundles("fp32")).rglob("*"):
         name = path.relative_to(bundles("fp32"))
         if path.is_file() and name.name not in ("report.json", MANIFEST) and "engines" not in name.parts:
@@ -168,8 +169,8 @@ def test_what_cannot_be_asked_for(bundles: Bundles, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert "expected one of fp32, fp16, bf16, int8" in refusal(lambda: export_bundle("tiny", out, "fp8"))
     assert "is no path here" in refusal(lambda: export_bundle("nobody/nothing", out, "fp32"))
-    assert "multiples of 8 pixels" in refusal(lambda: export_bundle("tiny", out, "fp32", Limits(4, 4, (30, 60))))
-    assert "at most 63" in refusal(lambda: export_bundle("tiny", out, "fp32", Limits(16, 16)))
+    assert "multiples of 8 pixels" in refusal(lambda: export_bundle("tiny", out, "fp32", ExportLimits(4, 4, (30, 60))))
+    assert "at most 63" in refusal(lambda: export_bundle("tiny", out, "fp32", ExportLimits(16, 16)))
     asked = "exported in fp32, and fp16 was asked for"
     assert asked in refusal(lambda: MigePipeline.from_pretrained(bundles("fp32"), "onnxruntime", precision="fp16"))
     assert not list(tmp_path.iterdir())
@@ -178,7 +179,7 @@ def test_what_cannot_be_asked_for(bundles: Bundles, tmp_path: Path) -> None:
 
 
 def test_a_fixed_size_is_fixed_but_for_the_encoder_of_references() -> None:
-    ranges = axis_ranges(PRESETS["xl"], Limits(1, 2, (1024, 1024)))
+    ranges = axis_ranges(PRESETS["xl"], ExportLimits(1, 2, (1024, 1024)))
     assert (ranges["h"].smallest, ranges["h"].largest) == (128, 128)
     assert (ranges["eh"].smallest, ranges["eh"].usual, ranges["eh"].largest) == (64, 64, 128)
     assert ranges["N"].largest == 2 and ranges["R"].largest == 3

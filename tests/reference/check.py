@@ -36,7 +36,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 from made_up import normal, weight
 
-from export.exporter import Limits, axis_ranges
+from export.context import ExportTarget
+from export.exporter import ExportLimits, axis_ranges
 from export.graphs import export_graph
 from mige_rt.config import PRESETS, ModelConfig, TextConfig
 from mige_rt.denoise import denoise, plain_step
@@ -44,8 +45,8 @@ from mige_rt.errors import InputError
 from mige_rt.guidance import Branch, branches
 from mige_rt.instruction import collate, count_placeholders, encode_prompt
 from mige_rt.scheduler import solver_table
-from trainer.checkpoints.convert_published import check_published, our_shapes, our_tensor
-from trainer.checkpoints.model_folder import empty_model, fill
+from trainer.checkpoints.published_names import check_published, our_tensor
+from trainer.checkpoints.weights import empty_model, fill, our_shapes
 from trainer.model.dit import sincos_positions
 from trainer.model.mige import Mige
 
@@ -394,10 +395,9 @@ class OnnxGraphs:
         self.sessions = {}
         for graph in ("image_encoder", "text_encoder", "conditioner", "denoiser"):
             path = folder / f"{graph}.onnx"
-            module, stored = getattr(empty_model(self.config), graph), getattr(model, graph).state_dict()
-            ranges = axis_ranges(self.config, Limits())
-            weights = path.with_suffix(".safetensors")
-            export_graph(graph, module, stored.__getitem__, "fp32", self.config, ranges, path, weights)
+            stored = model.graph(graph).state_dict()
+            target = ExportTarget(self.config, "fp32", axis_ranges(self.config, ExportLimits()), folder)
+            export_graph(graph, empty_model(self.config).graph(graph), stored.__getitem__, target)
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3  # errors
             self.sessions[graph] = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
