@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 from engines.interface import GRAPHS, GraphName, Range, axis_size
 from engines.plans import PRODUCTS, SIDECAR, PlanEngine, PlanEntry, Plans, Target, fingerprint
@@ -206,6 +207,6 @@ def _find_gpu(engine: PlanEngine, device: str) -> _Gpu:
     index = find_device(engine, device)
     import torch
 
-    properties = torch.cuda.get_device_properties(index)
+    properties = cast(Any, torch.cuda.get_device_properties(index))  # pyright: ignore[reportUnknownMemberType]
     free, _ = torch.cuda.mem_get_info(index)
     return _Gpu(properties.name, f"{properties.major}.{properties.minor}", f"GPU-{properties.uuid}", free)

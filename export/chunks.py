@@ -10,15 +10,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
-import torch
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from export.onnx_files import Session, load_proto, open_session
 from export.reference import Feed, Outputs
 
 CHUNK_BYTES = 1_500_000_000  # of a part's weights, as float32
-_FOLDER = "session.model_external_initializers_file_folder_path"  # where ONNX Runtime looks for a model of bytes
 
 
 @dataclass
@@ -46,9 +44,9 @@ def run_onnx(path: Path, feeds: Sequence[Feed], limit: int | None = None, *, wid
         NotImplementedError: a graph with control flow is to be run in parts.
     """
     if limit is None and not widen:
-        session = onnxruntime.InferenceSession(str(path), _options(), providers=["CPUExecutionProvider"])
+        session = open_session(path)
         return [_run(session, feed) for feed in feeds]
-    model = onnx.load(path, load_external_data=False)
+    model = load_proto(path)
     if widen:
         _widen(model)
     graph = DividedGraph(model)
@@ -59,9 +57,7 @@ def run_onnx(path: Path, feeds: Sequence[Feed], limit: int | None = None, *, wid
         read = {name for other in chunks[number + 1 :] for node in other.nodes for name in node.input}
         later = {name for name in read if not graph.is_constant(name)}.union(output_names)
         part = graph.model(chunk, values[0], later)
-        options = _options()
-        options.add_session_config_entry(_FOLDER, str(path.parent.absolute()))
-        session = onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = open_session(part.SerializeToString(), path.parent)
         for held in values:
             held.update(_run(session, {spec.name: held[spec.name] for spec in session.get_inputs()}))
             for name in held.keys() - later:
@@ -70,19 +66,9 @@ def run_onnx(path: Path, feeds: Sequence[Feed], limit: int | None = None, *, wid
     return [{name: held[name] for name in output_names} for held in values]
 
 
-def _run(session: onnxruntime.InferenceSession, feed: Feed) -> Outputs:
+def _run(session: Session, feed: Feed) -> Outputs:
     names = [spec.name for spec in session.get_outputs()]
-    outputs: Sequence[Any] = session.run(names, dict(feed))
-    return {name: np.asarray(output) for name, output in zip(names, outputs, strict=True)}
-
-
-def _options() -> onnxruntime.SessionOptions:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.enable_cpu_mem_arena = False  # which keeps the most that any run took
-    options.enable_mem_pattern = False  # which is made for runs of one shape
-    return options
+    return {name: np.asarray(output) for name, output in zip(names, session.run(names, feed), strict=True)}
 
 
 class DividedGraph:
@@ -165,7 +151,7 @@ def _widen(model: onnx.ModelProto) -> None:
     """Replace bfloat16 by float32 throughout: in weights, which are cast when they are loaded, constants and casts."""
     graph = model.graph
     del graph.value_info[:]
-    casts = []
+    casts: list[NodeProto] = []
     for tensor in graph.initializer:
         if tensor.data_type == TensorProto.BFLOAT16:
             wide, tensor.name = tensor.name, f"{tensor.name}.bfloat16"

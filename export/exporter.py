@@ -5,7 +5,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -143,7 +143,7 @@ def locate_checkpoint(ckpt: str, options: ExportOptions = ExportOptions()) -> Ch
 
 
 def _download(name: str) -> str:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]: untyped arguments
 
     try:
         return snapshot_download(name)
@@ -227,7 +227,7 @@ def export_bundle(
 
 
 @contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
+def _disk_errors(out: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:

@@ -10,12 +10,11 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import torch
 from onnxscript import optimizer
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from engines.interface import GRAPHS, GraphName, axis_size, split_axis
 from export.context import ExportTarget
+from export.onnx_files import check_file, save_ir
 from export.precision import PreciseGraph
 from mige_rt.bundle import resolved_axes
 from mige_rt.errors import InputError
@@ -89,10 +89,10 @@ def export_graph(graph: GraphName, module: nn.Module, stored: Callable[[str], Te
             if name in places:
                 tensor = _in_file(name, layout[name], weights_path, places[name])
                 _point_to_file(model, value, tensor, _ONNX[weights[name].dtype])
-        ir.save(model, onnx_path)
+        save_ir(model, onnx_path)
     except OSError as error:
         raise InputError(f"{onnx_path.parent} cannot be written ({error}): make room, or give another path") from error
-    onnx.checker.check_model(str(onnx_path))
+    check_file(onnx_path)
     return sum(math.prod(shape) for _, shape in layout.values())
 
 
@@ -125,7 +125,7 @@ def _trace(graph: GraphName, precise: PreciseGraph, target: ExportTarget) -> ir.
     # Of torchvision, which we do without.
     with _errors_alone("torch.onnx"), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
+        program = torch.onnx.export(  # pyright: ignore[reportUnknownMemberType]: untyped defaults
             precise,
             tuple(inputs),
             input_names=[spec.name for spec in GRAPHS[graph].inputs],
@@ -144,7 +144,7 @@ def _trace(graph: GraphName, precise: PreciseGraph, target: ExportTarget) -> ir.
 
 
 @contextmanager
-def _errors_alone(*names: str) -> Iterator[None]:
+def _errors_alone(*names: str) -> Generator[None]:
     """Let these loggers report errors and nothing less."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
@@ -246,7 +246,7 @@ def _point_to_file(model: ir.Model, value: ir.Value, tensor: ir.ExternalTensor, 
 def write_weights(model: ir.Model, path: Path) -> None:
     """Move a graph's large initializers, which have values, to a safetensors file, and let it read them from there."""
     large = {
-        name: torch.from_numpy(value.const_value.numpy().copy())
+        name: torch.as_tensor(value.const_value.numpy().copy())
         for name, value in model.graph.initializers.items()
         if value.const_value is not None and value.const_value.nbytes > INLINE
     }

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsInt
+from typing import TYPE_CHECKING, Any, SupportsInt, cast
 
 from engines.trt_runtime import import_runtime, make_logger
 from export.memory import peak_bytes
@@ -27,7 +27,7 @@ def make_monitor(trt: Any, on_phase: OnPhase) -> Any:
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
-            super().__init__()  # pybind11 wants it
+            super().__init__()  # pyright: ignore[reportUnknownMemberType]: pybind11 wants the call
             self.steps: dict[str, int] = {}
             self.reported = 0.0
 
@@ -80,12 +80,13 @@ def work(job: PlanJob, on_phase: OnPhase) -> BuiltPlan:
     if job.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace)
     # The workspace is then sized by the shapes that run, not by the largest. By name, since previews come and go.
-    if feature := trt.PreviewFeature.__members__.get("RUNTIME_ACTIVATION_RESIZE_10_10"):
+    previews = cast(dict[str, Any], trt.PreviewFeature.__members__)  # pyright: ignore[reportUnknownMemberType]
+    if feature := previews.get("RUNTIME_ACTIVATION_RESIZE_10_10"):
         config.set_preview_feature(feature, True)
     ranges = builder.create_optimization_profile()
     for i in range(network.num_inputs):
         name = network.get_input(i).name
-        ranges.set_shape(name, *job.profile[name])
+        ranges.set_shape(name, *(trt.Dims(shape) for shape in job.profile[name]))
     if config.add_optimization_profile(ranges) < 0:
         raise BuildError(f"the ranges {job.profile} are not possible: {logger.said()}")
     if job.engine == "tensorrt-rtx":

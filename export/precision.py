@@ -2,7 +2,7 @@
 typed, so that the graph's own types decide."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,18 +23,28 @@ _INT8 = {
     "softmax": "float32",
 }
 
+
+def _for_all(layers: dict[str, str], residual: str) -> dict[GraphName, dict[str, str]]:
+    return {graph: {**layers, "residual": residual} for graph in GRAPHS}
+
+
 # Per graph and kind of layer, what computes in what; the borders of every graph are float32. T5's residual passes
-# 65,504 on some prompts (export of T5 v1.1 in half precision, transformers' `_keep_in_fp32_modules`), hence its row.
+# 65,504 on some prompts (export of T5 v1.1 in half precision, transformers' `_keep_in_fp32_modules`), hence its entry.
 TABLES: dict[Precision, dict[GraphName, dict[str, str]]] = {
-    "fp32": {graph: {**_FULL, "residual": "float32"} for graph in GRAPHS},
-    "fp16": {graph: {**_HALF, "residual": "float16"} for graph in GRAPHS}
-    | {"text_encoder": {**_HALF, "feed-forward's product and wo": "float32", "residual": "float32"}},
-    "bf16": {graph: {**_BRAIN, "residual": "bfloat16"} for graph in GRAPHS},
+    "fp32": _for_all(_FULL, "float32"),
+    "fp16": {
+        **_for_all(_HALF, "float16"),
+        "text_encoder": {**_HALF, "feed-forward's product and wo": "float32", "residual": "float32"},
+    },
+    "bf16": _for_all(_BRAIN, "bfloat16"),
     # Convolutions gain nothing from dynamic quantisation, so the VAE stays as it is. The inputs of T5's wo have
     # outliers that one scale for all of them cannot hold beside the rest.
-    "int8": {graph: {**_INT8, "residual": "float32"} for graph in GRAPHS}
-    | {"text_encoder": {**_INT8, "feed-forward's wo": "float32", "residual": "float32"}}
-    | {graph: {**_FULL, "residual": "float32"} for graph in ("vae_encoder", "vae_decoder")},
+    "int8": {
+        **_for_all(_INT8, "float32"),
+        "text_encoder": {**_INT8, "feed-forward's wo": "float32", "residual": "float32"},
+        "vae_encoder": {**_FULL, "residual": "float32"},
+        "vae_decoder": {**_FULL, "residual": "float32"},
+    },
 }
 _DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -49,7 +59,7 @@ def check_precision(precision: str) -> Precision:
     """Raises InputError when it is none of fp32, fp16, bf16, int8."""
     if precision not in TABLES:
         raise InputError(f"there is no precision {precision!r}; expected one of {', '.join(get_args(Precision))}")
-    return cast(Precision, precision)
+    return precision
 
 
 class WideAccumulation(TorchFunctionMode):

@@ -32,7 +32,7 @@ def run_module(graph: GraphName, module: nn.Module, feed: Feed) -> Outputs:
     """A graph's outputs by its module."""
     with torch.no_grad():
         outputs: Tensor | tuple[Tensor, ...] = module(
-            *(torch.from_numpy(feed[spec.name]) for spec in GRAPHS[graph].inputs)
+            *(torch.as_tensor(feed[spec.name]) for spec in GRAPHS[graph].inputs)
         )
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     return {spec.name: output.numpy() for spec, output in zip(GRAPHS[graph].outputs, outputs, strict=True)}
