@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from PIL.Image import Image as Picture
 
 from engines.interface import Array, Engine, to_numpy
-from engines.wrapper import EngineProxy
+from engines.wrapper import EngineWrapper
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
 from mige_rt.guidance import Branch, branches
 from mige_rt.instruction import Task
-from mige_rt.pipeline import MigePipeline, Settings
-from mige_rt.requests import Resolved
+from mige_rt.pipeline import MigePipeline
+from mige_rt.requests import ResolvedRequest
+from mige_rt.sampling_params import SamplingParams
 
 PICTURE_SLOTS = 4  # pictures a prompt that the published code encodes, always
 
@@ -33,7 +34,7 @@ def all_branches(task: Task) -> list[Branch]:
     return branches(3.0, None if task == "subject" else 2.0)
 
 
-class CountingEngine(EngineProxy):
+class CountingEngine(EngineWrapper):
     """An engine, and how often each of its graphs was run."""
 
     def __init__(self, engine: Engine) -> None:
@@ -58,8 +59,8 @@ class AsPublished:
 
     def make(
         self,
-        batch: Sequence[Resolved],
-        settings: Settings,
+        batch: Sequence[ResolvedRequest],
+        settings: SamplingParams,
         on_step: Callable[[int, int], None] | None = None,
         on_warning: Callable[[str], None] | None = None,
     ) -> list[Picture]:
@@ -69,8 +70,8 @@ class AsPublished:
         """
         task = batch[0].task
         complete = self.pipe.complete(settings, task)
-        assert complete.text_scale is not None
-        kept = branches(complete.text_scale, None if task == "subject" else complete.source_scale)
+        assert complete.guidance_scale is not None
+        kept = branches(complete.guidance_scale, None if task == "subject" else complete.image_guidance_scale)
         engine = CountingEngine(self.pipe.engine)
         self.calls = engine.calls
         schedule = _EncodeOnce if self.encode_once else _Published
@@ -84,7 +85,7 @@ class AsPublished:
         return pipe.make(batch, settings, on_step, on_warning)
 
 
-class _EncodeOnce(EngineProxy):
+class _EncodeOnce(EngineWrapper):
     """An engine that computes every branch, though it is asked for those that count."""
 
     def __init__(

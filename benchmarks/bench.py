@@ -17,10 +17,9 @@ from benchmarks.findings import Findings, model_name, title
 from benchmarks.machine import environment, measure_peaks
 from benchmarks.worker import CandidateError, Worker
 from engines.factory import ENGINES, has_nvidia_driver
-from engines.interface import Precision
 from export.exporter import ExportLimits, ExportOptions, export_bundle
 from mige_rt.bundle import is_bundle, read_config, read_manifest
-from mige_rt.config import ModelConfig
+from mige_rt.config import ModelConfig, Precision
 from mige_rt.errors import InputError
 
 
@@ -37,8 +36,8 @@ class Plan:
     references: tuple[int, ...] = (1,)
     batches: tuple[int, ...] = (1,)
     steps: tuple[int, ...] = (60,)  # the published edits'
-    text_scale: float = 5.0
-    source_scale: float = 1.0
+    guidance_scale: float = 5.0
+    image_guidance_scale: float = 1.0
     effort: Effort = field(default_factory=Effort)
     compile: bool = True  # torch.compile as a candidate
     peak_side: int | None = None  # see `machine.measure_peaks`
@@ -46,7 +45,7 @@ class Plan:
 
     def cases(self, config: ModelConfig) -> list[Case]:
         return [
-            Case(references, batch, steps, size, self.text_scale, self.source_scale)
+            Case(references, batch, steps, size, self.guidance_scale, self.image_guidance_scale)
             for size in self.sizes or ((config.size, config.size),)
             for batch in self.batches
             for steps in sorted(self.steps, reverse=True)

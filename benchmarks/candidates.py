@@ -11,10 +11,10 @@ from PIL.Image import Image as Picture
 import export
 from benchmarks.table import TITLES
 from engines.factory import ENGINES, Asked
-from mige_rt.images import open_picture
+from mige_rt.images import open_image
 from mige_rt.instruction import PLACEHOLDER
-from mige_rt.pipeline import Settings
-from mige_rt.requests import Request, Resolved, resolve
+from mige_rt.requests import Request, ResolvedRequest, resolve
+from mige_rt.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from benchmarks.variants import Program  # needs torch, whose memory is no other engine's
@@ -26,7 +26,7 @@ BASELINES: "tuple[Program, ...]" = ("published", "encode_once")
 SEED = 0
 SHORT = 2  # steps, the solver's least: of the runs that seconds a step are taken from
 
-# Savings that change the picture a little, see `mige_rt.denoise.Savings`.
+# Approximations that change the picture a little, see `mige_rt.denoise.Approximations`.
 GUIDANCE_RANGE = (0.0, 0.5)
 REUSE = 0.1
 
@@ -82,11 +82,11 @@ class Candidate:
         said += [f"reuse below {self.reuse:g}"] if self.reuse is not None else []
         return ", ".join(said)
 
-    def settings(self, case: "Case") -> Settings:
-        return Settings(
+    def settings(self, case: "Case") -> SamplingParams:
+        return SamplingParams(
             steps=case.steps,
-            text_scale=case.text_scale,
-            source_scale=case.source_scale,
+            guidance_scale=case.guidance_scale,
+            image_guidance_scale=case.image_guidance_scale,
             size=case.size,
             guidance_range=self.guidance_range,
             reuse=self.reuse,
@@ -104,8 +104,8 @@ class Case:
     batch: int
     steps: int
     size: tuple[int, int]
-    text_scale: float
-    source_scale: float
+    guidance_scale: float
+    image_guidance_scale: float
 
     @property
     def task(self) -> Literal["edit", "compose"]:
@@ -117,7 +117,7 @@ class Case:
         return f"{self.size[0]}x{self.size[1]}, {pictures}, {self.steps} steps{at_once}"
 
 
-def requests(case: Case) -> list[Resolved]:
+def requests(case: Case) -> list[ResolvedRequest]:
     """One request a picture of the batch, each with pictures of its own, so that none is spared its encoding."""
     made = []
     for k in range(case.batch):
@@ -134,7 +134,7 @@ def requests(case: Case) -> list[Resolved]:
 
 def _picture(names: tuple[str, ...], number: int) -> Picture:
     """Sample pictures in turn; from the second turn on they are shifted, so that no two are the same."""
-    picture = open_picture(SAMPLES / names[number % len(names)])
+    picture = open_image(SAMPLES / names[number % len(names)])
     return ImageChops.offset(picture, 5 * (number // len(names)))
 
 

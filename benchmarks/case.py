@@ -159,8 +159,8 @@ def _work(config: ModelConfig, candidate: Candidate, case: Case, own: Reference)
         batch=case.batch,
         size=case.size,
         precision=precision,
-        text_scale=case.text_scale,
-        source_scale=case.source_scale,
+        guidance_scale=case.guidance_scale,
+        image_guidance_scale=case.image_guidance_scale,
     )
 
 

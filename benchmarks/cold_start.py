@@ -31,7 +31,7 @@ def cold_start(home: Home, case: Case, starts: int) -> Latency:
         command += ["--source", str(folder / "source.png"), "--out", str(folder / "out.png")]
         command += ["--model", str(home.model), "--engine", home.engine, "--device", home.device]
         command += ["--precision", home.precision, "--seed", str(request.seed), "--steps", str(case.steps)]
-        command += ["--text-scale", str(case.text_scale), "--source-scale", str(case.source_scale)]
+        command += ["--text-scale", str(case.guidance_scale), "--source-scale", str(case.image_guidance_scale)]
         command += ["--size", f"{case.size[0]}x{case.size[1]}"]
         # The package that is being measured, wherever the command is started.
         paths_of = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])

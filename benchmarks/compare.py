@@ -15,8 +15,9 @@ import numpy as np
 from rich.table import Column, Table
 
 from benchmarks.parity import Parity, PictureParity, Side, compare_each
-from mige_rt.pipeline import MigePipeline, Settings
-from mige_rt.requests import Resolved
+from mige_rt.pipeline import MigePipeline
+from mige_rt.requests import ResolvedRequest
+from mige_rt.sampling_params import SamplingParams
 from trainer.evaluate.__main__ import EVALUATION_SEED, evaluate, held_out_concepts
 from trainer.evaluate.efficientnet_lite import load_efficientnet
 from trainer.preview import Strip, sheet
@@ -43,7 +44,7 @@ class Comparison:
     """What `mige-rt compare` found. metrics: None where no world was given, or it was not got to."""
 
     command: str
-    settings: Settings
+    settings: SamplingParams
     parity: Parity
     metrics: tuple[Metric, ...] | None
     complete: bool
@@ -61,9 +62,9 @@ class Comparison:
 def compare(
     reference: MigePipeline,
     candidate: MigePipeline,
-    requests: Mapping[str, Resolved],
+    requests: Mapping[str, ResolvedRequest],
     seeds: int,
-    settings: Settings,
+    settings: SamplingParams,
     command: str,
     folder: Path,
     world: Path | None = None,
@@ -141,7 +142,7 @@ def write_grid(pictures: Sequence[PictureParity], path: Path) -> int:
     """Write a PNG: reference, candidate and their difference, the prompt below them; of more than SHOWN pictures, those
     of the lowest PSNR. Returns by how much the difference is amplified, the same for all."""
     shown = sorted(sorted(range(len(pictures)), key=lambda k: pictures[k].psnr)[:SHOWN])
-    largest = max(pictures[k].largest for k in shown)
+    largest = max(pictures[k].max for k in shown)
     gain = min(2 ** int(log2(255 / max(largest, 1))), MOST_AMPLIFIED)
     strips = []
     for k in shown:
@@ -194,7 +195,7 @@ def markdown(found: Comparison, gain: int) -> str:
         "| picture | task | latents | PSNR | SSIM | largest difference, of 255 |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
         *(
-            f"| {p.title} | {p.task} | {p.latents:.1e} | {p.decibels} | {p.similarity:.4f} | {p.largest} |"
+            f"| {p.title} | {p.task} | {p.latents:.1e} | {p.decibels} | {p.similarity:.4f} | {p.max} |"
             for p in parity.pictures
         ),
         "",

@@ -38,7 +38,7 @@ def gain(found: Ratio) -> str:
 
 
 def decibels(found: Fidelity) -> str:
-    return "identical" if found.largest == 0 else f"{found.psnr:.1f} dB"
+    return "identical" if found.max == 0 else f"{found.psnr:.1f} dB"
 
 
 def judged(found: Fidelity) -> str:

@@ -13,9 +13,8 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from engines.interface import GRAPHS, Precision, axis_size
-from mige_rt.bundle import resolved_axes
-from mige_rt.config import ModelConfig
+from mige_rt.config import ModelConfig, Precision
+from mige_rt.graphs import GRAPHS, axis_size, resolved_axes
 from trainer.checkpoints.weights import empty_model
 from trainer.model.mige import Mige
 
@@ -30,7 +29,7 @@ _INNER = {port.name for g in GRAPHS.values() for port in g.outputs} & {
 
 @dataclass(frozen=True)
 class Call:
-    """A graph run `times` times at one shape, given by the sizes of its named axes (engines.interface.Port)."""
+    """A graph run `times` times at one shape, given by the sizes of its named axes (engines.interface.TensorSpec)."""
 
     graph: str
     sizes: tuple[tuple[str, int], ...]

@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from PIL.Image import Image as Picture
 
 from benchmarks.tolerance import Figure, Tolerance, at_least, at_most, finite, shown, tolerance
-from engines.interface import GRAPHS, Array, Engine, Port, to_numpy
+from engines.interface import Array, Engine, to_numpy
 from export.validate import make_watched, measure
 from mige_rt.errors import InputError, NotAvailableError
-from mige_rt.pipeline import MigePipeline, Settings
-from mige_rt.requests import Resolved
+from mige_rt.graphs import GRAPHS, TensorSpec
+from mige_rt.pipeline import MigePipeline
+from mige_rt.requests import ResolvedRequest
+from mige_rt.sampling_params import SamplingParams
 from trainer.evaluate.metrics import psnr
 
 
@@ -80,7 +82,7 @@ class PictureParity:
     @property
     def decibels(self) -> str:
         """The PSNR in words."""
-        return f"{self.psnr:.1f} dB" if self.largest else "no difference"
+        return f"{self.psnr:.1f} dB" if self.max else "no difference"
 
     def to_json(self) -> dict[str, Any]:
         """Without the pictures; an infinite error is null."""
@@ -122,7 +124,7 @@ class Parity:
             at_most("final latents", *max((p.latents, p.title) for p in self.pictures), limits.latents),
             at_least("PSNR", faintest.psnr, faintest.title, limits.psnr, faintest.decibels),
             at_least("SSIM", strangest.similarity, strangest.title, limits.similarity, f"{strangest.similarity:.4f}"),
-            shown("largest pixel difference, of 255", *max((p.largest, p.title) for p in self.pictures)),
+            shown("largest pixel difference, of 255", *max((p.max, p.title) for p in self.pictures)),
         ]
 
     @property
@@ -146,10 +148,10 @@ class Parity:
 def compare_pipelines(
     reference: MigePipeline,
     candidate: MigePipeline,
-    requests: Mapping[str, Resolved],
+    requests: Mapping[str, ResolvedRequest],
     seeds: int,
-    settings: Settings,
-    candidate_settings: Settings | None = None,
+    settings: SamplingParams,
+    candidate_settings: SamplingParams | None = None,
 ) -> Parity:
     """All of `compare_each`, as one comparison."""
     pictures = tuple(compare_each(reference, candidate, requests, seeds, settings, candidate_settings))
@@ -159,10 +161,10 @@ def compare_pipelines(
 def compare_each(
     reference: MigePipeline,
     candidate: MigePipeline,
-    requests: Mapping[str, Resolved],
+    requests: Mapping[str, ResolvedRequest],
     seeds: int,
-    settings: Settings,
-    candidate_settings: Settings | None = None,
+    settings: SamplingParams,
+    candidate_settings: SamplingParams | None = None,
 ) -> Iterator[PictureParity]:
     """Make each request's pictures, of its own seed and the `seeds` - 1 after it, by both, from the same noise.
 
@@ -182,7 +184,7 @@ def compare_each(
         for seed in range(request.seed, request.seed + seeds):
             chosen = dataclasses.replace(request, seed=seed)
             latents, made = make_watched(candidate, chosen, theirs)
-            if candidate.engine.captures and np.isfinite(latents).all():
+            if candidate.engine.max_cuda_graphs and np.isfinite(latents).all():
                 (made,) = candidate.make([chosen], theirs)  # with captured steps, which cannot be watched
             both = _Both(candidate.engine)
             same = candidate.engine is reference.engine  # two settings are compared, the graphs are the same
@@ -232,7 +234,7 @@ class _Both:
         return tuple(found)
 
 
-def _as_port(port: Port, values: Array) -> NDArray[Any]:
+def _as_port(port: TensorSpec, values: Array) -> NDArray[Any]:
     """A NumPy array of the port's own type: what graphs hand to each other may be of the engine's, and NumPy has no
     bfloat16."""
     if port.dtype == "float32" and not isinstance(values, np.ndarray):

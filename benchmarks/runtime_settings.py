@@ -29,7 +29,7 @@ from benchmarks.measure import CONFIDENCE, Latency, Ratio, Turns, ratio
 from benchmarks.runtime_variants import DEFAULTS, VARIANTS, Variant, make_picture, open_variant
 from mige_rt.bundle import DEFAULT_MODEL, read_manifest
 from mige_rt.errors import InputError
-from mige_rt.requests import Resolved, read_requests
+from mige_rt.requests import ResolvedRequest, read_requests
 from trainer.evaluate.metrics import psnr
 
 REQUEST = "3-recolour"  # an edit with one reference, of the samples
@@ -53,7 +53,7 @@ class Row:
 def measure_settings(
     bundle: Path,
     quantised: Path,
-    request: Resolved,
+    request: ResolvedRequest,
     variants: Mapping[str, Variant],
     steps: int,
     runs: int,

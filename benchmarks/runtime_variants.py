@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from engines.onnx_runtime import OnnxRuntimeEngine
 from export.memory import peak_bytes
 from mige_rt.bundle import TOKENIZER_FILE, read_manifest
-from mige_rt.instruction import load_tokenizer
-from mige_rt.pipeline import MigePipeline, Settings
-from mige_rt.requests import Resolved
+from mige_rt.pipeline import MigePipeline
+from mige_rt.requests import ResolvedRequest
+from mige_rt.sampling_params import SamplingParams
+from mige_rt.tokenizer import load_tokenizer
 
 _LEVELS = {
     "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
@@ -88,10 +89,10 @@ def open_variant(bundle: Path, variant: Variant) -> None:
     _pipe = MigePipeline(manifest.model, load_tokenizer(bundle / TOKENIZER_FILE), engine)
 
 
-def make_picture(request: Resolved, steps: int) -> tuple[float, NDArray[np.uint8], int | None]:
+def make_picture(request: ResolvedRequest, steps: int) -> tuple[float, NDArray[np.uint8], int | None]:
     """In a process: the seconds that a picture takes from words and pictures on, the picture, and the most memory. The
     scales are the published ones, as in `benchmarks.candidates.Case`."""
     pipe = MigePipeline(_pipe.config, _pipe.encoder.tokenize, _pipe.engine)  # one that remembers no prompt
     start = time.perf_counter()
-    (picture,) = pipe.make([request], Settings(steps=steps, text_scale=5.0, source_scale=1.0))
+    (picture,) = pipe.make([request], SamplingParams(steps=steps, guidance_scale=5.0, image_guidance_scale=1.0))
     return time.perf_counter() - start, np.asarray(picture), peak_bytes()

@@ -260,7 +260,7 @@ def _work(found: Findings) -> Section | None:
 def _parity(found: Findings) -> Section | None:
     if not found.rows:
         return None
-    head = ["case", "candidate", "compared with", "latents", "PSNR", "SSIM", "largest", "verdict"]
+    head = ["case", "candidate", "compared with", "latents", "PSNR", "SSIM", "max", "verdict"]
     cells = [
         [
             str(found.cases[row.case]),
@@ -269,7 +269,7 @@ def _parity(found: Findings) -> Section | None:
             f"{row.fidelity.latents:.1e}" if row.fidelity.latents else "0",
             words.decibels(row.fidelity),
             f"{row.fidelity.similarity:.4f}",
-            f"{row.fidelity.largest}",
+            f"{row.fidelity.max}",
             words.judged(row.fidelity),
         ]
         for row in found.rows
@@ -297,7 +297,7 @@ def _grid(found: Findings) -> Section | None:
         picture = row.pictures[0]
         shown.append(_picture(picture, row.name, f"{words.decibels(row.fidelity)}, {words.judged(row.fidelity)}"))
         difference = ImageChops.difference(picture, truth).point(lambda value: AMPLIFIED * value)
-        if row.fidelity.largest > 1:
+        if row.fidelity.max > 1:
             shown.append(
                 _picture(difference, f"difference of {row.name}", f"to the reference, {AMPLIFIED} times as large")
             )

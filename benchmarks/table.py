@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from engines.interface import GRAPHS
+from mige_rt.graphs import GRAPHS
 from mige_rt.instruction import Task
 
 if TYPE_CHECKING:

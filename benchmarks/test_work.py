@@ -32,13 +32,16 @@ from benchmarks.work import (
     main,
     regressions,
 )
-from engines.interface import GRAPHS, Array, to_numpy
+from engines.interface import Array, to_numpy
 from engines.pytorch import PyTorchEngine
 from export.inputs import sample_requests
 from mige_rt.config import PRESETS, ModelConfig
 from mige_rt.errors import InputError
-from mige_rt.instruction import Task, collate, compose_prompt, encode_prompt
-from mige_rt.pipeline import MigePipeline, Resolved, Settings
+from mige_rt.graphs import GRAPHS
+from mige_rt.instruction import Task, compose_prompt
+from mige_rt.pipeline import MigePipeline, ResolvedRequest
+from mige_rt.prompt_tokens import collate, tokenize_prompt
+from mige_rt.sampling_params import SamplingParams
 
 ENCODERS = ("vae_encoder", "image_encoder", "text_encoder", "conditioner")
 TINY, XL = PRESETS["tiny"], PRESETS["xl"]
@@ -62,7 +65,7 @@ def pipe() -> MigePipeline:
     return pipe
 
 
-def requests(task: Task) -> list[Resolved]:
+def requests(task: Task) -> list[ResolvedRequest]:
     """The project's two samples of a task, whose prompts differ in length and in pictures."""
     return [request for request in sample_requests() if request.task == task]
 
@@ -155,9 +158,9 @@ def counted_flops() -> Iterator[FlopCounterMode]:
         yield counter
 
 
-def tokens_of(pipe: MigePipeline, request: Resolved) -> int:
+def tokens_of(pipe: MigePipeline, request: ResolvedRequest) -> int:
     text, slots = compose_prompt(request.task, request.prompt), range(len(request.images))
-    return collate([encode_prompt(text, slots, pipe.encoder.tokenize, pipe.config.qformer.queries)])[0].shape[1]
+    return collate([tokenize_prompt(text, slots, pipe.encoder.tokenize, pipe.config.qformer.queries)])[0].shape[1]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -166,7 +169,7 @@ def test_the_count_is_what_the_running_program_computes(pipe: MigePipeline, task
     request = requests(task)[1]
     counted, tap = tapped(pipe)
     with counted_flops() as counter:
-        maker(counted, program).make([request], Settings(steps=3))
+        maker(counted, program).make([request], SamplingParams(steps=3))
     expected = count(
         pipe.config, program, task=task, references=len(request.images), tokens=tokens_of(pipe, request), steps=3
     )
@@ -177,7 +180,7 @@ def test_the_count_is_what_the_running_program_computes(pipe: MigePipeline, task
 def test_batches_sizes_and_scales_are_counted(pipe: MigePipeline) -> None:
     batch = [replace(request, prompt=requests("edit")[0].prompt) for request in requests("edit")]
     with counted_flops() as counter:
-        pipe.make(batch, Settings(steps=2, size=(96, 32), text_scale=3.0, source_scale=2.0))
+        pipe.make(batch, SamplingParams(steps=2, size=(96, 32), guidance_scale=3.0, image_guidance_scale=2.0))
     expected = count(
         pipe.config,
         "ours",
@@ -185,8 +188,8 @@ def test_batches_sizes_and_scales_are_counted(pipe: MigePipeline) -> None:
         steps=2,
         batch=2,
         size=(96, 32),
-        text_scale=3.0,
-        source_scale=2.0,
+        guidance_scale=3.0,
+        image_guidance_scale=2.0,
     )
     assert counter.get_total_flops() == expected.flops
 
@@ -233,7 +236,7 @@ def test_the_floor_is_the_larger_of_computing_and_moving() -> None:
 @pytest.mark.parametrize("encode_once", [False, True], ids=["published", "encode_once"])
 @pytest.mark.parametrize("task", TASKS)
 def test_a_baseline_makes_the_pipeline_s_pictures(pipe: MigePipeline, task: Task, encode_once: bool) -> None:
-    batch, settings, steps = requests(task), Settings(steps=4), 4
+    batch, settings, steps = requests(task), SamplingParams(steps=4), 4
     ours, kept = tapped(pipe)
     pictures = ours.make(batch, settings)
     theirs, tap = tapped(pipe)
@@ -252,8 +255,8 @@ def test_a_baseline_makes_the_pipeline_s_pictures(pipe: MigePipeline, task: Task
 
 def test_a_baseline_computes_branches_whatever_their_weights(pipe: MigePipeline) -> None:
     """Every pair of scales that leaves branches out: the source's alone, the null text's alone, the text's alone."""
-    for text_scale, source_scale in ((1.0, 1.0), (0.0, 1.0), (0.0, 0.0), (3.0, 2.0)):
-        settings = Settings(steps=2, text_scale=text_scale, source_scale=source_scale)
+    for guidance_scale, image_guidance_scale in ((1.0, 1.0), (0.0, 1.0), (0.0, 0.0), (3.0, 2.0)):
+        settings = SamplingParams(steps=2, guidance_scale=guidance_scale, image_guidance_scale=image_guidance_scale)
         ours, kept = tapped(pipe)
         ours.make(requests("edit")[:1], settings)
         theirs, tap = tapped(pipe)
@@ -262,10 +265,10 @@ def test_a_baseline_computes_branches_whatever_their_weights(pipe: MigePipeline)
 
 
 def test_the_published_program_needs_no_picture(pipe: MigePipeline) -> None:
-    request = Resolved("a plain green background", (), None, 0, "subject")
+    request = ResolvedRequest("a plain green background", (), None, 0, "subject")
     baseline = AsPublished(pipe)
-    [picture] = baseline.make([request], Settings(steps=2))
-    [expected] = pipe.make([request], Settings(steps=2))
+    [picture] = baseline.make([request], SamplingParams(steps=2))
+    [expected] = pipe.make([request], SamplingParams(steps=2))
     assert np.abs(np.asarray(picture, int) - np.asarray(expected, int)).max() <= 1
     assert baseline.calls["image_encoder"] == 0 and baseline.calls["text_encoder"] == 2
 
@@ -274,7 +277,7 @@ def test_the_published_program_takes_four_pictures_a_prompt(pipe: MigePipeline) 
     request = requests("subject")[0]
     five = replace(request, prompt=" and ".join(["a <imagehere>"] * 5), images=request.images * 5)
     with pytest.raises(InputError, match="5 pictures, and the published code takes at most 4"):
-        AsPublished(pipe).make([five], Settings(steps=2))
+        AsPublished(pipe).make([five], SamplingParams(steps=2))
     with pytest.raises(InputError, match="at most 4"):
         count(TINY, "published", task="subject", references=5)
     assert count(TINY, "ours", task="subject", references=5).of("vae_encoder").calls == 1

@@ -22,8 +22,10 @@ from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE
 from mige_rt.config import ModelConfig, TaskDefaults
 from mige_rt.errors import InputError
 from mige_rt.guidance import branches
-from mige_rt.instruction import Task, compose_prompt, encode_prompt, load_tokenizer
-from mige_rt.scheduler import solver_table
+from mige_rt.instruction import Task, compose_prompt
+from mige_rt.prompt_tokens import tokenize_prompt
+from mige_rt.scheduler import make_schedule
+from mige_rt.tokenizer import load_tokenizer
 
 Program = Literal["published", "encode_once", "ours"]
 
@@ -37,19 +39,19 @@ def schedule(
     steps: int | None,
     batch: int,
     size: tuple[int, int] | None,
-    text_scale: float | None,
-    source_scale: float | None,
+    guidance_scale: float | None,
+    image_guidance_scale: float | None,
 ) -> list[Call]:
     """The program's calls; arguments as in `benchmarks.work.count`, which raises the same."""
     width, height = size or (config.size, config.size)
     _check(config, program, task, references, tokens, batch, width, height)
     defaults: TaskDefaults = getattr(config.defaults, task)
-    steps = len(solver_table("dpm_solver_pp_2m", defaults.steps if steps is None else steps, config.prediction))
+    steps = len(make_schedule("dpm_solver_pp_2m", defaults.steps if steps is None else steps, config.prediction))
     length = prompt_tokens(config, task, references) if tokens is None else tokens
     rows = all_branches(task)
     if program == "ours":
-        s_y = defaults.text_scale if text_scale is None else text_scale
-        s_s = defaults.source_scale if source_scale is None else source_scale
+        s_y = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        s_s = defaults.image_guidance_scale if image_guidance_scale is None else image_guidance_scale
         rows = branches(s_y, None if task == "subject" else s_s)
 
     pictures = batch * (min(references, 1) if task == "edit" else references)
@@ -83,7 +85,7 @@ def _word_tokens(task: Task) -> int:
     sample = next(request for request in sample_requests() if request.task == task)
     tokenize = load_tokenizer(DEFAULT_MODEL / TOKENIZER_FILE)
     text = compose_prompt(task, sample.prompt)
-    return len(encode_prompt(text, range(len(sample.images)), tokenize, query_tokens=0).token_ids)
+    return len(tokenize_prompt(text, range(len(sample.images)), tokenize, query_tokens=0).token_ids)
 
 
 def _check(

@@ -20,15 +20,16 @@ from benchmarks.baseline import AsPublished, CountingEngine
 from benchmarks.meter import flops, least_bytes
 from benchmarks.table import markdown, table_rows
 from benchmarks.variants import Program, prompt_tokens, schedule
-from engines.interface import GRAPHS, Precision
 from export.inputs import sample_requests
 from export.precision import check_precision
 from mige_rt.bundle import read_config
 from mige_rt.cli.shared import Size
-from mige_rt.config import PRESETS, ModelConfig
+from mige_rt.config import PRESETS, ModelConfig, Precision
 from mige_rt.errors import InputError
+from mige_rt.graphs import GRAPHS
 from mige_rt.instruction import Task
-from mige_rt.pipeline import MigePipeline, Settings
+from mige_rt.pipeline import MigePipeline
+from mige_rt.sampling_params import SamplingParams
 
 PROGRAMS: tuple[Program, ...] = get_args(Program)
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -84,8 +85,8 @@ def count(
     batch: int = 1,
     size: tuple[int, int] | None = None,
     precision: Precision = "fp16",
-    text_scale: float | None = None,
-    source_scale: float | None = None,
+    guidance_scale: float | None = None,
+    image_guidance_scale: float | None = None,
 ) -> Work:
     """The work of `batch` pictures of one task, made at once.
 
@@ -97,7 +98,9 @@ def count(
     Raises InputError when the numbers do not fit the model or the program.
     """
     check_precision(precision)
-    calls = schedule(config, program, task, references, tokens, steps, batch, size, text_scale, source_scale)
+    calls = schedule(
+        config, program, task, references, tokens, steps, batch, size, guidance_scale, image_guidance_scale
+    )
 
     def total(graph: str) -> GraphWork:
         own = [call for call in calls if call.graph == graph]
@@ -123,7 +126,7 @@ def engine_calls(task: Task, program: Program, steps: int = CALL_STEPS) -> dict[
     counting = CountingEngine(pipe.engine)
     counted = MigePipeline(pipe.config, pipe.encoder.tokenize, counting)
     maker = counted if program == "ours" else AsPublished(counted, encode_once=program == "encode_once")
-    maker.make([request], Settings(steps=steps))
+    maker.make([request], SamplingParams(steps=steps))
     return {graph: counting.calls[graph] for graph in GRAPHS}
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from benchmarks.candidates import SHORT, Candidate, Case, Home, requests
 from engines.interface import Array, to_numpy
-from engines.wrapper import WatchedEngine
+from engines.wrapper import HookedEngine
 from export.memory import peak_bytes
 from mige_rt.errors import NotFiniteError
 from mige_rt.pipeline import MigePipeline
@@ -179,7 +179,7 @@ class _Rooms:
 
     def look(self, candidate: Candidate, case: Case) -> Seen:
         seen = _Look(self._wait)
-        watched = WatchedEngine(self.pipe.engine, seen)
+        watched = HookedEngine(self.pipe.engine, seen)
         pipe = MigePipeline(self.pipe.config, self.pipe.encoder.tokenize, watched, low_memory=self.home.low_vram)
         self._prepare(pipe, candidate, case)
         seen.reset()

@@ -1,20 +1,24 @@
-"""Rows of a graph side by side, each group of them on a core of its own.
+"""The batch of a graph in parts, each on a core of its own.
 
-A small graph gains little from several threads within each of its nodes; its rows (samples and guidance branches) are
-independent of each other, and gain nearly as much as there are cores.
+A small graph gains little from several threads within each of its nodes; the entries of its batch (guidance branches
+and images) are independent of each other, and gain nearly as much as there are cores.
 """
 
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from engines.interface import GRAPHS, Array, Port
+from mige_rt.graphs import GRAPHS, GraphName, TensorSpec
 
-_IDLE = 1 / 4  # the share of the cores' time that may be lost to groups of unequal size
+_IDLE = 1 / 4  # the share of the cores' time that may be lost to parts of unequal size
 _SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+
+Arrays = Mapping[str, NDArray[Any]]
 
 
 def usable_cores() -> int:
@@ -32,40 +36,43 @@ def usable_cores() -> int:
         return len(allowed)
 
 
-def groups_of(rows: int, cores: int) -> int:
-    """In how many groups to run so many rows: one a core where that leaves the cores few idle, or else 1."""
-    if cores == 1 or rows < cores:
+def parts_of(batch: int, cores: int) -> int:
+    """In how many parts to run a batch: one a core where that leaves the cores few idle, or else 1."""
+    if cores == 1 or batch < cores:
         return 1
-    slots = -(-rows // cores) * cores
-    return cores if (slots - rows) / slots < _IDLE else 1
+    slots = -(-batch // cores) * cores
+    return cores if (slots - batch) / slots < _IDLE else 1
 
 
-def row_count(graph: str, inputs: Mapping[str, Array]) -> int:
-    """R of a graph's inputs; 1 where its outputs have no rows."""
-    if not all("R" in port.axes for port in GRAPHS[graph].outputs):
+def batch_size(graph: GraphName, inputs: Arrays) -> int:
+    """R of a graph's inputs; 1 where its outputs have no such axis."""
+    if not all("R" in spec.axes for spec in GRAPHS[graph].outputs):
         return 1
-    port = next(port for port in GRAPHS[graph].inputs if "R" in port.axes)
-    return int(inputs[port.name].shape[port.axes.index("R")])
+    spec = next(spec for spec in GRAPHS[graph].inputs if "R" in spec.axes)
+    return int(inputs[spec.name].shape[spec.axes.index("R")])
 
 
-def run_in_groups(
-    graph: str,
-    inputs: Mapping[str, Array],
-    groups: int,
-    pool: ThreadPoolExecutor,
-    run: Callable[[Mapping[str, Array]], Mapping[str, Array]],
-) -> dict[str, Array]:
-    """The outputs of all rows; `run` is called with each group's inputs, in threads of the pool and in this one."""
-    ports = GRAPHS[graph].inputs
-    pieces = {port.name: _pieces(inputs[port.name], port, groups) for port in ports}
-    first, *others = ({name: piece[k] for name, piece in pieces.items()} for k in range(groups))
-    waiting = [pool.submit(run, group) for group in others]
-    results = [run(first), *(one.result() for one in waiting)]
+def run_in_parts(
+    graph: GraphName, inputs: Arrays, parts: int, pool: ThreadPoolExecutor, run: Callable[[Arrays], Arrays]
+) -> dict[str, NDArray[Any]]:
+    """The outputs of the whole batch.
+
+    Args:
+        graph: Which.
+        inputs: By name.
+        parts: How many.
+        pool: Runs all parts but the first, which this thread runs.
+        run: Is called with each part's inputs, and gives its outputs.
+    """
+    pieces = {spec.name: _split(inputs[spec.name], spec, parts) for spec in GRAPHS[graph].inputs}
+    first, *others = ({name: piece[k] for name, piece in pieces.items()} for k in range(parts))
+    futures = [pool.submit(run, part) for part in others]
+    results = [run(first), *(future.result() for future in futures)]
     return {
-        port.name: np.concatenate([result[port.name] for result in results], axis=port.axes.index("R"))
-        for port in GRAPHS[graph].outputs
+        spec.name: np.concatenate([result[spec.name] for result in results], axis=spec.axes.index("R"))
+        for spec in GRAPHS[graph].outputs
     }
 
 
-def _pieces(values: Array, port: Port, groups: int) -> list[Array]:
-    return np.array_split(values, groups, axis=port.axes.index("R")) if "R" in port.axes else [values] * groups
+def _split(values: NDArray[Any], spec: TensorSpec, parts: int) -> list[NDArray[Any]]:
+    return np.array_split(values, parts, axis=spec.axes.index("R")) if "R" in spec.axes else [values] * parts

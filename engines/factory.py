@@ -1,113 +1,75 @@
-"""Which engine opens a folder: the one that is named, or the fastest that works here."""
+"""Which engine opens a model: the one that is named, or the fastest that works here."""
 
 import ctypes
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
-from engines.interface import Engine, Precision
+from engines.interface import Engine, EngineOptions
 from engines.plans import PLAN_ENGINES, PlanEngine
-from mige_rt.bundle import is_bundle
+from mige_rt.bundle import OpenedModel
 from mige_rt.errors import InputError, NotAvailableError
-
-Asked = Precision | Literal["auto"]
 
 
 @dataclass(frozen=True)
-class Options:
-    """low_memory: load a graph when it is first run. compile: put PyTorch's denoiser through torch.compile."""
+class _Entry:
+    """What opens an engine, and the command that installs what it needs."""
 
-    low_memory: bool = False
-    compile: bool = False
+    open: Callable[[OpenedModel, EngineOptions], Engine]
+    install: str
 
 
-def _onnxruntime(folder: Path, device: str, precision: Asked, options: Options) -> Engine:
-    if not is_bundle(folder):
-        raise NotAvailableError(
-            f"{folder} is a model folder, which only the engine pytorch runs; make a bundle of it with: "
-            f"mige-rt export --ckpt {folder} --out BUNDLE"
-        )
+def _onnxruntime(model: OpenedModel, options: EngineOptions) -> Engine:
     from engines.onnx_runtime import OnnxRuntimeEngine
 
-    return OnnxRuntimeEngine.open(folder, device, precision)
+    return OnnxRuntimeEngine.open(model, options)
 
 
-def _pytorch(folder: Path, device: str, precision: Asked, options: Options) -> Engine:
+def _pytorch(model: OpenedModel, options: EngineOptions) -> Engine:
     from engines.pytorch import PyTorchEngine
 
-    return PyTorchEngine.open(folder, device, precision, options.low_memory, options.compile)
+    return PyTorchEngine.open(model, options)
 
 
-def _tensorrt(name: PlanEngine) -> Callable[[Path, str, Asked, Options], Engine]:
-    def open_plans(folder: Path, device: str, precision: Asked, options: Options) -> Engine:
-        if not is_bundle(folder):
-            raise NotAvailableError(
-                f"{folder} is a model folder, which only the engine pytorch runs; make a bundle with plans of it with: "
-                f"mige-rt export --ckpt {folder} --engine {name} --out BUNDLE"
-            )
+def _plan_engine(name: PlanEngine) -> Callable[[OpenedModel, EngineOptions], Engine]:
+    def open_plans(model: OpenedModel, options: EngineOptions) -> Engine:
         from engines.tensorrt import TensorRTEngine
 
-        return TensorRTEngine.open(folder, device, precision, name, options.low_memory)
+        return TensorRTEngine.open(model, options, name)
 
     return open_plans
 
 
 # In the order that `auto` tries them on one device, the fastest first.
-_OPENERS: dict[str, tuple[Callable[[Path, str, Asked, Options], Engine], str]] = {
-    "tensorrt": (_tensorrt("tensorrt"), "pip install 'mige-rt[tensorrt]'"),
-    "tensorrt-rtx": (_tensorrt("tensorrt-rtx"), "pip install 'mige-rt[tensorrt-rtx]'"),
-    "onnxruntime": (_onnxruntime, "pip install mige-rt"),
-    "pytorch": (_pytorch, "pip install 'mige-rt[torch]'"),
+_ENTRIES: dict[str, _Entry] = {
+    "tensorrt": _Entry(_plan_engine("tensorrt"), "pip install 'mige-rt[tensorrt]'"),
+    "tensorrt-rtx": _Entry(_plan_engine("tensorrt-rtx"), "pip install 'mige-rt[tensorrt-rtx]'"),
+    "onnxruntime": _Entry(_onnxruntime, "pip install mige-rt"),
+    "pytorch": _Entry(_pytorch, "pip install 'mige-rt[torch]'"),
 }
-ENGINES = tuple(_OPENERS)
+ENGINES = tuple(_ENTRIES)
 
 
-def open_engine(
-    folder: Path, engine: str, device: str, precision: Asked, low_memory: bool = False, compile: bool = False
-) -> Engine:
-    """Open a bundle or a model folder with the named engine.
+def open_engine(model: OpenedModel, engine: str, options: EngineOptions) -> Engine:
+    """Open a bundle or a model folder with an engine.
 
-    auto: the fastest that works here, on a GPU if there is one and the device is not cpu.
-    low_memory, compile: see `Options`; only the engine pytorch compiles.
-    Raises NotAvailableError when the engine, the device or the precision is not to be had here; InputError when the
-    folder cannot be used.
+    Args:
+        model: What to open.
+        engine: Its name; auto: the fastest that works here, on a GPU if there is one and the device is not cpu.
+        options: How. Only the engine pytorch compiles.
+
+    Raises:
+        NotAvailableError: The engine, the device or the precision is not to be had here.
+        InputError: The model cannot be used.
     """
-    options = Options(low_memory, compile)
-    if compile and engine not in ("auto", "pytorch"):
+    if options.compile and engine not in ("auto", "pytorch"):
         raise InputError(f"torch.compile is for the engine pytorch, and {engine} was given")
-    if engine != "auto":
-        if engine not in _OPENERS:
-            raise NotAvailableError(f"there is no engine {engine!r}; expected auto or one of {', '.join(ENGINES)}")
-        return _open(folder, engine, device, precision, options)
-    # Looking for a GPU means importing torch, which takes seconds; without a driver there is none.
-    devices = ["cuda", "cpu"] if device == "auto" and has_nvidia_driver() else [device]
-    errors: dict[str, str] = {}
-    for where in devices:
-        for name in ("pytorch",) if compile else ENGINES:
-            if name in PLAN_ENGINES and where in ("auto", "cpu"):
-                continue
-            try:
-                return _open(folder, name, "cpu" if where == "auto" else where, precision, options)
-            except InputError as error:
-                if name in PLAN_ENGINES:  # that nobody built plans is no mistake, and damaged ones are no obstacle
-                    continue
-                if not isinstance(error, NotAvailableError):
-                    raise
-                errors[f"{name} on {where}"] = str(error)
-    said = "\n".join(f"  {what}: {why}" for what, why in errors.items())
-    raise NotAvailableError(f"no engine here can run {folder}:\n{said}")
-
-
-def _open(folder: Path, engine: str, device: str, precision: Asked, options: Options) -> Engine:
-    opener, install = _OPENERS[engine]
-    try:
-        return opener(folder, device, precision, options)
-    except ImportError as error:
-        raise NotAvailableError(
-            f"the engine {engine} needs a package that is not here ({error}); install it with: {install}"
-        ) from error
+    if engine == "auto":
+        return _open_fastest(model, options)
+    if engine not in _ENTRIES:
+        raise NotAvailableError(f"there is no engine {engine!r}; expected auto or one of {', '.join(ENGINES)}")
+    return _open(model, engine, options)
 
 
 def has_nvidia_driver() -> bool:
@@ -117,3 +79,48 @@ def has_nvidia_driver() -> bool:
     except OSError:
         return False
     return True
+
+
+def _open_fastest(model: OpenedModel, options: EngineOptions) -> Engine:
+    # Looking for a GPU means importing torch, which takes seconds; without a driver there is none.
+    devices = ["cuda", "cpu"] if options.device == "auto" and has_nvidia_driver() else [options.device]
+    reasons: list[str] = []
+    for device in devices:
+        for name in ("pytorch",) if options.compile else ENGINES:
+            if name in PLAN_ENGINES and device in ("auto", "cpu"):
+                continue
+            try:
+                return _open(model, name, replace(options, device="cpu" if device == "auto" else device))
+            except InputError as error:
+                if name in PLAN_ENGINES:  # that nobody built plans is no mistake, and damaged ones are no obstacle
+                    continue
+                if not isinstance(error, NotAvailableError):
+                    raise
+                reasons.append(f"  {name} on {device}: {error}")
+    raise NotAvailableError("\n".join([f"no engine here can run {model.folder}:", *reasons]))
+
+
+def _open(model: OpenedModel, engine: str, options: EngineOptions) -> Engine:
+    entry = _ENTRIES[engine]
+    if model.manifest is None and engine != "pytorch":
+        plans = f"--engine {engine} " if engine in PLAN_ENGINES else ""
+        raise NotAvailableError(
+            f"{model.folder} is a model folder, which only the engine pytorch runs; make a bundle of it with: "
+            f"mige-rt export --ckpt {model.folder} {plans}--out BUNDLE"
+        )
+    if model.manifest is not None and engine != "pytorch":
+        _check_precision(model.folder, model.manifest.precision, options.precision)
+    try:
+        return entry.open(model, options)
+    except ImportError as error:
+        raise NotAvailableError(
+            f"the engine {engine} needs a package that is not here ({error}); install it with: {entry.install}"
+        ) from error
+
+
+def _check_precision(bundle: Path, precision: str, requested: str) -> None:
+    if requested not in ("auto", precision):
+        raise NotAvailableError(
+            f"{bundle} was exported in {precision}, and {requested} was asked for: leave --precision out, or export a "
+            f"bundle with --precision {requested}"
+        )

@@ -4,99 +4,106 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from engines.batch_parallel import groups_of, row_count, run_in_groups, usable_cores
-from engines.interface import GRAPHS, Array, Precision, Range, axis_size, named_sizes
-from mige_rt.bundle import Manifest, check_files, read_manifest
+from engines.batch_parallel import Arrays, batch_size, parts_of, run_in_parts, usable_cores
+from engines.device import parse_device
+from engines.interface import Array, EngineOptions
+from mige_rt.bundle import Manifest, OpenedModel
 from mige_rt.errors import InputError, NotAvailableError
+from mige_rt.graphs import GRAPHS, AxisRange, GraphName, axis_size, named_sizes
+
+SetOptions = Callable[[onnxruntime.SessionOptions], None]
 
 
 class OnnxRuntimeEngine:
     """One session a graph, made when the graph is first run.
 
-    On the CPU, a graph's rows are run side by side where there are enough of them (engines/batch_parallel.py), by a
-    session of one thread, which is another than that of few rows.
+    On the CPU, the batch of a graph is run in parts where it is large enough (engines/batch_parallel.py), by a session
+    of one thread, which is another than that of small batches.
     """
 
     name = "onnxruntime"
-    captures = 0
+    max_cuda_graphs = 0
 
     def __init__(
         self,
         folder: Path,
         manifest: Manifest,
         device: str,
-        set_options: Callable[[onnxruntime.SessionOptions], None] = lambda options: None,
-        split_rows: bool = True,
+        *,
+        set_options: SetOptions = lambda options: None,
+        split_batch: bool = True,
     ) -> None:
-        """device is cpu, or cuda:N, which is there. set_options changes what a session is made with; split_rows: run
-        rows side by side on the CPU."""
+        """Prepare to run a bundle; `open` finds the device out.
+
+        Args:
+            folder: The bundle.
+            manifest: Its manifest.
+            device: cpu, or cuda:N, which is there.
+            set_options: Changes what a session is made with.
+            split_batch: Run a batch in parts on the CPU.
+        """
         self.folder, self.manifest, self.device = folder, manifest, device
         self.set_options = set_options
         self.precision: str = manifest.precision
-        self.limits: Mapping[str, Range] = manifest.ranges
+        self.limits: Mapping[str, AxisRange] = manifest.ranges
         self.cores = usable_cores() if device == "cpu" else 1
-        self.split_rows = split_rows and self.cores > 1
-        self.pool = ThreadPoolExecutor(self.cores, "rows") if self.split_rows else None  # it starts threads when used
-        self.sessions: dict[tuple[str, int], onnxruntime.InferenceSession] = {}  # by graph and threads
+        self.split_batch = split_batch and self.cores > 1
+        self.pool = ThreadPoolExecutor(self.cores, "batch") if self.split_batch else None  # it starts threads when used
+        self.sessions: dict[tuple[GraphName, int], onnxruntime.InferenceSession] = {}  # by graph and threads
 
     @classmethod
-    def open(
-        cls, folder: Path, device: str = "cpu", precision: Precision | Literal["auto"] = "auto"
-    ) -> "OnnxRuntimeEngine":
+    def open(cls, model: OpenedModel, options: EngineOptions) -> "OnnxRuntimeEngine":
         """Open a bundle. device auto: cuda where ONNX Runtime and PyTorch both see one.
 
-        Raises InputError when the folder is no bundle, its files are not those of the manifest, the device is not
-        there, or another precision is asked for than the bundle has.
+        Raises:
+            InputError: The device is not there, or does not compute in the bundle's precision.
         """
-        manifest = read_manifest(folder)
-        if precision not in ("auto", manifest.precision):
-            raise NotAvailableError(
-                f"{folder} was exported in {manifest.precision}, and {precision} was asked for: leave --precision out, "
-                f"or export a bundle with --precision {precision}"
-            )
-        found = _device(device)
-        if manifest.precision == "bf16" and found == "cpu":
+        assert model.manifest is not None
+        device = _device(options.device)
+        if model.manifest.precision == "bf16" and device == "cpu":
             raise NotAvailableError(
                 "ONNX Runtime's CPU does not compute in bf16: use --engine pytorch, or export with --precision fp16"
             )
-        check_files(folder, manifest)
-        return cls(folder, manifest, found)
+        return cls(model.folder, model.manifest, device)
 
     def array(self, values: NDArray[Any]) -> Array:
+        """See `Engine.array`."""
         if self.device == "cpu":
             return values
         import torch
 
-        return torch.from_numpy(values).to(self.device)
+        return torch.as_tensor(values, device=self.device)
 
-    def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, graph: GraphName, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """See `Engine.run`."""
         if self.device != "cpu":
             return self._run_bound(self._session(graph, 0), graph, inputs)
-        groups = groups_of(row_count(graph, inputs), self.cores)
-        if self.pool is None or groups == 1:
-            return self._run_alone(self._session(graph, self.cores), graph, inputs)
-        return run_in_groups(graph, inputs, groups, self.pool, partial(self._run_alone, self._session(graph, 1), graph))
+        arrays = cast("Arrays", inputs)
+        parts = parts_of(batch_size(graph, arrays), self.cores)
+        if self.pool is None or parts == 1:
+            return dict(self._run_arrays(self._session(graph, self.cores), graph, arrays))
+        run = partial(self._run_arrays, self._session(graph, 1), graph)
+        return dict(run_in_parts(graph, arrays, parts, self.pool, run))
 
-    def _run_alone(
-        self, session: onnxruntime.InferenceSession, graph: str, inputs: Mapping[str, Array]
-    ) -> dict[str, Array]:
-        names = [port.name for port in GRAPHS[graph].outputs]
+    def release(self, graphs: Sequence[GraphName]) -> None:
+        """See `Engine.release`."""
+        for key in [key for key in self.sessions if key[0] in graphs]:
+            del self.sessions[key]
+
+    def _run_arrays(self, session: onnxruntime.InferenceSession, graph: GraphName, inputs: Arrays) -> Arrays:
+        names = [spec.name for spec in GRAPHS[graph].outputs]
         try:
             return dict(zip(names, session.run(names, dict(inputs)), strict=True))
         except Exception as error:  # the library's own classes derive from Exception alone
             raise InputError(f"ONNX Runtime could not run {graph} of {self.folder} ({error})") from error
 
-    def release(self, graphs: Sequence[str]) -> None:
-        for key in [key for key in self.sessions if key[0] in graphs]:
-            del self.sessions[key]
-
-    def _session(self, graph: str, threads: int) -> onnxruntime.InferenceSession:
+    def _session(self, graph: GraphName, threads: int) -> onnxruntime.InferenceSession:
         """threads: within a node. The options are set from what benchmarks/results/runtime-settings.md measured."""
         if (graph, threads) not in self.sessions:
             options = onnxruntime.SessionOptions()
@@ -126,25 +133,25 @@ class OnnxRuntimeEngine:
         return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
 
     def _run_bound(
-        self, session: onnxruntime.InferenceSession, graph: str, inputs: Mapping[str, Array]
+        self, session: onnxruntime.InferenceSession, graph: GraphName, inputs: Mapping[str, Array]
     ) -> dict[str, Array]:
         """Run on CUDA, reading and writing torch tensors where they lie."""
         import torch
 
         binding, index = session.io_binding(), int(self.device.partition(":")[2])
         sizes: dict[str, int] = {}
-        held = []  # until the graph was run
-        for port in GRAPHS[graph].inputs:
-            tensor = inputs[port.name].contiguous()
-            held.append(tensor)
-            sizes |= named_sizes(self.manifest.graphs[graph].axes[port.name], tensor.shape)
-            binding.bind_input(port.name, "cuda", index, _NUMPY[port.dtype], list(tensor.shape), tensor.data_ptr())
-        outputs = {}
-        for port in GRAPHS[graph].outputs:
-            shape = [axis_size(axis, sizes) for axis in self.manifest.graphs[graph].axes[port.name]]
-            made = torch.empty(shape, dtype=getattr(torch, port.dtype), device=self.device)
-            binding.bind_output(port.name, "cuda", index, _NUMPY[port.dtype], shape, made.data_ptr())
-            outputs[port.name] = made
+        bound: list[torch.Tensor] = []  # must live until the graph was run
+        for spec in GRAPHS[graph].inputs:
+            tensor = cast("torch.Tensor", inputs[spec.name]).contiguous()
+            bound.append(tensor)
+            sizes |= named_sizes(self.manifest.graphs[graph].axes[spec.name], tensor.shape)
+            binding.bind_input(spec.name, "cuda", index, _NUMPY[spec.dtype], list(tensor.shape), tensor.data_ptr())
+        outputs: dict[str, Array] = {}
+        for spec in GRAPHS[graph].outputs:
+            shape = [axis_size(axis, sizes) for axis in self.manifest.graphs[graph].axes[spec.name]]
+            output = torch.empty(shape, dtype=getattr(torch, spec.dtype), device=self.device)
+            binding.bind_output(spec.name, "cuda", index, _NUMPY[spec.dtype], shape, output.data_ptr())
+            outputs[spec.name] = output
         session.run_with_iobinding(binding)
         return outputs
 
@@ -154,10 +161,9 @@ _NUMPY: dict[str, type] = {"float32": np.float32, "int64": np.int64, "bool": np.
 
 def _device(name: str) -> str:
     """cpu or cuda:N. Raises InputError when it is not there."""
-    kind, _, index = name.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
-        raise InputError(f"{name!r} is no device; expected cpu, cuda or cuda:N")
-    if kind == "cpu" or (kind == "auto" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers()):
+    device = parse_device(name)
+    providers = onnxruntime.get_available_providers()
+    if device.kind == "cpu" or (device.kind == "auto" and "CUDAExecutionProvider" not in providers):
         return "cpu"
     try:
         import torch
@@ -165,12 +171,11 @@ def _device(name: str) -> str:
         count = torch.cuda.device_count()
     except ImportError:
         count = 0
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers() and int(index or 0) < count:
-        return f"cuda:{index or 0}"
-    if kind == "auto":
+    if "CUDAExecutionProvider" in providers and (device.index or 0) < count:
+        return f"cuda:{device.index or 0}"
+    if device.kind == "auto":
         return "cpu"
     raise NotAvailableError(
-        f"ONNX Runtime has no device {name!r} here (its providers: "
-        f"{', '.join(onnxruntime.get_available_providers())}; CUDA devices that PyTorch sees: {count}); use --device "
-        "cpu, or install: pip install onnxruntime-gpu 'mige-rt[torch]'"
+        f"ONNX Runtime has no device {name!r} here (its providers: {', '.join(providers)}; CUDA devices that PyTorch "
+        f"sees: {count}); use --device cpu, or install: pip install onnxruntime-gpu 'mige-rt[torch]'"
     )

@@ -1,4 +1,4 @@
-"""The plans that `mige-rt build` adds to a bundle, what each was built for, and why one does not fit a machine.
+"""The plans that `mige-rt build` adds to a bundle, what they were built for, and why they do not fit a machine.
 
 A bundle's engines/<fingerprint>/ holds a plan a graph and plans.json. Nothing here imports a runtime or PyTorch.
 """
@@ -10,25 +10,27 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
-from engines.interface import GRAPHS, Range
 from mige_rt.bundle import ALWAYS_HASHED, FileEntry, Manifest, sha256
 from mige_rt.errors import InputError, NotAvailableError
+from mige_rt.graphs import GRAPHS, AxisRange, GraphName
+from mige_rt.validation import validate
 
 PlanEngine = Literal["tensorrt", "tensorrt-rtx"]
 PLAN_ENGINES: tuple[PlanEngine, ...] = get_args(PlanEngine)
 PRODUCTS: dict[PlanEngine, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
-SCHEMA = 1
+SCHEMA = 2  # of the sidecar
 SIDECAR = "plans.json"
 
 
 class NoPlanError(NotAvailableError):
     """A bundle has no plan that fits the machine; the message says why, and the command that builds one."""
 
-    def __init__(self, message: str, machine: "Machine") -> None:
+    def __init__(self, message: str, bundle: Path, machine: "Machine") -> None:
+        """Give the message, the bundle, and the machine that its plans must fit."""
         super().__init__(message)
-        self.machine = machine
+        self.bundle, self.machine = bundle, machine
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,9 @@ class Plans:
     folder: Path
     target: Target
     precision: str
-    ranges: Mapping[str, Range]
+    ranges: Mapping[str, AxisRange]
     options: Mapping[str, Any]
-    graphs: Mapping[str, PlanEntry]
+    graphs: Mapping[GraphName, PlanEntry]
 
     @property
     def fingerprint(self) -> str:
@@ -91,20 +93,29 @@ class Plans:
         return {"schema": SCHEMA, **content}
 
 
-def fingerprint(target: Target, precision: str, ranges: Mapping[str, Range], options: Mapping[str, Any]) -> str:
+def fingerprint(target: Target, precision: str, ranges: Mapping[str, AxisRange], options: Mapping[str, Any]) -> str:
     """The name of the folder that holds plans for this target, of this precision, ranges and options."""
-    told = [dataclasses.asdict(target), precision, {axis: vars(span) for axis, span in ranges.items()}, dict(options)]
-    return f"{target.engine}-{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]}"
+    content = [
+        dataclasses.asdict(target),
+        precision,
+        {axis: vars(span) for axis, span in ranges.items()},
+        dict(options),
+    ]
+    return f"{target.engine}-{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
-def plans(bundle: Path) -> list[Plans]:
-    """All finished plans in a bundle, by folder name. Raises InputError when a sidecar is damaged or was moved."""
+def read_plans(bundle: Path) -> list[Plans]:
+    """All finished plans in a bundle, by folder name.
+
+    Raises:
+        InputError: A sidecar is damaged or was moved.
+    """
     return [_read(path.parent) for path in sorted((bundle / "engines").glob(f"*/{SIDECAR}")) if _finished(path.parent)]
 
 
-def misfit(found: Plans, manifest: Manifest, machine: Machine) -> str | None:
+def misfit(plans: Plans, manifest: Manifest, machine: Machine) -> str | None:
     """Why these plans must not be used for this bundle on this machine; None if they may."""
-    target, product = found.target, PRODUCTS[found.target.engine]
+    target, product = plans.target, PRODUCTS[plans.target.engine]
     if target.engine != machine.engine:
         return f"they are {product}'s"
     if target.version != machine.version:
@@ -114,70 +125,57 @@ def misfit(found: Plans, manifest: Manifest, machine: Machine) -> str | None:
         return f"they were built for compute capability {built_for}, and this GPU has {machine.capability}"
     if target.gpu is not None and target.gpu != machine.gpu:
         return f"they were built for {target.gpu}, and this GPU is {machine.gpu}"
-    return stale(found, manifest)
+    return stale(plans, manifest)
 
 
-def stale(found: Plans, manifest: Manifest) -> str | None:
+def stale(plans: Plans, manifest: Manifest) -> str | None:
     """Why these plans are not of the bundle's graphs as they are now; None if they are."""
     for graph, entry in manifest.graphs.items():
-        built = found.graphs.get(graph)
+        built = plans.graphs.get(graph)
         if built is None or (built.onnx, built.weights) != (entry.onnx.sha256, entry.weights.sha256):
             return f"they were built from another {graph} than the bundle has now"
-    if found.precision != manifest.precision or dict(found.ranges) != dict(manifest.ranges):
+    if plans.precision != manifest.precision or dict(plans.ranges) != dict(manifest.ranges):
         return "they were built for another precision, or other ranges, than the bundle has now"
     return None
 
 
-def describe(bundle: Path, manifest: Manifest) -> list[dict[str, Any]]:
-    """A bundle's plans as plain data, and under `misfit` why they are not to be used here (None: they fit).
-
-    Raises InputError as `plans` does.
-    """
-    told = []
-    for found in plans(bundle):
-        reason = stale(found, manifest)
-        if reason is None:
-            from engines.trt_runtime import find_machine  # imports torch, which takes seconds
-
-            try:
-                reason = misfit(found, manifest, find_machine(found.target.engine, "auto"))
-            except NotAvailableError as error:
-                reason = str(error)
-        size = sum(entry.plan.bytes for entry in found.graphs.values())
-        told.append({"name": found.folder.name, **dataclasses.asdict(found.target), "bytes": size, "misfit": reason})
-    return told
-
-
 def build_command(bundle: Path, engine: PlanEngine) -> str:
+    """The command that builds a bundle's plans, as one types it."""
     return shlex.join(["mige-rt", "build", "--bundle", str(bundle), "--engine", engine])
 
 
-def find(bundle: Path, manifest: Manifest, machine: Machine) -> Plans:
+def find_plans(bundle: Path, manifest: Manifest, machine: Machine) -> Plans:
     """The plans that fit this machine, the most narrowly built first, their files checked.
 
-    Raises NoPlanError when none fits, InputError when the fitting plans' files are not those that were built.
+    Raises:
+        NoPlanError: None fits.
+        InputError: The fitting plans' files are not those that were built.
     """
-    tried = [(found, misfit(found, manifest, machine)) for found in plans(bundle)]
-    fitting = sorted((found for found, reason in tried if reason is None), key=_breadth)
+    reasons = [(plans, misfit(plans, manifest, machine)) for plans in read_plans(bundle)]
+    fitting = sorted((plans for plans, reason in reasons if reason is None), key=_breadth)
     if not fitting:
-        why = "".join(f"; {found.folder.name}: {reason}" for found, reason in tried)
+        why = "".join(f"; {plans.folder.name}: {reason}" for plans, reason in reasons)
         raise NoPlanError(
             f"{bundle} has no plan for this machine ({machine}){why}. Build it with: "
             f"{build_command(bundle, machine.engine)}, or let run do it: --build",
+            bundle,
             machine,
         )
     check_plans(bundle, fitting[0])
     return fitting[0]
 
 
-def check_plans(bundle: Path, found: Plans, everything: bool = False) -> None:
-    """Raises InputError that names a plan which is missing, truncated or changed; hashes are compared as by
-    `bundle.check_files`."""
-    again = f"build it again with: {build_command(bundle, found.target.engine)}"
-    files = [entry.plan for entry in found.graphs.values()]
+def check_plans(bundle: Path, plans: Plans, *, everything: bool = False) -> None:
+    """Compare plans with their sidecar, as `bundle.check_files` does.
+
+    Raises:
+        InputError: Names a plan that is missing, truncated or changed.
+    """
+    again = f"build it again with: {build_command(bundle, plans.target.engine)}"
+    files = [entry.plan for entry in plans.graphs.values()]
     hashed = everything or sum(file.bytes for file in files) <= ALWAYS_HASHED
     for file in files:
-        path = found.folder / file.path
+        path = plans.folder / file.path
         if not path.is_file():
             raise InputError(f"the plan {path} is missing; {again}")
         if (size := path.stat().st_size) != file.bytes:
@@ -186,8 +184,8 @@ def check_plans(bundle: Path, found: Plans, everything: bool = False) -> None:
             raise InputError(f"the plan {path} was changed: its SHA-256 is {digest} instead of {file.sha256}; {again}")
 
 
-def _breadth(found: Plans) -> int:
-    return len(found.target.capabilities)
+def _breadth(plans: Plans) -> int:
+    return len(plans.target.capabilities)
 
 
 def _finished(folder: Path) -> bool:
@@ -195,35 +193,45 @@ def _finished(folder: Path) -> bool:
     return "." not in folder.name
 
 
+@dataclass(frozen=True)
+class _Sidecar:
+    """What plans.json holds."""
+
+    schema: int
+    target: Target
+    precision: str
+    ranges: dict[str, AxisRange]
+    options: dict[str, Any]
+    graphs: dict[GraphName, PlanEntry]
+
+
 def _read(folder: Path) -> Plans:
     path = folder / SIDECAR
-    mend = f"remove {folder}, and build again"
+    remedy = f"remove {folder}, and build again"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        schema = content["schema"]
-        if isinstance(schema, int) and schema > SCHEMA:
-            raise InputError(f"{path} has schema {schema}, this version of mige-rt reads {SCHEMA}: {mend}")
-        target = content["target"]
-        found = Plans(
-            folder,
-            Target(target["engine"], target["version"], target["gpu"], tuple(target["capabilities"])),
-            content["precision"],
-            {axis: Range(**span) for axis, span in content["ranges"].items()},
-            content["options"],
-            {
-                graph: PlanEntry(**{**entry, "plan": FileEntry(**entry["plan"])})
-                for graph, entry in content["graphs"].items()
-            },
-        )
-        if missing := set(GRAPHS) - set(found.graphs):
-            raise ValueError(f"the graphs {', '.join(sorted(missing))} are missing")
-        for graph, entry in found.graphs.items():
-            if entry.plan.path != f"{graph}.plan":
-                raise ValueError(f"the plan of {graph} is said to be {entry.plan.path!r}")
-        if found.target.engine not in PLAN_ENGINES or found.fingerprint != folder.name:
-            raise ValueError(f"it tells of plans that belong into a folder {found.fingerprint}")
-    except InputError:
-        raise
-    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({error!r}): {mend}") from error
-    return found
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error}): {remedy}") from error
+    schema = content.get("schema") if isinstance(content, dict) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    if isinstance(schema, int) and schema != SCHEMA:
+        raise InputError(f"{path} has schema {schema}, this version of mige-rt reads {SCHEMA}: {remedy}")
+    try:
+        sidecar = validate(_Sidecar, cast("object", content), f"{path} is damaged")
+    except InputError as error:
+        raise InputError(f"{error}: {remedy}") from error
+    plans = Plans(folder, sidecar.target, sidecar.precision, sidecar.ranges, sidecar.options, sidecar.graphs)
+    if problem := _problem(plans):
+        raise InputError(f"{path} is damaged: {problem}: {remedy}")
+    return plans
+
+
+def _problem(plans: Plans) -> str | None:
+    """What does not hold of plans that were read, if anything."""
+    if missing := set(GRAPHS) - set(plans.graphs):
+        return f"the graphs {', '.join(sorted(missing))} are missing"
+    for graph, entry in plans.graphs.items():
+        if entry.plan.path != f"{graph}.plan":
+            return f"the plan of {graph} is said to be {entry.plan.path!r}"
+    if plans.fingerprint != plans.folder.name:
+        return f"it tells of plans that belong into a folder {plans.fingerprint}"
+    return None

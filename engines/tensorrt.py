@@ -2,28 +2,29 @@
 
 import logging
 import mmap
-import os
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
+from cachetools import LRUCache
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.interface import GRAPHS, Array, Precision, Range
-from engines.plans import PlanEngine, Plans, build_command, find
+from engines.interface import Array, EngineOptions
+from engines.plans import PlanEngine, Plans, build_command, find_plans
 from engines.trt_runtime import find_device, find_machine, import_runtime, is_out_of_memory, make_logger
-from mige_rt.bundle import read_manifest
-from mige_rt.errors import InputError, NotAvailableError
+from mige_rt.atomic import atomic_file
+from mige_rt.bundle import OpenedModel
+from mige_rt.errors import InputError
+from mige_rt.graphs import GRAPHS, AxisRange, GraphName
 
 if TYPE_CHECKING:
     from tensorrt_rtx import ICudaEngine, IExecutionContext, IRuntimeCache, IRuntimeConfig
 
 ALIGNMENT = 256  # bytes, of every address that TensorRT is given
-KEPT = 4  # shapes a graph whose outputs stay allocated
+CACHED_SHAPES = 4  # of each graph, whose outputs stay allocated
 
 _log = logging.getLogger(__name__)
 
@@ -37,44 +38,34 @@ class TensorRTEngine:
     shape, for which the context is set anew. One engine serves one thread.
     """
 
-    captures = 1
+    max_cuda_graphs = 1
 
-    def __init__(self, name: PlanEngine, device: str, precision: str, ranges: Mapping[str, Range]) -> None:
+    def __init__(self, name: PlanEngine, device: str, precision: str, ranges: Mapping[str, AxisRange]) -> None:
         """device is cuda:N, which is there."""
         self.name: str = name
         self.device, self.precision, self.limits = device, precision, ranges
         self.workspace = torch.empty(ALIGNMENT, dtype=torch.uint8, device=device)  # shared: graphs run one by one
         self._stream = torch.cuda.Stream(device)
-        self._plans: dict[str, _Plan] = {}
+        self._plans: dict[GraphName, _Plan] = {}
         self._source: tuple[Path, Plans, _KernelCache | None] | None = None  # what plans are loaded from
 
     @classmethod
-    def open(
-        cls,
-        folder: Path,
-        device: str = "auto",
-        precision: Precision | Literal["auto"] = "auto",
-        name: PlanEngine = "tensorrt",
-        low_memory: bool = False,
-    ) -> "TensorRTEngine":
-        """Open a bundle with the plans in it that fit this machine. low_memory: a plan is loaded when it is first run.
+    def open(cls, model: OpenedModel, options: EngineOptions, name: PlanEngine = "tensorrt") -> "TensorRTEngine":
+        """Open a bundle with the plans in it that fit this machine.
 
-        Raises NoPlanError, with the command that builds one, when none does; NotAvailableError when the runtime or the
-        GPU is not here, or another precision is asked for than the bundle has; InputError when the folder is no
-        bundle, or a plan is damaged or cannot be loaded.
+        Raises:
+            NoPlanError: None does; the message has the command that builds them.
+            NotAvailableError: The runtime or the GPU is not here.
+            InputError: A plan is damaged or cannot be loaded.
         """
-        manifest = read_manifest(folder)
-        if precision not in ("auto", manifest.precision):
-            raise NotAvailableError(
-                f"{folder} was exported in {manifest.precision}, and {precision} was asked for: leave --precision out, "
-                f"or export a bundle with --precision {precision}"
-            )
+        assert model.manifest is not None
+        folder, device = model.folder, options.device
         machine = find_machine(name, device)
-        found = find(folder, manifest, machine)
-        engine = cls(name, f"cuda:{find_device(name, device)}", manifest.precision, found.ranges)
+        plans = find_plans(folder, model.manifest, machine)
+        engine = cls(name, f"cuda:{find_device(name, device)}", model.manifest.precision, plans.ranges)
         cache = None
         if name == "tensorrt-rtx":
-            cache = _KernelCache(found.folder / f"kernels-{machine.capability}.cache")
+            cache = _KernelCache(plans.folder / f"kernels-{machine.capability}.cache")
             if not cache.loaded:
                 _log.warning(
                     "TensorRT for RTX compiles kernels for this GPU (%s) when a graph first runs with a shape, which "
@@ -82,18 +73,23 @@ class TensorRTEngine:
                     machine.gpu,
                     cache.path,
                 )
-        engine._source = (folder, found, cache)
-        for graph in () if low_memory else found.graphs:
+        engine._source = (folder, plans, cache)
+        for graph in () if options.low_memory else plans.graphs:
             engine._load(graph)
         return engine
 
     def array(self, values: NDArray[Any]) -> Array:
-        return torch.from_numpy(values).to(self.device)
+        """See `Engine.array`."""
+        return torch.as_tensor(values, device=self.device)
 
     @torch.inference_mode(False)  # buffers made in inference mode could not be written outside it
     @torch.no_grad()
-    def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """See `Engine.run`. Raises InputError when the plan does not take the inputs' shapes, or memory runs out."""
+    def run(self, graph: GraphName, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """See `Engine.run`.
+
+        Raises:
+            InputError: The plan does not take the inputs' shapes, or memory runs out.
+        """
         if graph not in self._plans:
             self._load(graph)
         plan = self._plans[graph]
@@ -101,7 +97,7 @@ class TensorRTEngine:
             current = torch.cuda.current_stream()
             try:
                 tensors = {name: torch.as_tensor(inputs[name], device=self.device) for name in plan.inputs}
-                new = plan.set_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+                is_new = plan.set_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
                 self._grow(plan.workspace_bytes)
                 plan.set_addresses(tensors, self.workspace)
             except torch.OutOfMemoryError as error:
@@ -112,7 +108,7 @@ class TensorRTEngine:
                 self._stream.wait_stream(current)
                 plan.enqueue(self._stream.cuda_stream)
                 current.wait_stream(self._stream)
-            if new and plan.cache is not None:
+            if is_new and plan.cache is not None:
                 plan.cache.save()
         return dict(plan.outputs)
 
@@ -126,52 +122,55 @@ class TensorRTEngine:
         return (
             f"the GPU ran out of memory in {graph}, which needs {needed / 2**30:.1f} GiB of workspace beside its "
             f"inputs and outputs; {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free: make fewer or smaller "
-            "pictures at once, or end other programs that use the GPU"
+            "images at once, or end other programs that use the GPU"
         )
 
-    def release(self, graphs: Sequence[str]) -> None:
+    def release(self, graphs: Sequence[GraphName]) -> None:
+        """See `Engine.release`."""
         torch.cuda.synchronize(self.device)
         for graph in graphs if self._source is not None else ():
             self._plans.pop(graph, None)
         self.workspace = torch.empty(ALIGNMENT, dtype=torch.uint8, device=self.device)
         torch.cuda.empty_cache()
 
-    def _load(self, graph: str) -> None:
+    def _load(self, graph: GraphName) -> None:
         """Load a graph's plan. Raises InputError when it cannot be loaded."""
         assert self._source is not None
-        folder, found, cache = self._source
-        entry, name = found.graphs[graph], found.target.engine
+        folder, plans, cache = self._source
+        entry, name = plans.graphs[graph], plans.target.engine
         trt, logger = import_runtime(name), make_logger(name)
         runtime = trt.Runtime(logger)
         again = f"build it again with: {build_command(folder, name)}"
-        path = found.folder / entry.plan.path
+        path = plans.folder / entry.plan.path
         with torch.cuda.device(self.device):
             logger.lines.clear()
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 engine = runtime.deserialize_cuda_engine(content)
             context = None if engine is None else _context(trt, engine, cache)
         if engine is None or context is None:
-            if is_out_of_memory(logger.said()):
+            if is_out_of_memory(logger.summary()):
                 free, total = torch.cuda.mem_get_info(self.device)
                 raise InputError(
                     f"the GPU has too little memory for the plan {path} ({entry.plan.bytes / 2**30:.1f} GiB): "
                     f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free; end other programs that use it"
                 )
-            raise InputError(f"the plan {path} could not be loaded ({logger.said()}); {again}")
-        types = {getattr(trt.DataType, trts): torchs for trts, torchs in _TYPES.items()}
-        ports = {}
+            raise InputError(f"the plan {path} could not be loaded ({logger.summary()}); {again}")
+        types = {getattr(trt.DataType, name): dtype for name, dtype in _TYPES.items()}
+        specs: dict[str, _PlanTensor] = {}
         for i in range(engine.num_io_tensors):
-            port = engine.get_tensor_name(i)
-            if engine.get_tensor_location(port) != trt.TensorLocation.DEVICE:
+            tensor = engine.get_tensor_name(i)
+            if engine.get_tensor_location(tensor) != trt.TensorLocation.DEVICE:
                 raise InputError(
-                    f"the plan {path} wants {port} in the CPU's memory, which no graph of ours does; {again}"
+                    f"the plan {path} wants {tensor} in the CPU's memory, which no graph of ours does; {again}"
                 )
-            is_input = engine.get_tensor_mode(port) == trt.TensorIOMode.INPUT
-            ports[port] = _Port(is_input, types[engine.get_tensor_dtype(port)])
-        expected = {port.name for port in (*GRAPHS[graph].inputs, *GRAPHS[graph].outputs)}
-        if set(ports) != expected:
-            raise InputError(f"the plan {path} has the ports {sorted(ports)} instead of {sorted(expected)}; {again}")
-        self._plans[graph] = _Plan(graph, self.device, ports, context, logger, (runtime, engine), cache)
+            is_input = engine.get_tensor_mode(tensor) == trt.TensorIOMode.INPUT
+            specs[tensor] = _PlanTensor(is_input, types[engine.get_tensor_dtype(tensor)])
+        expected = {spec.name for spec in (*GRAPHS[graph].inputs, *GRAPHS[graph].outputs)}
+        if set(specs) != expected:
+            raise InputError(f"the plan {path} has the tensors {sorted(specs)} instead of {sorted(expected)}; {again}")
+        self._plans[graph] = _Plan(
+            graph, self.device, specs, context, cache=cache, keep_alive=_KeepAlive(logger, runtime, engine)
+        )
 
 
 _TYPES = {
@@ -187,9 +186,18 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class _Port:
+class _PlanTensor:
     is_input: bool
     dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _KeepAlive:
+    """What must live as long as an execution context does; the logger has what the runtime last said."""
+
+    logger: Any
+    runtime: Any
+    engine: Any
 
 
 class _Plan:
@@ -197,25 +205,24 @@ class _Plan:
 
     def __init__(
         self,
-        graph: str,
+        graph: GraphName,
         device: str,
-        ports: Mapping[str, _Port],
+        specs: Mapping[str, _PlanTensor],
         context: "IExecutionContext",
-        logger: Any,
-        keep: object,
+        *,
         cache: "_KernelCache | None",
+        keep_alive: "_KeepAlive",
     ) -> None:
-        """logger: that of `make_logger`; keep: what else must live as long as the context does."""
-        self.graph, self.device, self.ports, self.cache = graph, device, ports, cache
+        self.graph, self.device, self.specs, self.cache = graph, device, specs, cache
         self.context = context
-        self.inputs = [name for name, port in ports.items() if port.is_input]
+        self.inputs = [name for name, spec in specs.items() if spec.is_input]
         self.outputs: dict[str, Tensor] = {}
         self.workspace_bytes = 0
-        self._logger, self._keep = logger, keep
+        self._keep_alive = keep_alive
         self._shapes: Shapes = {}
         self._addresses: dict[str, int] = {}
         self._memory: tuple[int, int] | None = None
-        self._made: OrderedDict[tuple[Any, ...], dict[str, Tensor]] = OrderedDict()  # outputs, by the inputs' shapes
+        self._outputs: LRUCache[tuple[Any, ...], dict[str, Tensor]] = LRUCache(CACHED_SHAPES)  # by the inputs' shapes
         self._copies: dict[str, Tensor] = {}
 
     def set_shapes(self, shapes: Shapes) -> bool:
@@ -228,7 +235,7 @@ class _Plan:
         if shapes != self._shapes:
             self._shapes = {}  # until all are set
             for name, shape in shapes.items():
-                if not self.context.set_input_shape(name, shape):
+                if not self.context.set_input_shape(name, shape):  # pyright: ignore[reportUnknownMemberType]
                     raise InputError(
                         f"the plan of {self.graph} does not take {name} of shape {list(shape)}: the bundle was "
                         "exported for other sizes; see `mige-rt info`, and export it with larger limits"
@@ -238,18 +245,15 @@ class _Plan:
             self.workspace_bytes = self.context.update_device_memory_size_for_shapes()
             self._memory = None  # what it was given was for the old shapes
             self._shapes = shapes
-        new = key not in self._made
-        if new:
-            self._made[key] = {
-                name: torch.empty(self._shape(name), dtype=port.dtype, device=self.device)
-                for name, port in self.ports.items()
-                if not port.is_input
+        is_new = key not in self._outputs
+        if is_new:
+            self._outputs[key] = {
+                name: torch.empty(self._shape(name), dtype=spec.dtype, device=self.device)
+                for name, spec in self.specs.items()
+                if not spec.is_input
             }
-            if len(self._made) > KEPT:
-                self._made.popitem(last=False)
-        self._made.move_to_end(key)
-        self.outputs = self._made[key]
-        return new
+        self.outputs = self._outputs[key]
+        return is_new
 
     def _shape(self, name: str) -> list[int]:
         shape = self.context.get_tensor_shape(name)
@@ -269,14 +273,14 @@ class _Plan:
     def enqueue(self, stream: int) -> None:
         """Raises InputError when the runtime says that memory ran out, RuntimeError with its words else."""
         if not self.context.execute_async_v3(stream):
-            said = f"{self.graph} could not be run with {self._shapes}: {self._logger.said()}"
-            if is_out_of_memory(said):
-                raise InputError(f"the GPU ran out of memory: {said}; make fewer or smaller pictures at once")
-            raise RuntimeError(said)
+            message = f"{self.graph} could not be run with {self._shapes}: {self._keep_alive.logger.summary()}"
+            if is_out_of_memory(message):
+                raise InputError(f"the GPU ran out of memory: {message}; make fewer or smaller images at once")
+            raise RuntimeError(message)
 
     def _readable(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor, or a copy in a place of its own if it is of another type, not contiguous, or not aligned."""
-        dtype = self.ports[name].dtype
+        dtype = self.specs[name].dtype
         if tensor.dtype == dtype and tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0:
             return tensor
         copy = self._copies.get(name)
@@ -323,14 +327,12 @@ class _KernelCache:
         content = b"" if self._cache is None else bytes(self._cache.serialize())
         if content == self._written or self._failed:
             return
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         try:
-            temporary.write_bytes(content)
-            os.replace(temporary, self.path)
+            with atomic_file(self.path) as temporary:
+                temporary.write_bytes(content)
             self._written = content
         except OSError as error:
             self._failed = True
-            temporary.unlink(missing_ok=True)
             _log.warning("compiled kernels cannot be kept (%s); the next run compiles them again", error)
 
 

@@ -3,12 +3,16 @@
 What only one of them has is looked up by name where it is used, with a comment.
 """
 
+import dataclasses
 import re
 from collections import deque
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from engines.plans import PRODUCTS, Machine, PlanEngine
-from mige_rt.errors import NotAvailableError
+from engines.device import parse_device
+from engines.plans import PRODUCTS, Machine, PlanEngine, misfit, read_plans, stale
+from mige_rt.bundle import Manifest
+from mige_rt.errors import InputError, NotAvailableError
 
 if TYPE_CHECKING:
     from tensorrt_rtx import ILogger
@@ -36,7 +40,7 @@ def import_runtime(engine: PlanEngine):  # the return type is inferred: a module
 
 
 def make_logger(engine: PlanEngine):
-    """A logger for the runtime that keeps its last warnings and errors: `.lines`, and `.said()` as one sentence.
+    """A logger for the runtime that keeps its last warnings and errors: `.lines`, and `.summary()` as one sentence.
 
     It must be kept for as long as what was made with it.
     """
@@ -51,7 +55,7 @@ def make_logger(engine: PlanEngine):
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR, trt.ILogger.WARNING):
                 self.lines.append(f"{severity.name}: {msg}" if severity != trt.ILogger.WARNING else msg)
 
-        def said(self) -> str:
+        def summary(self) -> str:
             errors = [line.partition(": ")[2] for line in self.lines if line.startswith(("ERROR", "INTERNAL_ERROR"))]
             return "; ".join(errors[-3:]) or "it gave no reason"
 
@@ -90,14 +94,38 @@ def find_device(engine: PlanEngine, device: str) -> int:
         raise NotAvailableError(
             f"the engine {engine} needs PyTorch ({error}); install it with: pip install 'mige-rt[{engine}]'"
         ) from error
-    kind, _, index = device.partition(":")
-    if kind not in ("auto", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
+    try:
+        name = parse_device(device)
+    except InputError:
+        name = None
+    if name is None or name.kind == "cpu":
         raise NotAvailableError(
             f"the engine {engine} runs on a GPU, not on {device!r}; expected --device cuda or cuda:N"
         )
-    if int(index or 0) >= torch.cuda.device_count():
+    if (name.index or 0) >= torch.cuda.device_count():
         raise NotAvailableError(
             f"the engine {engine} needs an NVIDIA GPU, and PyTorch sees {torch.cuda.device_count()} here: check the "
             "driver with nvidia-smi and that PyTorch is a CUDA build, or use --engine onnxruntime"
         )
-    return int(index) if index else torch.cuda.current_device()
+    return torch.cuda.current_device() if name.index is None else name.index
+
+
+def describe_plans(bundle: Path, manifest: Manifest) -> list[dict[str, Any]]:
+    """A bundle's plans as plain data, and under `misfit` why they are not to be used here (None: they fit).
+
+    Raises:
+        InputError: A sidecar is damaged.
+    """
+    descriptions: list[dict[str, Any]] = []
+    for plans in read_plans(bundle):
+        reason = stale(plans, manifest)
+        if reason is None:
+            try:
+                reason = misfit(plans, manifest, find_machine(plans.target.engine, "auto"))
+            except NotAvailableError as error:
+                reason = str(error)
+        size = sum(entry.plan.bytes for entry in plans.graphs.values())
+        descriptions.append(
+            {"name": plans.folder.name, **dataclasses.asdict(plans.target), "bytes": size, "misfit": reason}
+        )
+    return descriptions

@@ -1,42 +1,54 @@
-"""Engines that stand in front of another one: what counts, times, keeps or changes what it is asked for."""
+"""Engines around another one: what counts, times, keeps or changes what it is asked for."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
 
-from engines.interface import Array, Engine, Range
+from engines.interface import Array, Engine
+from mige_rt.graphs import AxisRange, GraphName
 
 
-class EngineProxy:
+class EngineWrapper:
     """The engine itself, under another object; a subclass changes `run`."""
 
     def __init__(self, engine: Engine) -> None:
+        """Wrap an engine."""
         self.engine = engine
         self.name, self.device, self.precision = engine.name, engine.device, engine.precision
-        self.limits: Mapping[str, Range] = engine.limits
-        self.captures = 0  # what is replayed does not come by here
+        self.limits: Mapping[str, AxisRange] = engine.limits
+        self.max_cuda_graphs = 0  # what is replayed does not come through here
 
     def array(self, values: NDArray[Any]) -> Array:
+        """See `Engine.array`."""
         return self.engine.array(values)
 
-    def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, graph: GraphName, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """See `Engine.run`."""
         return self.engine.run(graph, inputs)
 
-    def release(self, graphs: Sequence[str]) -> None:
+    def release(self, graphs: Sequence[GraphName]) -> None:
+        """See `Engine.release`."""
         self.engine.release(graphs)
 
 
-class WatchedEngine(EngineProxy):
-    """An engine with an onlooker: on_run(graph, inputs, run) is called for each run and gives its outputs."""
+# (graph, inputs, run) -> outputs: `run()` is what the wrapped engine gives
+Hook = Callable[[GraphName, Mapping[str, Array], Callable[[], dict[str, Array]]], dict[str, Array]]
 
-    def __init__(
-        self,
-        engine: Engine,
-        on_run: Callable[[str, Mapping[str, Array], Callable[[], dict[str, Array]]], dict[str, Array]],
-    ) -> None:
+
+class HookedEngine(EngineWrapper):
+    """An engine with a hook around each run of a graph."""
+
+    def __init__(self, engine: Engine, hook: Hook) -> None:
+        """Wrap an engine.
+
+        Args:
+            engine: What runs the graphs.
+            hook: Is called instead, and gives the outputs.
+        """
         super().__init__(engine)
-        self.on_run = on_run
+        self.hook = hook
 
-    def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        return self.on_run(graph, inputs, lambda: self.engine.run(graph, inputs))
+    def run(self, graph: GraphName, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """See `Engine.run`."""
+        return self.hook(graph, inputs, lambda: self.engine.run(graph, inputs))

@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from engines.interface import GRAPHS, GraphName, Range, axis_size
 from engines.plans import PRODUCTS, SIDECAR, PlanEngine, PlanEntry, Plans, Target, fingerprint
 from engines.trt_runtime import capabilities as known_capabilities
 from engines.trt_runtime import find_device, import_runtime, is_out_of_memory
 from export.plan_job import BuiltPlan, PlanJob, PlanOptions, PlanProfile
 from export.processes import OnPhase, WorkerFailedError, WorkerHooks, run_worker
-from mige_rt.atomic import whole_folder
+from mige_rt.atomic import atomic_folder
 from mige_rt.bundle import Manifest, check_files, file_entry, read_manifest
 from mige_rt.errors import InputError, NotAvailableError
+from mige_rt.graphs import GRAPHS, AxisRange, GraphName, axis_size
 
 # Two kinds of Ampere, Ada Lovelace, Blackwell. For Turing (7.5) it has no matrix products in float32 or bfloat16, and
 # every precision of ours has one somewhere.
@@ -107,9 +107,9 @@ def build(
         engines.mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"{engines} cannot be made ({error}): give a bundle that can be written") from error
-    with whole_folder(engines / name, replace=True) as out:
+    with atomic_folder(engines / name, replace=True) as out:
         timing_cache = engines / f"timing-{engine}-{target.version}.cache"
-        entries: dict[str, PlanEntry] = {}
+        entries: dict[GraphName, PlanEntry] = {}
         for done, graph in enumerate(GRAPHS):
             on_phase = partial(_report_phase, on_progress, graph, done)
             built = builder.build(graph, out / f"{graph}.plan", timing_cache, on_phase)
@@ -146,15 +146,15 @@ def rehearse_plan(folder: Path, graph: GraphName, plan: Path) -> BuiltPlan:
 def profile(manifest: Manifest, graph: GraphName) -> PlanProfile:
     """The smallest, the usual and the largest shape of each of a graph's inputs."""
 
-    def shape(name: str, size: Callable[[Range], int]) -> list[int]:
+    def shape(name: str, size: Callable[[AxisRange], int]) -> list[int]:
         sizes = {axis: size(span) for axis, span in manifest.ranges.items()}
         return [axis_size(axis, sizes) for axis in manifest.graphs[graph].axes[name]]
 
     return {
         spec.name: (
-            shape(spec.name, lambda span: span.smallest),
-            shape(spec.name, lambda span: span.usual),
-            shape(spec.name, lambda span: span.largest),
+            shape(spec.name, lambda span: span.min),
+            shape(spec.name, lambda span: span.opt),
+            shape(spec.name, lambda span: span.max),
         )
         for spec in GRAPHS[graph].inputs
     }

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from torch import nn
 
-from engines.interface import GraphName, Precision, Range
-from mige_rt.config import ModelConfig
-from mige_rt.instruction import Tokenize
+from mige_rt.config import ModelConfig, Precision
+from mige_rt.graphs import AxisRange, GraphName
+from mige_rt.tokenizer import Tokenize
 from trainer.checkpoints.open_checkpoint import CheckpointLocation
 from trainer.checkpoints.weights import Checkpoint
 
@@ -26,7 +26,7 @@ class ExportTarget:
 
     config: ModelConfig
     precision: Precision
-    ranges: Mapping[str, Range]
+    ranges: Mapping[str, AxisRange]
     folder: Path
 
     def onnx_path(self, graph: GraphName) -> Path:
@@ -79,6 +79,6 @@ class ExportJob:
     checkpoint: CheckpointLocation
     bundle: Path
     precision: Precision
-    ranges: dict[str, Range]
+    ranges: dict[str, AxisRange]
     validate: bool
     small: bool

@@ -13,28 +13,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from engines.interface import GRAPHS, GraphName, Range
 from export.context import ExportJob
 from export.precision import TABLES, check_precision
 from export.processes import WorkerFailedError, WorkerHooks, run_worker
 from export.results import Check, GraphResult, PipelineResult, worst_check
-from mige_rt.atomic import whole_folder
-from mige_rt.bundle import (
-    DEFAULT_MODEL,
-    MANIFEST,
-    REPORT,
-    SCHEMA,
-    TOKENIZER_FILE,
-    GraphEntry,
-    Manifest,
-    file_entry,
-    resolved_axes,
-)
+from mige_rt.atomic import atomic_folder
+from mige_rt.bundle import DEFAULT_MODEL, MANIFEST, REPORT, SCHEMA, TOKENIZER_FILE, GraphEntry, Manifest, file_entry
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
+from mige_rt.graphs import GRAPHS, AxisRange, GraphName, resolved_axes
 from trainer.checkpoints.open_checkpoint import CheckpointLocation, open_checkpoint
 
-SOLVER = "dpm_solver_pp_2m"  # mige_rt.scheduler
+SCHEDULER = "dpm_solver_pp_2m"  # mige_rt.scheduler
 SMALL = 200_000_000  # parameters up to which every shape is validated, and two graphs are exported at a time
 
 WORKER = (sys.executable, "-m", "export.worker")
@@ -102,7 +92,7 @@ def _as_json(result: GraphResult | PipelineResult) -> dict[str, Any]:
     return {key: content[key] for key in content if content[key] is not None or key == "peak_bytes"}
 
 
-def axis_ranges(config: ModelConfig, limits: ExportLimits) -> dict[str, Range]:
+def axis_ranges(config: ModelConfig, limits: ExportLimits) -> dict[str, AxisRange]:
     """The named axes' ranges. Raises InputError when the limits are not possible for this model."""
     low, high = limits.sizes or (config.size, config.size)
     if not 0 < low <= high or low % config.multiple or high % config.multiple:
@@ -110,8 +100,8 @@ def axis_ranges(config: ModelConfig, limits: ExportLimits) -> dict[str, Range]:
             f"the sizes are {low} to {high}; multiples of {config.multiple} pixels are expected, the smaller first"
         )
     factor, trained = config.vae.factor, config.size // config.vae.factor
-    h = Range(low // factor, min(max(trained, low // factor), high // factor), high // factor)
-    encoded = Range(min(h.smallest, trained), trained, max(h.largest, trained))
+    h = AxisRange(low // factor, min(max(trained, low // factor), high // factor), high // factor)
+    encoded = AxisRange(min(h.min, trained), trained, max(h.max, trained))
     images = limits.batch * limits.references
     if images > 63:
         raise InputError(
@@ -119,11 +109,11 @@ def axis_ranges(config: ModelConfig, limits: ExportLimits) -> dict[str, Range]:
             "takes at most 63"
         )
     return {
-        "N": Range(1, 1, images),
-        "M": Range(1, 1, images),
-        "B": Range(1, 1, limits.batch),
-        "R": Range(1, 2, 3 * limits.batch),  # at most three guidance branches
-        "L": Range(1, min(config.max_tokens, 32 + config.qformer.queries), config.max_tokens),
+        "N": AxisRange(1, 1, images),
+        "M": AxisRange(1, 1, images),
+        "B": AxisRange(1, 1, limits.batch),
+        "R": AxisRange(1, 2, 3 * limits.batch),  # at most three guidance branches
+        "L": AxisRange(1, min(config.max_tokens, 32 + config.qformer.queries), config.max_tokens),
         "h": h,
         "w": h,
         "eh": encoded,
@@ -182,7 +172,7 @@ def export_bundle(
         RuntimeError: a graph's process ends otherwise.
     """
     checked = check_precision(precision)
-    with _disk_errors(out), whole_folder(out) as folder:
+    with _disk_errors(out), atomic_folder(out) as folder:
         location = locate_checkpoint(ckpt, options)
         checkpoint = open_checkpoint(location)
         config = checkpoint.config
@@ -203,7 +193,7 @@ def export_bundle(
             source=source,
             precision=checked,
             validated=False,
-            solver=SOLVER,
+            scheduler=SCHEDULER,
             ranges=ranges,
             graphs={
                 graph: GraphEntry(

@@ -20,12 +20,11 @@ import torch
 from onnxscript import optimizer
 from torch import Tensor, nn
 
-from engines.interface import GRAPHS, GraphName, axis_size, split_axis
 from export.context import ExportTarget
 from export.onnx_files import check_file, save_ir
 from export.precision import PreciseGraph
-from mige_rt.bundle import resolved_axes
 from mige_rt.errors import InputError
+from mige_rt.graphs import GRAPHS, GraphName, axis_size, resolved_axes, split_axis
 
 Layout = tuple[torch.dtype, tuple[int, ...]]  # a weight's type and shape in its file
 Place = tuple[int, int]  # its offset in the file and its bytes
@@ -103,8 +102,8 @@ def _trace(graph: GraphName, precise: PreciseGraph, target: ExportTarget) -> ir.
     sizes: dict[str, int] = {}
     dims: dict[str, Any] = {}
     for number, (axis, span) in enumerate(target.ranges.items()):
-        if span.smallest == span.largest:
-            sizes[axis] = span.smallest
+        if span.min == span.max:
+            sizes[axis] = span.min
         elif axis in ("h", "w", "eh", "ew"):
             patch = config.dit.patch
             sizes[axis], dims[axis] = (5 + number) * patch, patch * torch.export.Dim(f"{axis}_cells", min=1)

@@ -11,14 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from engines.interface import GRAPHS, GraphName, Range, axis_size, split_axis
 from export.reference import Feed, run_reference
-from mige_rt.bundle import resolved_axes
 from mige_rt.config import ModelConfig
-from mige_rt.images import vae_pixels, vit_pixels
-from mige_rt.instruction import EncodedPrompt, Tokenize, collate, compose_prompt, encode_prompt
-from mige_rt.requests import Resolved, read_requests
+from mige_rt.graphs import GRAPHS, AxisRange, GraphName, axis_size, resolved_axes, split_axis
+from mige_rt.instruction import compose_prompt
+from mige_rt.preprocessing import vae_pixels, vit_pixels
+from mige_rt.prompt_tokens import TokenizedPrompt, collate, tokenize_prompt
+from mige_rt.requests import ResolvedRequest, read_requests
 from mige_rt.scheduler import ALPHAS, SIGMAS, draw_noise
+from mige_rt.tokenizer import Tokenize
 from trainer.checkpoints.weights import Checkpoint
 
 SAMPLES = Path(__file__).parent / "samples"  # requests.jsonl and its images
@@ -28,12 +29,14 @@ SMALL_LENGTH = 48  # tokens of the larger of two small shapes: words and a part 
 Sizes = dict[str, int]  # of the named axes
 
 
-def sample_requests() -> list[Resolved]:
+def sample_requests() -> list[ResolvedRequest]:
     """The requests that come with the project, two of each task."""
     return list(read_requests(SAMPLES / "requests.jsonl").values())
 
 
-def shapes_of(graph: GraphName, config: ModelConfig, ranges: Mapping[str, Range], *, small: bool) -> dict[str, Sizes]:
+def shapes_of(
+    graph: GraphName, config: ModelConfig, ranges: Mapping[str, AxisRange], *, small: bool
+) -> dict[str, Sizes]:
     """The shapes that a graph is tried at, by what they are called; each is given by its named axes' sizes.
 
     Without `small` two: the smallest, and the next above it in every axis, but for text, which has SMALL_LENGTH
@@ -45,24 +48,24 @@ def shapes_of(graph: GraphName, config: ModelConfig, ranges: Mapping[str, Range]
     steps = {name: config.dit.patch if name in ("h", "w", "eh", "ew") else 1 for name in names}
 
     def within(name: str, size: int) -> int:
-        return max(spans[name].smallest, min(size // steps[name] * steps[name], spans[name].largest))
+        return max(spans[name].min, min(size // steps[name] * steps[name], spans[name].max))
 
-    smallest = {name: span.smallest for name, span in spans.items()}
+    smallest = {name: span.min for name, span in spans.items()}
     if small:
         # A third and two thirds of the way: height and width differ.
         shares = {name: (1 + number % 2) / 3 for number, name in enumerate(names)}
         shapes = {
-            "smallest": smallest,
-            "usual": {name: span.usual for name, span in spans.items()},
-            "largest": {name: span.largest for name, span in spans.items()},
+            "min": smallest,
+            "opt": {name: span.opt for name, span in spans.items()},
+            "max": {name: span.max for name, span in spans.items()},
             "between": {
-                name: within(name, span.smallest + round((span.largest - span.smallest) * shares[name]))
+                name: within(name, span.min + round((span.max - span.min) * shares[name]))
                 for name, span in spans.items()
             },
         }
     else:
-        above = {n: SMALL_LENGTH if n == "L" else span.smallest + steps[n] for n, span in spans.items()}
-        shapes = {"smallest": smallest, "next": {n: within(n, above[n]) for n in spans}}
+        above = {n: SMALL_LENGTH if n == "L" else span.min + steps[n] for n, span in spans.items()}
+        shapes = {"min": smallest, "next": {n: within(n, above[n]) for n in spans}}
     return {name: sizes for i, (name, sizes) in enumerate(shapes.items()) if sizes not in list(shapes.values())[:i]}
 
 
@@ -170,7 +173,7 @@ class RealInputs:
     def _words(self, sizes: Sizes) -> Feed:
         """token_ids, slot_index, text_mask [B,L]; the first prompt has L tokens, the others may have fewer."""
         queries, first_image = self.config.qformer.queries, 0
-        prompts: list[EncodedPrompt] = []
+        prompts: list[TokenizedPrompt] = []
         for number in range(sizes["B"]):
             request = self.requests[number % len(self.requests)]
             text, images = compose_prompt(request.task, request.prompt), len(request.images)
@@ -179,7 +182,7 @@ class RealInputs:
                 text, images = " ".join([text] * repeats), images * repeats
             slots = [(first_image + k) % sizes["N"] for k in range(images)]
             first_image += images
-            prompts.append(encode_prompt(text, slots, self.tokenize, queries, sizes["L"]))
+            prompts.append(tokenize_prompt(text, slots, self.tokenize, queries, sizes["L"]))
         token_ids, slot_index, text_mask = collate(prompts)
         return {"token_ids": token_ids, "slot_index": slot_index, "text_mask": text_mask}
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.interface import GraphName
 from engines.plans import PlanEngine
+from mige_rt.graphs import GraphName
 
 PlanProfile = dict[str, tuple[list[int], list[int], list[int]]]  # by input: the smallest, usual and largest shape
 

@@ -69,7 +69,7 @@ def work(job: PlanJob, on_phase: OnPhase) -> BuiltPlan:
     on_phase("reading the graph")
     if not parser.parse_from_file(str(job.onnx)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        raise BuildError("; ".join(f"{error.node_name()}: {error.desc()}" for error in errors[:3]) or logger.said())
+        raise BuildError("; ".join(f"{error.node_name()}: {error.desc()}" for error in errors[:3]) or logger.summary())
 
     config = builder.create_builder_config()
     monitor = make_monitor(trt, on_phase)
@@ -88,7 +88,7 @@ def work(job: PlanJob, on_phase: OnPhase) -> BuiltPlan:
         name = network.get_input(i).name
         ranges.set_shape(name, *(trt.Dims(shape) for shape in job.profile[name]))
     if config.add_optimization_profile(ranges) < 0:
-        raise BuildError(f"the ranges {job.profile} are not possible: {logger.said()}")
+        raise BuildError(f"the ranges {job.profile} are not possible: {logger.summary()}")
     if job.engine == "tensorrt-rtx":
         _for_rtx(trt, config, job.capabilities)
     else:
@@ -96,7 +96,7 @@ def work(job: PlanJob, on_phase: OnPhase) -> BuiltPlan:
 
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise BuildError(logger.said())
+        raise BuildError(logger.summary())
     on_phase("writing the plan")
     job.plan.write_bytes(plan)
     if job.engine == "tensorrt":

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
 
-from engines.interface import GRAPHS, GraphName, Precision
+from mige_rt.config import Precision
 from mige_rt.errors import InputError
+from mige_rt.graphs import GRAPHS, GraphName
 
 _HALF = {"matrix products and convolutions": "float16", "norms": "float32", "softmax": "float32"}
 _BRAIN = {"matrix products and convolutions": "bfloat16", "norms": "float32", "softmax": "float32"}

@@ -10,11 +10,11 @@ from onnxruntime.quantization import (  # pyright: ignore[reportMissingTypeStubs
     quantize_dynamic,  # pyright: ignore[reportUnknownVariableType]
 )
 
-from engines.interface import GraphName
 from export.context import ExportTarget
 from export.graphs import strip, write_weights
 from export.onnx_files import load_ir, save_ir
 from export.precision import TABLES
+from mige_rt.graphs import GraphName
 
 
 def quantise(graph: GraphName, target: ExportTarget) -> None:

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from engines.interface import GRAPHS, GraphName
+from mige_rt.graphs import GRAPHS, GraphName
 from trainer.checkpoints.weights import Checkpoint
 
 Feed = Mapping[str, NDArray[Any]]  # a graph's inputs by name

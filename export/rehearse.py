@@ -24,14 +24,14 @@ from tabulate import tabulate
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from engines.interface import GRAPHS, GraphName
 from export.build_plans import rehearse_plan
 from export.exporter import ExportLimits, ExportOptions, ExportResult, export_bundle
 from export.results import worst_check
-from mige_rt.atomic import whole_folder
+from mige_rt.atomic import atomic_folder
 from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, Manifest
 from mige_rt.config import PRESETS, ModelConfig
 from mige_rt.errors import InputError
+from mige_rt.graphs import GRAPHS, GraphName
 from trainer.checkpoints.model_folder import ModelContent, write_model_folder
 from trainer.checkpoints.weights import our_shapes
 from trainer.model.vae import make_vae
@@ -60,7 +60,7 @@ def make_model(config: ModelConfig, out: Path) -> None:
     """A model folder of these sizes with made-up weights, one held at a time, and the default model's tokenizer."""
     shapes = our_shapes(config)
     block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0))
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         content = ModelContent(
             config=config,
             source="made up",

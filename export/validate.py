@@ -15,22 +15,25 @@ import torch
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from engines.interface import GRAPHS, Array, GraphName, Precision, to_numpy
+from engines.interface import Array, EngineOptions, to_numpy
 from engines.onnx_runtime import OnnxRuntimeEngine
 from engines.pytorch import PyTorchEngine
-from engines.wrapper import WatchedEngine
+from engines.wrapper import HookedEngine
 from export.chunks import CHUNK_BYTES, run_onnx
 from export.context import ExportContext
 from export.inputs import RealInputs, Sizes, random_feed, sample_requests, shapes_of
 from export.precision import PreciseGraph
 from export.reference import Feed, Outputs, run_module, run_reference
 from export.results import Check
-from mige_rt.bundle import TOKENIZER_FILE
+from mige_rt.bundle import TOKENIZER_FILE, open_model
+from mige_rt.config import Precision
 from mige_rt.errors import InputError
-from mige_rt.images import to_picture
-from mige_rt.instruction import load_tokenizer
-from mige_rt.pipeline import MigePipeline, Settings
-from mige_rt.requests import Resolved
+from mige_rt.graphs import GRAPHS, GraphName
+from mige_rt.pipeline import MigePipeline
+from mige_rt.postprocessing import to_image
+from mige_rt.requests import ResolvedRequest
+from mige_rt.sampling_params import SamplingParams
+from mige_rt.tokenizer import load_tokenizer
 from trainer.checkpoints.model_folder import load_model
 from trainer.checkpoints.weights import Checkpoint
 from trainer.evaluate.metrics import psnr
@@ -146,7 +149,8 @@ class _PreciseEngine(PyTorchEngine):
         self.graphs = {graph: PreciseGraph(graph, self.model.graph(graph), precision) for graph in GRAPHS}
 
     def run(self, graph: GraphName, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        return run_module(graph, self.graphs[graph], inputs)
+        feed = {name: to_numpy(values) for name, values in inputs.items()}
+        return {**run_module(graph, self.graphs[graph], feed)}
 
 
 def validate_pipeline(checkpoint: Checkpoint, bundle: Path, precision: Precision) -> list[Check]:
@@ -157,12 +161,14 @@ def validate_pipeline(checkpoint: Checkpoint, bundle: Path, precision: Precision
     if precision == "bf16":
         ours = _PreciseEngine(bundle, precision)
     else:
-        ours = OnnxRuntimeEngine.open(bundle, "cpu", precision)
+        ours = OnnxRuntimeEngine.open(open_model(bundle), EngineOptions(device="cpu", precision=precision))
     pipes = [MigePipeline(checkpoint.config, tokenize, engine) for engine in (ours, reference)]
     image_limit = 10 ** (-MIN_PSNR[precision] / 20)
     checks: list[Check] = []
     for request in _one_of_each_task():
-        (latents, image), (expected, truth) = (make_watched(pipe, request, Settings(steps=STEPS)) for pipe in pipes)
+        (latents, image), (expected, truth) = (
+            make_watched(pipe, request, SamplingParams(num_inference_steps=STEPS)) for pipe in pipes
+        )
         sizes = {"B": 1, "h": latents.shape[2], "w": latents.shape[3]}
         compared = Compared("pipeline", sizes, request.task, "latents", ours.name)
         checks.append(_check(compared, latents, expected, LATENT_TOLERANCES[precision]))
@@ -179,9 +185,12 @@ def _check_images(compared: Compared, ours: NDArray[np.uint8], expected: NDArray
 
 
 def make_watched(
-    pipe: MigePipeline, request: Resolved, settings: Settings, on_run: OnRun = lambda graph, inputs, run: run()
+    pipe: MigePipeline,
+    request: ResolvedRequest,
+    settings: SamplingParams,
+    on_run: OnRun = lambda graph, inputs, run: run(),
 ) -> tuple[NDArray[Any], Image]:
-    """The final latents, [1,c,h,w], unscaled, and the image, as the pipeline makes them; on_run: see WatchedEngine.
+    """The final latents, [1,c,h,w], unscaled, and the image, as the pipeline makes them; on_run: see HookedEngine.
 
     Where the model overflowed, the image is black or white at what is not finite, and the latents are not finite.
     """
@@ -195,20 +204,20 @@ def make_watched(
             latents, pixels = to_numpy(inputs["latents"]), to_numpy(outputs["pixels"])
         return outputs
 
-    engine = WatchedEngine(pipe.engine, keep)
+    engine = HookedEngine(pipe.engine, keep)
     try:
-        (image,) = MigePipeline(pipe.config, pipe.encoder.tokenize, engine, low_memory=pipe.low_memory).make(
-            [request], settings
-        )
+        (image,) = MigePipeline(
+            pipe.config, pipe.condition_encoder.tokenize, engine, low_memory=pipe.runner.low_memory
+        ).generate([request], settings)
     except InputError:
         if np.isfinite(pixels).all():
             raise
-        image = to_picture(np.nan_to_num(pixels[0], nan=-1, posinf=1, neginf=-1))
+        image = to_image(np.nan_to_num(pixels[0], nan=-1, posinf=1, neginf=-1))
     return latents, image
 
 
-def _one_of_each_task() -> list[Resolved]:
-    first: dict[str, Resolved] = {}
+def _one_of_each_task() -> list[ResolvedRequest]:
+    first: dict[str, ResolvedRequest] = {}
     for request in sample_requests():
         first.setdefault(request.task, request)
     return list(first.values())

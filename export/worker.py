@@ -2,7 +2,6 @@
 
 import time
 
-from engines.interface import GraphName
 from export.context import ExportContext, ExportJob, ExportTarget
 from export.graphs import export_graph
 from export.memory import peak_bytes
@@ -12,7 +11,8 @@ from export.results import GraphResult, PipelineResult
 from export.validate import make_cases, validate_graph, validate_pipeline
 from mige_rt.bundle import TOKENIZER_FILE
 from mige_rt.errors import InputError
-from mige_rt.instruction import load_tokenizer
+from mige_rt.graphs import GraphName
+from mige_rt.tokenizer import load_tokenizer
 from trainer.checkpoints.open_checkpoint import open_checkpoint
 from trainer.checkpoints.weights import empty_model
 

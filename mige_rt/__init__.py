@@ -1,1 +1,46 @@
-"""The engine people run MIGE on: words and pictures in, a picture out."""
+"""mige-rt: the engine people run MIGE on. `from mige_rt import MigePipeline` is all that most programs need."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    __version__: str
+
+    from mige_rt.errors import InputError, NotAvailableError, NotFiniteError
+    from mige_rt.pipeline import MigePipeline, MigePipelineOutput
+    from mige_rt.sampling_params import SamplingParams
+
+__all__ = [
+    "InputError",
+    "MigePipeline",
+    "MigePipelineOutput",
+    "NotAvailableError",
+    "NotFiniteError",
+    "SamplingParams",
+    "__version__",
+]
+
+_MODULES = {
+    "InputError": "mige_rt.errors",
+    "MigePipeline": "mige_rt.pipeline",
+    "MigePipelineOutput": "mige_rt.pipeline",
+    "NotAvailableError": "mige_rt.errors",
+    "NotFiniteError": "mige_rt.errors",
+    "SamplingParams": "mige_rt.sampling_params",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: the command line imports this package and must start at once."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("mige-rt")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,72 +1,79 @@
-"""The model's sizes and defaults, as frozen dataclasses, and a literal table of presets."""
+"""The model's sizes and defaults, as frozen dataclasses, and a literal table of presets.
+
+What `validate` reads from files is checked against these types: no field is left out, none is unknown.
+"""
 
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
+
+from annotated_types import Gt
 
 from mige_rt.errors import InputError
 
 Prediction = Literal["epsilon", "v_prediction"]
-Solver = Literal["dpm_solver_pp_2m", "ddim"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+SchedulerName = Literal["dpm_solver_pp_2m", "ddim"]
+PositiveInt = Annotated[int, Gt(0)]
 
 
 @dataclass(frozen=True)
 class VisionConfig:
     """The image encoder's ViT (published: EVA-CLIP ViT-g/14)."""
 
-    side: int = 224  # pixels
-    patch: int = 14  # pixels
-    width: int = 1408
-    depth: int = 39
-    heads: int = 16
-    mlp: int = 6144
+    side: PositiveInt = 224  # pixels
+    patch: PositiveInt = 14  # pixels
+    width: PositiveInt = 1408
+    depth: PositiveInt = 39
+    heads: PositiveInt = 16
+    mlp: PositiveInt = 6144
 
 
 @dataclass(frozen=True)
 class QFormerConfig:
     """The Q-Former (published: BERT-base with cross-attention in every second layer)."""
 
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp: int = 3072
-    queries: int = 32  # image tokens a picture
-    fusion_heads: int = 8
+    width: PositiveInt = 768
+    depth: PositiveInt = 12
+    heads: PositiveInt = 12
+    mlp: PositiveInt = 3072
+    queries: PositiveInt = 32  # image tokens a picture
+    fusion_heads: PositiveInt = 8
 
 
 @dataclass(frozen=True)
 class TextConfig:
     """The text encoder (published: T5 v1.1 XXL's)."""
 
-    vocabulary: int = 32128
-    width: int = 4096
-    head_width: int = 64
-    mlp: int = 10240
-    depth: int = 24
-    heads: int = 64
+    vocabulary: PositiveInt = 32128
+    width: PositiveInt = 4096
+    head_width: PositiveInt = 64
+    mlp: PositiveInt = 10240
+    depth: PositiveInt = 24
+    heads: PositiveInt = 64
 
 
 @dataclass(frozen=True)
 class DiTConfig:
     """The denoiser (published: PixArt-alpha XL/2 with eight input channels)."""
 
-    width: int = 1152
-    depth: int = 28
-    heads: int = 16
-    mlp: int = 4608
-    patch: int = 2  # latent pixels
-    trained_grid: int = 32  # patches along a side of the trained size
+    width: PositiveInt = 1152
+    depth: PositiveInt = 28
+    heads: PositiveInt = 16
+    mlp: PositiveInt = 4608
+    patch: PositiveInt = 2  # latent pixels
+    trained_grid: PositiveInt = 32  # patches along a side of the trained size
 
 
 @dataclass(frozen=True)
 class VAEConfig:
     """The autoencoder (published: Stable Diffusion's sd-vae-ft-ema)."""
 
-    channels: int = 4
-    widths: tuple[int, ...] = (128, 256, 512, 512)
-    layers: int = 2  # residual blocks a level
-    groups: int = 32
+    channels: PositiveInt = 4
+    widths: tuple[PositiveInt, ...] = (128, 256, 512, 512)
+    layers: PositiveInt = 2  # residual blocks a level
+    groups: PositiveInt = 32
     attention: bool = True
     scale: float = 0.18215  # latents times this have about unit variance
 
@@ -78,20 +85,20 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class TaskDefaults:
-    """What a task runs with unless told otherwise. source_scale counts only where there is a source picture."""
+    """What a task runs with unless told otherwise; image_guidance_scale counts only where there is a source image."""
 
-    steps: int
-    text_scale: float
-    source_scale: float
+    num_inference_steps: PositiveInt
+    guidance_scale: float
+    image_guidance_scale: float
 
 
 @dataclass(frozen=True)
 class Defaults:
     """The defaults of each task (published: the paper's scripts)."""
 
-    subject: TaskDefaults = TaskDefaults(steps=50, text_scale=7.0, source_scale=1.0)
-    edit: TaskDefaults = TaskDefaults(steps=60, text_scale=5.0, source_scale=1.0)
-    compose: TaskDefaults = TaskDefaults(steps=60, text_scale=5.0, source_scale=1.0)
+    subject: TaskDefaults = TaskDefaults(num_inference_steps=50, guidance_scale=7.0, image_guidance_scale=1.0)
+    edit: TaskDefaults = TaskDefaults(num_inference_steps=60, guidance_scale=5.0, image_guidance_scale=1.0)
+    compose: TaskDefaults = TaskDefaults(num_inference_steps=60, guidance_scale=5.0, image_guidance_scale=1.0)
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,7 @@ class ModelConfig:
     vae: VAEConfig = VAEConfig()
     prediction: Prediction = "epsilon"
     learned_variance: bool = True
-    max_tokens: int = 256
+    max_tokens: PositiveInt = 256
     defaults: Defaults = Defaults()
 
     @property
@@ -124,18 +131,25 @@ class ModelConfig:
         return dataclasses.asdict(self)
 
     @staticmethod
-    def from_json(data: dict[str, Any]) -> "ModelConfig":
+    def from_json(data: object) -> "ModelConfig":
         """The inverse of `to_json`.
 
-        Raises InputError that names every field that is unknown, missing, of a wrong type, or does not fit the others.
+        Raises:
+            InputError: Names every field that is unknown, missing, of a wrong type, or does not fit the others.
         """
-        wrong: list[str] = []
-        config = _read(ModelConfig, data, "config", wrong)
-        if not wrong:
-            wrong = [f"{what} does not hold" for what, holds in _rules(config).items() if not holds]
-        if wrong:
-            raise InputError(f"not a configuration of this model: {'; '.join(wrong)}")
+        from mige_rt.validation import validate
+
+        config = validate(_ConfigFile, {"config": data}, "not a configuration of this model").config
+        if broken := [rule for rule, holds in _rules(config).items() if not holds]:
+            raise InputError(f"not a configuration of this model: {'; '.join(broken)}, which does not hold")
         return config
+
+
+@dataclass(frozen=True)
+class _ConfigFile:
+    """What errors call the configuration."""
+
+    config: ModelConfig
 
 
 def _rules(config: ModelConfig) -> dict[str, bool]:
@@ -152,52 +166,12 @@ def _rules(config: ModelConfig) -> dict[str, bool]:
         "vae.scale is a finite number above 0": math.isfinite(vae.scale) and vae.scale > 0,
         "text.vocabulary holds the special tokens": text.vocabulary > 2,
         "defaults have 2 steps or more and finite scales": all(
-            task.steps >= 2 and math.isfinite(task.text_scale) and math.isfinite(task.source_scale) for task in tasks
+            task.num_inference_steps >= 2
+            and math.isfinite(task.guidance_scale)
+            and math.isfinite(task.image_guidance_scale)
+            for task in tasks
         ),
     }
-
-
-_SECTIONS = {
-    "vision": VisionConfig,
-    "qformer": QFormerConfig,
-    "text": TextConfig,
-    "dit": DiTConfig,
-    "vae": VAEConfig,
-    "defaults": Defaults,
-    "subject": TaskDefaults,
-    "edit": TaskDefaults,
-    "compose": TaskDefaults,
-}
-
-
-def _read(kind: type[Any], data: Any, where: str, wrong: list[str]) -> Any:
-    """A section of the configuration; what is wrong with it is added to `wrong`, and None returned."""
-    if not isinstance(data, dict):
-        wrong.append(f"{where} is a {type(data).__name__} instead of an object")
-        return None
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    before = len(wrong)
-    wrong += [f"unknown {where}.{name}" for name in data if name not in fields]
-    wrong += [f"missing {where}.{name}" for name in fields if name not in data]
-    values: dict[str, Any] = {}
-    for name, value in data.items():
-        if name not in fields:
-            continue
-        if name in _SECTIONS:
-            values[name] = _read(_SECTIONS[name], value, f"{where}.{name}", wrong)
-            continue
-        expected = fields[name].type
-        if name == "prediction":
-            accepted = value in get_args(Prediction)
-        elif name == "widths":
-            accepted = isinstance(value, list | tuple) and all(type(width) is int and width > 0 for width in value)
-            value = tuple(value) if accepted else value
-        else:
-            accepted = type(value) is expected and (expected is not int or value > 0)
-        if not accepted:
-            wrong.append(f"{where}.{name} is {value!r}")
-        values[name] = value
-    return kind(**values) if len(wrong) == before else None
 
 
 PRESETS: dict[str, ModelConfig] = {
@@ -222,9 +196,9 @@ PRESETS: dict[str, ModelConfig] = {
         prediction="v_prediction",
         learned_variance=False,
         defaults=Defaults(
-            subject=TaskDefaults(steps=20, text_scale=1.5, source_scale=1.0),
-            edit=TaskDefaults(steps=20, text_scale=2.0, source_scale=1.5),
-            compose=TaskDefaults(steps=20, text_scale=1.0, source_scale=2.5),
+            subject=TaskDefaults(num_inference_steps=20, guidance_scale=1.5, image_guidance_scale=1.0),
+            edit=TaskDefaults(num_inference_steps=20, guidance_scale=2.0, image_guidance_scale=1.5),
+            compose=TaskDefaults(num_inference_steps=20, guidance_scale=1.0, image_guidance_scale=2.5),
         ),
     ),
 }

@@ -1,91 +1,113 @@
 """A step of the loop as a CUDA graph, captured once for each shape and replayed."""
 
-from collections import OrderedDict
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 
-from mige_rt.denoise import Conditions, Step
+from mige_rt.denoise import LoopInputs, Step
 
 if TYPE_CHECKING:
     from engines.interface import Engine
 
-Key = tuple[tuple[torch.Size, torch.dtype], ...]
+ShapeKey = tuple[tuple[torch.Size, torch.dtype], ...]
 
 
-class CapturedSteps:
-    """Runs a step as `Step` says, with torch tensors on CUDA: a shape's first time as it is, later as a captured graph.
+class CudaGraphRunner:
+    """A `Step` on torch tensors on CUDA: as it is the first time that a shape comes, later as a captured graph.
 
     Results are those of the step itself. Nothing is copied from the host, and nothing waits for it. What is returned
-    is overwritten by the next step of the same shape. At most `engine.captures` graphs are held, those that were used
-    last.
+    is overwritten by the next step of the same shape. At most `engine.max_cuda_graphs` graphs are held, the last used.
     """
 
     def __init__(self, step: Step, engine: "Engine") -> None:
-        """engine: the one that step runs; what a capture of it needs is held."""
+        """Prepare to capture.
+
+        Args:
+            step: What is captured.
+            engine: The one that step runs; what a capture of it needs is held.
+        """
         self._step, self._engine = step, engine
         self._stream = torch.cuda.Stream(engine.device)
-        self._seen: Key | None = None
-        self._graphs: OrderedDict[Key, _Captured] = OrderedDict()
+        self._warmed_up: ShapeKey | None = None
+        self._graphs: LRUCache[ShapeKey, _CapturedStep] = LRUCache(engine.max_cuda_graphs)
 
-    def __call__(self, seen: Conditions, latents: Tensor, before: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-        tensors = (*(getattr(seen, field.name) for field in fields(seen)), latents)
+    def __call__(
+        self, inputs: LoopInputs, latents: Tensor, data_before: Tensor, coefficients: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `denoise.Step`."""
+        tensors: list[Tensor] = [*(getattr(inputs, field.name) for field in fields(inputs)), latents]
         key = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
         current = torch.cuda.current_stream(self._engine.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             if key in self._graphs:
-                self._graphs.move_to_end(key)
-                made = self._graphs[key](seen, latents, before, row)
-            elif key != self._seen:  # libraries choose and load their kernels, which cannot be captured
-                while len(self._graphs) >= self._engine.captures:
-                    self._graphs.popitem(last=False)
-                self._seen = key
-                made = self._step(seen, latents, before, row)
+                outputs = self._graphs[key](inputs, latents, data_before, coefficients)
+            elif key != self._warmed_up:  # libraries choose and load their kernels, which cannot be captured
+                while len(self._graphs) >= self._engine.max_cuda_graphs:
+                    self._graphs.popitem()  # before the next is captured, which needs memory, too
+                self._warmed_up = key
+                outputs = self._step_tensors(inputs, latents, data_before, coefficients)
             else:
-                self._graphs[key] = _Captured(self._step, self._engine, self._stream, seen, latents, before, row)
-                made = self._graphs[key](seen, latents, before, row)
+                self._graphs[key] = self._capture(inputs, latents, data_before, coefficients)
+                outputs = self._graphs[key](inputs, latents, data_before, coefficients)
         current.wait_stream(self._stream)
-        return made
+        return outputs
 
     def clear(self) -> None:
         """Drop every graph with the memory it holds."""
         self._graphs.clear()
-        self._seen = None
+        self._warmed_up = None
+
+    def __len__(self) -> int:
+        """How many graphs are held."""
+        return len(self._graphs)
+
+    def _step_tensors(
+        self, inputs: LoopInputs, latents: Tensor, data_before: Tensor, coefficients: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return cast("tuple[Tensor, Tensor]", self._step(inputs, latents, data_before, coefficients))
+
+    def _capture(
+        self, inputs: LoopInputs, latents: Tensor, data_before: Tensor, coefficients: Tensor
+    ) -> "_CapturedStep":
+        static_inputs = replace(inputs, **{field.name: getattr(inputs, field.name).clone() for field in fields(inputs)})
+        captured = _CapturedStep(static_inputs, latents.clone(), data_before.clone(), coefficients.clone())
+        with torch.cuda.graph(captured.graph, stream=self._stream):
+            after, data = self._step_tensors(
+                static_inputs, captured.latents, captured.data_before, captured.coefficients
+            )
+            captured.latents.copy_(after)
+            captured.data_before.copy_(data)
+        captured.held = (after, data, getattr(self._engine, "workspace", None))
+        return captured
 
 
-class _Captured:
-    """One graph, and the places it reads and writes."""
+class _CapturedStep:
+    """One graph, and the tensors that it reads and writes."""
 
-    def __init__(
-        self,
-        step: Step,
-        engine: "Engine",
-        stream: torch.cuda.Stream,
-        seen: Conditions,
-        latents: Tensor,
-        before: Tensor,
-        row: Tensor,
-    ) -> None:
-        self.seen = replace(seen, **{field.name: getattr(seen, field.name).clone() for field in fields(seen)})
-        self.latents, self.before, self.row = latents.clone(), before.clone(), row.clone()
-        self.loaded: Conditions | None = None
+    def __init__(self, inputs: LoopInputs, latents: Tensor, data_before: Tensor, coefficients: Tensor) -> None:
+        self.inputs = inputs
+        self.latents, self.data_before, self.coefficients = latents, data_before, coefficients
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream):
-            after, data = step(self.seen, self.latents, self.before, self.row)
-            self.latents.copy_(after)
-            self.before.copy_(data)
-        self.held: Any = (after, data, getattr(engine, "workspace", None))
+        self.held: Any = None  # what must live as long as the graph
+        self._copied_from: LoopInputs | None = None
 
-    def __call__(self, seen: Conditions, latents: Tensor, before: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-        if seen is not self.loaded:
-            for field in fields(seen):
-                getattr(self.seen, field.name).copy_(getattr(seen, field.name))
-            self.loaded = seen
-        for place, given in ((self.latents, latents), (self.before, before), (self.row, row)):
-            if given.data_ptr() != place.data_ptr():
-                place.copy_(given)
+    def __call__(
+        self, inputs: LoopInputs, latents: Tensor, data_before: Tensor, coefficients: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if inputs is not self._copied_from:
+            for field in fields(inputs):
+                getattr(self.inputs, field.name).copy_(getattr(inputs, field.name))
+            self._copied_from = inputs
+        for static, given in (
+            (self.latents, latents),
+            (self.data_before, data_before),
+            (self.coefficients, coefficients),
+        ):
+            if given.data_ptr() != static.data_ptr():
+                static.copy_(given)
         self.graph.replay()
-        return self.latents, self.before
+        return self.latents, self.data_before

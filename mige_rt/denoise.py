@@ -1,17 +1,16 @@
 """The denoising loop, for NumPy and torch arrays alike.
 
-B samples, R rows = B x guidance branches, branch-major (row = branch * B + sample); c, h, w the latents' shape.
+B images, R batch = guidance branches x B, branch-major (entry = branch * B + image); c, h, w the latents' shape.
 """
 
-from collections.abc import Callable
-from dataclasses import astuple, dataclass
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from array_api_compat import array_namespace, device
-
-from engines.interface import Array
+from engines.interface import Array, array_namespace, device
 from mige_rt.guidance import Branch
-from mige_rt.scheduler import SolverStep
+from mige_rt.sampling_params import Approximations
+from mige_rt.scheduler import SchedulerStep
 
 
 class Denoiser(Protocol):
@@ -26,117 +25,144 @@ class Denoiser(Protocol):
         cross_kv: Array,  # [2,depth,R,heads,L,head_dim]
         text_mask: Array,  # bool [R,L]
     ) -> Array:  # float32 [R,c,h,w]
+        """One prediction."""
         ...
 
 
 @dataclass(frozen=True)
-class Conditions:
-    """What does not change between steps: each row's conditions, and what each branch counts for."""
+class Conditioning:
+    """What the images are conditioned on.
+
+    Attributes:
+        source: float32 [B,c,h,w], scaled latents; None where there is no source.
+        cross_kv: [2,depth,R,heads,L,head_dim], the conditioner's.
+        text_mask: bool [R,L]
+    """
+
+    source: Array | None
+    cross_kv: Array
+    text_mask: Array
+
+
+@dataclass(frozen=True)
+class LoopInputs:
+    """What does not change between steps: the conditions of each entry of the batch, and the weight of each branch."""
 
     source: Array  # float32 [R,c,h,w]
     cross_kv: Array  # [2,depth,R,heads,L,head_dim]
     text_mask: Array  # bool [R,L]
     weights: Array  # float32 [branches,1,1,1,1]
 
-    def most_conditioned(self) -> "Conditions":
-        """Those of the last branch alone, which is the one that sees most, as the whole prediction."""
-        xp, rows = array_namespace(self.source), self.source.shape[0] // self.weights.shape[0]
-        return Conditions(
-            self.source[-rows:],
-            xp.concat([self.cross_kv[:, :, -rows:]]),  # a copy in one piece
-            self.text_mask[-rows:],
+    def most_conditioned(self) -> "LoopInputs":
+        """Those of the last branch alone, which has the most conditions, as the whole prediction."""
+        xp, images = array_namespace(self.source), self.source.shape[0] // self.weights.shape[0]
+        return LoopInputs(
+            self.source[-images:],
+            xp.concat([self.cross_kv[:, :, -images:]]),  # a contiguous copy
+            self.text_mask[-images:],
             xp.ones_like(self.weights[-1:]),
         )
 
 
-Step = Callable[[Conditions, Array, Array, Array], tuple[Array, Array]]  # see `plain_step`
+# (inputs, latents [B,c,h,w], data predicted at the step before [B,c,h,w], a row [6] of the schedule) -> (latents, data)
+Step = Callable[[LoopInputs, Array, Array, Array], tuple[Array, Array]]
+
+# (index of the step, latents after it) -> latents to go on with, or None for the same
+OnStepEnd = Callable[[int, Array], Array | None]
 
 
-def plain_step(denoiser: Denoiser) -> Step:
-    """One step of the loop: (conditions, latents [B,c,h,w], the data of the step before [B,c,h,w], a row of the
-    solver's table [6]) -> (latents, data). All that it reads lies on the engine's device."""
+def denoising_step(denoiser: Denoiser) -> Step:
+    """One step of the loop as a function of arrays, all of which lie on the engine's device."""
 
-    def step(seen: Conditions, latents: Array, before: Array, row: Array) -> tuple[Array, Array]:
-        xp, branches = array_namespace(latents), seen.weights.shape[0]
+    def step(inputs: LoopInputs, latents: Array, data_before: Array, coefficients: Array) -> tuple[Array, Array]:
+        xp, branches = array_namespace(latents), inputs.weights.shape[0]
+        scheduler = _by_name(coefficients)
         prediction = denoiser(
             latents=xp.concat([latents] * branches),
-            source=seen.source,
-            timestep=row[0] * xp.ones_like(seen.source[:, 0, 0, 0]),
-            cross_kv=seen.cross_kv,
-            text_mask=seen.text_mask,
+            source=inputs.source,
+            timestep=scheduler.timestep * xp.ones_like(inputs.source[:, 0, 0, 0]),
+            cross_kv=inputs.cross_kv,
+            text_mask=inputs.text_mask,
         )  # [R,c,h,w]
-        guided = xp.sum(seen.weights * xp.reshape(prediction, (branches, *latents.shape)), axis=0)  # [B,c,h,w]
-        data = row[1] * latents + row[2] * guided
-        return advance(latents, data, before, row), data
+        guided = xp.sum(inputs.weights * xp.reshape(prediction, (branches, *latents.shape)), axis=0)  # [B,c,h,w]
+        data = scheduler.data_from_latents * latents + scheduler.data_from_prediction * guided
+        return _advance(latents, data, data_before, scheduler), data
 
     return step
-
-
-def advance(latents: Array, data: Array, before: Array, row: Array) -> Array:
-    """The solver's step to the next time, from the data that are predicted now and were predicted before."""
-    return row[3] * latents + row[4] * data + row[5] * before
-
-
-@dataclass(frozen=True)
-class Savings:
-    """Savings that change the picture a little; by default there are none.
-
-    guided: guidance is computed in this part of the steps alone, from a first to a last share of them (Kynkaanniemi et
-    al., 2024); in the others the most conditioned branch counts alone.
-    reuse: the data predicted at the last step that ran the model serve on until the latents have changed by this
-    share of their mean magnitude (TeaCache, Liu et al., 2024, on the denoiser as a whole).
-    """
-
-    guided: tuple[float, float] = (0.0, 1.0)
-    reuse: float = 0.0
 
 
 def denoise(
     step: Step,
     noise: Array,
-    source: Array | None,
-    cross_kv: Array,
-    text_mask: Array,
-    rows: list[Branch],
-    table: list[SolverStep],
-    on_step: Callable[[int, int], None] | None = None,
-    savings: Savings | None = None,
+    conditioning: Conditioning,
+    branches: Sequence[Branch],
+    schedule: Sequence[SchedulerStep],
+    *,
+    approximations: Approximations | None = None,
+    on_step_end: OnStepEnd | None = None,
 ) -> Array:
-    """noise float32 [B,c,h,w], source float32 [B,c,h,w] (scaled latents) or None -> latents float32 [B,c,h,w], scaled.
+    """From noise to latents.
 
-    cross_kv [2,depth,R,heads,L,head_dim] and text_mask [R,L] are those of the R rows. step is `plain_step`'s, or one
-    that was captured. on_step(done, total) is called after each step, which the device may still be at. Raises
-    ValueError when a branch sees a source and there is none.
+    Args:
+        step: `denoising_step`'s, or a captured one.
+        noise: float32 [B,c,h,w]
+        conditioning: Of the batch.
+        branches: Of guidance, in the order of the batch.
+        schedule: A step each.
+        approximations: What saves time; None: nothing.
+        on_step_end: Called after each step, which the device may still be at. The latents that it gets may be
+            overwritten by the next step.
+
+    Returns:
+        float32 [B,c,h,w], scaled latents.
+
+    Raises:
+        ValueError: A branch is conditioned on a source and there is none.
     """
-    if source is None and any(row.source for row in rows):
-        raise ValueError("a guidance branch sees a source picture, but source is None")
-    xp, savings = array_namespace(noise), savings or Savings()
+    source = conditioning.source
+    if source is None and any(branch.source for branch in branches):
+        raise ValueError("a guidance branch sees a source image, but source is None")
+    xp, approximations = array_namespace(noise), approximations or Approximations()
 
-    def on_device(values: list) -> Array:
+    def on_device(values: Sequence[Any]) -> Array:
         return xp.asarray(values, dtype=xp.float32, device=device(noise))
 
     blank = xp.zeros_like(noise)
-    every = Conditions(
-        source=xp.concat([source if row.source else blank for row in rows]),
-        cross_kv=cross_kv,
-        text_mask=text_mask,
-        weights=on_device([row.weight for row in rows])[:, None, None, None, None],
+    all_branches = LoopInputs(
+        source=xp.concat([source if branch.source else blank for branch in branches]),
+        cross_kv=conditioning.cross_kv,
+        text_mask=conditioning.text_mask,
+        weights=on_device([branch.weight for branch in branches])[:, None, None, None, None],
     )
-    first, last = (share * len(table) for share in savings.guided)
-    alone = every if len(rows) == 1 or (first <= 0 and last >= len(table)) else every.most_conditioned()
-    coefficients = on_device([astuple(one) for one in table])  # [steps,6]
+    first, last = (share * len(schedule) for share in approximations.guidance_range)
+    everywhere = len(branches) == 1 or (first <= 0 and last >= len(schedule))
+    one_branch = all_branches if everywhere else all_branches.most_conditioned()
+    coefficients = on_device([tuple(row) for row in schedule])  # [steps,6]
 
-    latents, data, seen_last = noise, blank, None
-    for i in range(len(table)):
-        if seen_last is not None and i < len(table) - 1 and _change(latents, seen_last) < savings.reuse:
-            latents = advance(latents, data, data, coefficients[i])
+    latents, data, last_evaluated = noise, blank, None
+    for i in range(len(schedule)):
+        is_last = i == len(schedule) - 1
+        if last_evaluated is not None and not is_last and _change(latents, last_evaluated) < approximations.reuse:
+            latents = _advance(latents, data, data, _by_name(coefficients[i]))
         else:
-            if savings.reuse:
-                seen_last = xp.asarray(latents, copy=True)
-            latents, data = step(every if first <= i < last else alone, latents, data, coefficients[i])
-        if on_step is not None:
-            on_step(i + 1, len(table))
+            if approximations.reuse:
+                last_evaluated = xp.asarray(latents, copy=True)
+            inputs = all_branches if first <= i < last else one_branch
+            latents, data = step(inputs, latents, data, coefficients[i])
+        if on_step_end is not None:
+            replacement = on_step_end(i, latents)
+            latents = latents if replacement is None else replacement
     return latents
+
+
+def _by_name(coefficients: Array) -> SchedulerStep:
+    """A row [6] of the schedule on the device as scalars on the device, by name."""
+    return SchedulerStep(*(coefficients[i] for i in range(len(SchedulerStep._fields))))
+
+
+def _advance(latents: Array, data: Array, data_before: Array, scheduler: SchedulerStep) -> Array:
+    """The solver's update to the next time, from the data predicted now and at the step before."""
+    return scheduler.keep * latents + scheduler.current * data + scheduler.previous * data_before
 
 
 def _change(latents: Array, before: Array) -> float:

@@ -1,312 +1,404 @@
-"""MigePipeline: a prompt and pictures in, pictures out.
+"""MigePipeline: prompts and images in, images out."""
 
-B samples, N different pictures that prompts refer to, R rows = B x guidance branches.
-"""
-
+import logging
 import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
-from array_api_compat import array_namespace
-from PIL.Image import Image as Picture
+from PIL import Image
 
-from engines.interface import GRAPHS, Array, Engine, Precision, to_numpy
-from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, check_file, is_bundle, read_config, read_manifest
-from mige_rt.conditioning import Encoder, warn_of_crop
-from mige_rt.config import ModelConfig, Solver, TaskDefaults
-from mige_rt.denoise import Savings, denoise, plain_step
+from engines.factory import EngineOptions, open_engine
+from engines.interface import Array, Engine, array_namespace, to_numpy
+from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, open_model
+from mige_rt.conditioning import ConditionEncoder
+from mige_rt.config import ModelConfig, Precision, SchedulerName
+from mige_rt.denoise import Conditioning, Step, denoise, denoising_step
 from mige_rt.errors import InputError
-from mige_rt.guidance import branches
-from mige_rt.images import Fit, aspect_size, to_picture
-from mige_rt.instruction import Task, Tokenize, load_tokenizer
-from mige_rt.requests import EditScope, Request, Resolved, resolve
-from mige_rt.scheduler import draw_noise, solver_table
+from mige_rt.graph_runner import GraphRunner
+from mige_rt.hub import local_folder
+from mige_rt.image_size import Fit
+from mige_rt.images import normalize_image
+from mige_rt.instruction import EditScope, Task
+from mige_rt.postprocessing import to_image
+from mige_rt.requests import Request, ResolvedRequest, resolve
+from mige_rt.sampling_params import SamplingParams
+from mige_rt.sampling_plan import plan_sampling
+from mige_rt.tokenizer import Tokenize, load_tokenizer
 
 if TYPE_CHECKING:
-    from mige_rt.cuda_graphs import CapturedSteps
+    from torch import Generator
 
-MAX_ENLARGED = 16  # times the trained area; far beyond it, attention needs more memory than machines have
-# Of graphs that must be there together, when memory is short.
-PHASES = (("vae_encoder", "image_encoder"), ("text_encoder",), ("conditioner", "denoiser"), ("vae_decoder",))
+    from mige_rt.cuda_graphs import CudaGraphRunner
+
+_log = logging.getLogger(__name__)
+
+# (pipe, index of the step, its timestep, {"latents": latents}) -> {"latents": latents to go on with}, or nothing new
+CallbackOnStepEnd = Callable[["MigePipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How pictures are made; None is the model's default for the task.
+class MigePipelineOutput:
+    """What a call of the pipeline gives.
 
-    size is (width, height) in pixels, multiples of `ModelConfig.multiple`. fit: see `pictures.vae_pixels`; None is the
-    published way: crop, but the references of generation are padded. With aspect, references are padded, too.
-    guidance_range and reuse save time and change the picture a little, see `denoise.Savings`; None: they do not.
+    Attributes:
+        images: RGB; the images of the first prompt, then those of the second, and so on.
+        seeds: Of each image: with it, `num_images_per_prompt=1` and the same arguments, the image is made again.
     """
 
-    steps: int | None = None
-    text_scale: float | None = None
-    source_scale: float | None = None
-    size: tuple[int, int] | None = None
-    fit: Fit | None = None
-    solver: Solver | None = None  # None: the published one
-    guidance_range: tuple[float, float] | None = None
-    reuse: float | None = None
-
-    def savings(self) -> Savings:
-        """Raises InputError when they are no shares of the steps, or a threshold below 0."""
-        first, last = self.guidance_range or (0.0, 1.0)
-        if not 0 <= first < last <= 1:
-            raise InputError(
-                f"the guidance range is {first} to {last}; a part of 0 to 1 is expected, such as 0.1 to 0.8"
-            )
-        reuse = 0.0 if self.reuse is None else self.reuse
-        if not 0 <= reuse < 1:
-            raise InputError(f"the threshold of reuse is {reuse}; 0 (none) to 1 is expected, such as 0.05")
-        return Savings((first, last), reuse)
+    images: list[Image.Image]
+    seeds: list[int]
 
 
 class MigePipeline:
-    """MIGE on one engine. Make one with `from_pretrained`; call it with prompts and pictures."""
+    """MIGE on one engine: make an image of given things, edit an image, or both at once.
+
+    Examples:
+        >>> from PIL import Image
+        >>> from mige_rt import MigePipeline
+        >>> pipe = MigePipeline.from_pretrained()
+        >>> scene = Image.open("docs/scene.png")
+        >>> result = pipe("make the background blue", source=scene, seed=0)
+        >>> result.images[0].save("out.png")
+
+    Attributes:
+        config: The model's sizes and defaults.
+        engine: What runs the model's graphs: its `name`, `device`, `precision` and `limits`.
+        model_name: What the model is called in an image's metadata.
+        max_batch_size: How many images are made at once at most.
+    """
 
     def __init__(
         self,
         config: ModelConfig,
         tokenize: Tokenize,
         engine: Engine,
+        *,
         model_name: str = "",
         low_memory: bool = False,
-        capture: bool = True,
+        cuda_graphs: bool = True,
     ) -> None:
-        """model_name: what to call the model in a picture's metadata; the configuration's name if empty. low_memory,
-        capture: see `from_pretrained`."""
+        """Assemble a pipeline from parts; `from_pretrained` opens them from a folder.
+
+        Args:
+            config: The model's.
+            tokenize: Its tokenizer.
+            engine: Its graphs.
+            model_name: The configuration's name if empty.
+            low_memory: See `from_pretrained`.
+            cuda_graphs: See `from_pretrained`.
+        """
         self.config = config
         self.model_name = model_name or config.name
         self.engine = engine
-        self.low_memory = low_memory
-        self.encoder = Encoder(config, tokenize, engine.array, self._run)
-        self._step = plain_step(lambda **inputs: self._run("denoiser", **inputs))
-        self._captured: CapturedSteps | None = None
-        if capture and engine.captures:
-            from mige_rt import cuda_graphs as cuda  # needs torch
+        self.runner = GraphRunner(engine, low_memory=low_memory)
+        self.condition_encoder = ConditionEncoder(config, tokenize, self.runner)
+        self._step: Step = denoising_step(partial(self.runner.run, "denoiser"))
+        self._cuda_graphs: CudaGraphRunner | None = None
+        if cuda_graphs and engine.max_cuda_graphs:
+            from mige_rt import cuda_graphs as graphs  # needs torch
 
-            self._step = self._captured = cuda.CapturedSteps(self._step, engine)
+            self._cuda_graphs = graphs.CudaGraphRunner(self._step, engine)
+            self._step = cast("Step", self._cuda_graphs)
+            self.runner.before_denoiser_release = self._cuda_graphs.clear
 
     @classmethod
     def from_pretrained(
         cls,
-        model: str | Path = DEFAULT_MODEL,
+        name_or_path: str | Path = DEFAULT_MODEL,
+        *,
         engine: str = "auto",
         device: str = "auto",
         precision: Precision | Literal["auto"] = "auto",
-        *,
+        local_files_only: bool = False,
         low_memory: bool = False,
-        capture: bool = True,
+        cuda_graphs: bool = True,
         compile: bool = False,
     ) -> "MigePipeline":
-        """Open a bundle (made by `mige-rt export`) or a model folder (made by `mige-rt convert` or by training); the
-        shipped default if none is named.
+        """Open a model.
 
-        device auto: cuda where there is one. precision auto: a bundle's own; with PyTorch fp32 on the CPU, bf16 on
-        CUDA. low_memory: the image encoders, the text encoder, the denoiser and the decoder are loaded when they are
-        needed and released before the next, which costs the time of loading. capture: on CUDA, steps are captured as
-        graphs (not by ONNX Runtime). compile: PyTorch's denoiser goes through torch.compile.
-        Raises InputError when the folder, the engine, the device or the precision is not what it should be.
+        Args:
+            name_or_path: A bundle (made by `mige-rt export`), a model folder (made by `mige-rt convert` or by
+                training), or a repository on the Hugging Face hub that holds one. Default: the small model that comes
+                with mige-rt.
+            engine: `onnxruntime`, `pytorch`, `tensorrt` or `tensorrt-rtx`; `auto`: the fastest that works here.
+            device: `cpu`, `cuda` or `cuda:N`; `auto`: cuda where there is one.
+            precision: `fp32`, `fp16`, `bf16` or `int8`; `auto`: a bundle's own; with PyTorch and a model folder fp32 on
+                the CPU, bf16 on CUDA.
+            local_files_only: Do not download; a repository must have been downloaded before.
+            low_memory: The image encoders, the text encoder, the denoiser and the decoder are loaded when they are
+                needed and released before the next, which costs the time of loading them for every image.
+            cuda_graphs: On CUDA, a step of the loop is captured as a CUDA graph (engines pytorch and tensorrt).
+            compile: The denoiser goes through `torch.compile` (engine pytorch): a minute or more at the first image.
+
+        Returns:
+            The pipeline.
+
+        Raises:
+            InputError: The folder holds no model, or a damaged one.
+            NotAvailableError: The engine, the device or the precision is not to be had here; an InputError, too.
         """
-        from engines.factory import open_engine
-
-        folder = Path(model)
-        config = read_config(folder)
-        if is_bundle(folder):
-            check_file(folder, read_manifest(folder).tokenizer)
-        tokenize = load_tokenizer(folder / TOKENIZER_FILE)
-        name = config.name if folder == DEFAULT_MODEL else str(model)
-        opened = open_engine(folder, engine, device, precision, low_memory, compile)
-        return cls(config, tokenize, opened, name, low_memory, capture)
+        model = open_model(local_folder(name_or_path, local_files_only=local_files_only))
+        tokenize = load_tokenizer(model.folder / TOKENIZER_FILE)
+        options = EngineOptions(device=device, precision=precision, low_memory=low_memory, compile=compile)
+        name = model.config.name if model.folder == DEFAULT_MODEL else str(name_or_path)
+        return cls(
+            model.config,
+            tokenize,
+            open_engine(model, engine, options),
+            model_name=name,
+            low_memory=low_memory,
+            cuda_graphs=cuda_graphs,
+        )
 
     def __call__(
         self,
         prompt: str | Sequence[str],
-        images: Sequence[Picture] | Sequence[Sequence[Picture]] = (),
-        source: Picture | Sequence[Picture | None] | None = None,
+        images: Sequence[Image.Image] | Sequence[Sequence[Image.Image]] | None = None,
+        source: Image.Image | Sequence[Image.Image | None] | None = None,
         *,
+        guidance_scale: float | None = None,
+        image_guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
-        steps: int | None = None,
-        text_scale: float | None = None,
-        source_scale: float | None = None,
-        size: tuple[int, int] | None = None,
+        generator: "np.random.Generator | Generator | None" = None,
+        width: int | None = None,
+        height: int | None = None,
         fit: Fit | None = None,
-        solver: Solver | None = None,
+        scheduler: SchedulerName | None = None,
         guidance_range: tuple[float, float] | None = None,
         reuse: float | None = None,
-        scope: EditScope = "local",
+        edit_scope: EditScope = "local",
         task: Task | None = None,
-        on_step: Callable[[int, int], None] | None = None,
+        callback_on_step_end: CallbackOnStepEnd | None = None,
         on_warning: Callable[[str], None] | None = None,
-    ) -> list[Picture]:
-        """Make a picture; with a list of prompts, a batch: a list of pictures a prompt, of sources, of seeds (or one
-        seed, from which each gets the next).
+    ) -> MigePipelineOutput:
+        """Make images. An image depends on its own arguments and seed alone, never on the batch that it was made in.
 
-        steps to reuse: see `Settings`. on_step(done, total) is called after each step; on_warning gets one
-        sentence. A picture depends on its own seed alone, never on the batch. Raises InputError on unusable input.
+        Args:
+            prompt: What to make, or how to edit. `<imagehere>` stands for an image, in the order of `images`. A list of
+                prompts makes a batch, of one task; then `images`, `source` and `seed` are lists with one entry for
+                each.
+            images: What the placeholders stand for, as Pillow images of any mode and size. May be left out where each
+                placeholder can only be the source.
+            source: The image to edit, which may also be one of `images`. None (the default): a new image is made.
+            guidance_scale: How strongly the text counts; 1 is no guidance. Default: the model's for the task
+                (published: 7.0 without a source, 5.0 with one).
+            image_guidance_scale: How strongly the source counts. Default: the model's for the task (published: 1.0).
+            num_inference_steps: Steps of the scheduler, 2 to 1000. Default: the model's for the task (published: 50
+                without a source, 60 with one).
+            num_images_per_prompt: How many images of each prompt. Default: 1.
+            seed: 0 or more. The i-th image of a prompt gets the prompt's seed plus i; with one seed for a batch, the
+                next prompt goes on from there. Default: drawn, see the output's `seeds`.
+            generator: Instead of `seed`: the seed of each image is drawn from it (NumPy's or PyTorch's).
+            width: Of the images in pixels, a multiple of `config.multiple`. Default: the trained size, `config.size`.
+            height: The same.
+            fit: How images of another shape are fitted: `crop` cuts them, `pad` puts them on black, `aspect` makes the
+                result in the source's shape. Default: crop; references of a new image are padded, as published.
+            scheduler: `dpm_solver_pp_2m` (default, the published one) or `ddim`.
+            guidance_range: Compute guidance in this part of the steps alone, as (0.1, 0.8): faster, a little different.
+                Default: all steps.
+            reuse: Skip the model while the latents have changed by less than this share, 0 to below 1, since it last
+                ran: faster, a little different. Default: 0, never.
+            edit_scope: How an edit's prompt without `<imagehere>` is completed: `local` (in the image) or `global` (of
+                it). Default: local.
+            task: `subject`, `edit` or `compose`. Default: the one that the images imply.
+            callback_on_step_end: Called after each step with the pipeline, the index of the step, its timestep (999
+                down to 0) and `{"latents": latents}`, scaled latents [B,c,h,w] on the engine's device, which the next
+                step may overwrite. If it returns a dict with `latents`, sampling goes on with those.
+            on_warning: Gets a sentence when a prompt is cut or much of an image is cropped. Default: it is logged.
+
+        Returns:
+            The images and their seeds.
+
+        Raises:
+            InputError: An argument cannot be used; the message says what was given, what is expected and what to do.
+            NotFiniteError: The model overflowed; an InputError, too.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        number = len(prompts)
-        if fit not in (None, *get_args(Fit)) or scope not in get_args(EditScope):
+        batch = _Batch.of(prompt, images, source)
+        if fit not in (None, *get_args(Fit)) or edit_scope not in get_args(EditScope):
             raise InputError(
-                f"fit is {fit!r} and scope {scope!r}; fit is one of {', '.join(get_args(Fit))}, scope one of "
-                f"{', '.join(get_args(EditScope))}"
+                f"fit is {fit!r} and edit_scope {edit_scope!r}; fit is one of {', '.join(get_args(Fit))}, edit_scope "
+                f"one of {', '.join(get_args(EditScope))}"
             )
-        if isinstance(images, Picture) or isinstance(source, str | Path):
-            raise InputError("images is a list of Pillow pictures and source one Pillow picture, not a path")
-        per_prompt = [images] if isinstance(prompt, str) else list(images) or [()] * number
-        sources = [source] * number if source is None or isinstance(source, Picture) else list(source)
-        if seed is None:
-            seed = secrets.randbelow(2**31)
-        seeds = [int(seed) + i for i in range(number)] if isinstance(seed, Integral) else list(seed)  # type: ignore[arg-type]
-        if not number or not (len(per_prompt) == len(sources) == len(seeds) == number):
-            raise InputError(
-                f"{number} prompts, {len(per_prompt)} lists of pictures, {len(sources)} sources and {len(seeds)} seeds "
-                "were given; give one of each for every prompt"
-            )
-        requests = [
-            Request(p, tuple(i), s, n, task)  # type: ignore[arg-type]
-            for p, i, s, n in zip(prompts, per_prompt, sources, seeds, strict=True)
-        ]
-        settings = Settings(steps, text_scale, source_scale, size, fit, solver, guidance_range, reuse)
-        return self.make([resolve(request, scope) for request in requests], settings, on_step, on_warning)
-
-    def complete(self, settings: Settings, task: Task) -> Settings:
-        """The settings with the model's defaults for the task filled in; size and fit stay as they are."""
-        defaults: TaskDefaults = getattr(self.config.defaults, task)
-        return replace(
-            settings,
-            steps=defaults.steps if settings.steps is None else settings.steps,
-            text_scale=defaults.text_scale if settings.text_scale is None else settings.text_scale,
-            source_scale=defaults.source_scale if settings.source_scale is None else settings.source_scale,
+        if num_images_per_prompt < 1:
+            raise InputError(f"num_images_per_prompt is {num_images_per_prompt}; 1 or more is expected")
+        seeds = _seeds(seed, generator, len(batch.prompts), num_images_per_prompt)
+        requests = [resolve(request, edit_scope) for request in batch.requests(task)]
+        params = SamplingParams(
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            image_guidance_scale=image_guidance_scale,
+            width=width,
+            height=height,
+            fit=fit,
+            scheduler=scheduler,
+            guidance_range=guidance_range,
+            reuse=reuse,
+        )
+        images_of: list[list[Image.Image]] = [[] for _ in requests]
+        at_once = max(1, self.max_batch_size // len(requests))  # images of each prompt
+        for first in range(0, num_images_per_prompt, at_once):
+            numbers = range(first, min(first + at_once, num_images_per_prompt))
+            chunk = [
+                replace(request, seed=seeds[i][number]) for i, request in enumerate(requests) for number in numbers
+            ]
+            made = self.generate(chunk, params, callback_on_step_end=callback_on_step_end, on_warning=on_warning)
+            for i in range(len(requests)):
+                images_of[i] += made[i * len(numbers) : (i + 1) * len(numbers)]
+        return MigePipelineOutput(
+            [image for images in images_of for image in images], [seed for row in seeds for seed in row]
         )
 
-    def make(
+    def generate(
         self,
-        batch: Sequence[Resolved],
-        settings: Settings,
-        on_step: Callable[[int, int], None] | None = None,
+        requests: Sequence[ResolvedRequest],
+        params: SamplingParams,
+        *,
+        callback_on_step_end: CallbackOnStepEnd | None = None,
         on_warning: Callable[[str], None] | None = None,
-    ) -> list[Picture]:
-        """Like `__call__`, for resolved requests, which must all be of one task."""
-        tasks = {request.task for request in batch}
-        if len(tasks) > 1:
-            raise InputError(f"the batch mixes the tasks {', '.join(sorted(tasks))}; run them apart")
-        said: set[str] = set()
+    ) -> list[Image.Image]:
+        """Like `__call__`, for resolved requests, which must all be of one task; an image each.
+
+        Args:
+            requests: At most `max_batch_size`.
+            params: How to sample.
+            callback_on_step_end: See `__call__`.
+            on_warning: See `__call__`.
+
+        Raises:
+            InputError: A request or a parameter cannot be used with this model or on this engine.
+            NotFiniteError: The model overflowed.
+        """
+        warnings: set[str] = set()
 
         def warn(sentence: str) -> None:
-            if on_warning is not None and sentence not in said:
-                said.add(sentence)
-                on_warning(sentence)
+            if sentence not in warnings:
+                warnings.add(sentence)
+                (on_warning or _log.warning)(sentence)
 
-        task, fit = batch[0].task, settings.fit
-        settings = self.complete(settings, task)
-        assert settings.steps is not None and settings.text_scale is not None
-        rows = branches(settings.text_scale, None if task == "subject" else settings.source_scale)
-        table = solver_table(settings.solver or "dpm_solver_pp_2m", settings.steps, self.config.prediction)
-        savings = settings.savings()
-        width, height = self.output_size(batch, settings.size, fit, warn)
-        self._check_limits(batch, width, height)
-        factor, channels = self.config.vae.factor, self.config.vae.channels
-        noise = draw_noise([request.seed for request in batch], (channels, height // factor, width // factor))
-
-        source = None if task == "subject" else self.encoder.sources(batch, width, height, fit)
-        text_states, text_mask = self.encoder.prompts(batch, fit, warn)
-        xp = array_namespace(text_states)
-        has_text = np.repeat([row.text for row in rows], len(batch))  # [R], branch-major
-        cross_kv = self._run(
-            "conditioner", text_states=xp.concat([text_states] * len(rows)), has_text=self.engine.array(has_text)
+        plan = plan_sampling(requests, params, self.config, self.engine.limits, self.engine.precision)
+        for sentence in plan.warnings:
+            warn(sentence)
+        source = None if plan.task == "subject" else self.condition_encoder.encode_sources(requests, plan)
+        prompts = self.condition_encoder.encode_prompts(requests, plan, warn)
+        has_text = np.repeat([branch.text for branch in plan.branches], len(requests))  # [R], branch-major
+        text_states = array_namespace(prompts.text_states).concat([prompts.text_states] * len(plan.branches))
+        conditioning = Conditioning(
+            source=source,
+            cross_kv=self.runner.run("conditioner", text_states=text_states, has_text=self.engine.array(has_text)),
+            text_mask=self.engine.array(np.tile(prompts.text_mask, (len(plan.branches), 1))),
         )
+
+        def on_step_end(index: int, latents: Array) -> Array | None:
+            if callback_on_step_end is None:
+                return None
+            changes = callback_on_step_end(self, index, plan.schedule[index].timestep, {"latents": latents})
+            return None if changes is None else changes.get("latents")
+
         latents = denoise(
             self._step,
-            self.engine.array(noise),
-            source,
-            cross_kv,
-            self.engine.array(np.tile(text_mask, (len(rows), 1))),
-            rows,
-            table,
-            on_step,
-            savings,
+            self.engine.array(plan.noise),
+            conditioning,
+            plan.branches,
+            plan.schedule,
+            approximations=plan.approximations,
+            on_step_end=on_step_end,
         )
-        pixels = self._run("vae_decoder", latents=latents / self.config.vae.scale)
-        return [to_picture(picture) for picture in to_numpy(pixels)]
-
-    def output_size(
-        self, batch: Sequence[Resolved], size: tuple[int, int] | None, fit: Fit | None, warn: Callable[[str], None]
-    ) -> tuple[int, int]:
-        """(width, height) of the pictures to make. Raises InputError when they cannot have the size asked for."""
-        sources = [request.source for request in batch if request.source is not None]
-        multiple = self.config.multiple
-        if fit == "aspect":
-            if size is not None:
-                raise InputError("a size was given with fit aspect, which takes the source's shape; give only one")
-            if not sources:
-                raise InputError("fit aspect takes the source's shape, and there is no source; give a size instead")
-            sizes = {aspect_size(source.size, self.config.size**2, multiple) for source in sources}
-            if len(sizes) > 1:
-                raise InputError("the batch's sources have different shapes; run them apart, or use fit crop or pad")
-            return sizes.pop()
-        width, height = size or (self.config.size, self.config.size)
-        if min(width, height) < multiple or width % multiple or height % multiple:
-            raise InputError(
-                f"the size is {width}x{height}; both sides must be multiples of {multiple}, "
-                f"such as {self.config.size}x{self.config.size}"
-            )
-        if width * height > MAX_ENLARGED * self.config.size**2:
-            raise InputError(
-                f"the size is {width}x{height}; this model was trained for {self.config.size}x{self.config.size}, "
-                f"and at most {MAX_ENLARGED} times that area is made"
-            )
-        for source in sources if fit in (None, "crop") else ():
-            warn_of_crop(source, width, height, warn)
-        return width, height
-
-    def _check_limits(self, batch: Sequence[Resolved], width: int, height: int) -> None:
-        """Raises InputError that names the limit of the engine's graphs, and what raises it."""
-        factor = self.config.vae.factor
-        references = {(image.size, image.tobytes()) for request in batch for image in request.images}
-        asked = {
-            "B": (len(batch), 1, "pictures made at once", "--max-batch"),
-            "N": (len(references), 1, "pictures that prompts refer to", "--max-references or --max-batch"),
-            "w": (width // factor, factor, "pixels of width", "--size or --sizes"),
-            "h": (height // factor, factor, "pixels of height", "--size or --sizes"),
-        }
-        for axis, (size, unit, what, option) in asked.items():
-            span = self.engine.limits.get(axis)
-            if span is not None and size and not span.smallest <= size <= span.largest:
-                spoken = (
-                    f"{span.smallest * unit}"
-                    if span.smallest == span.largest
-                    else (f"{span.smallest * unit} to {span.largest * unit}")
-                )
-                raise InputError(
-                    f"{size * unit} {what} are asked for, and this model's graphs take {spoken}: export it again with "
-                    f"another {option}" + ("" if self.engine.precision == "int8" else ", or use --engine pytorch")
-                )
-
-    def forget(self) -> None:
-        """Drop the encoded prompts and sources that are remembered, and captured graphs."""
-        self.encoder.forget()
-        if self._captured is not None:
-            self._captured.clear()
+        pixels = self.runner.run("vae_decoder", latents=latents / self.config.vae.scale)
+        return [to_image(image) for image in to_numpy(pixels)]
 
     @property
-    def most_at_once(self) -> int:
-        """How many pictures `make` takes at most."""
-        span = self.engine.limits.get("B")
-        return sys.maxsize if span is None else span.largest
+    def max_batch_size(self) -> int:
+        """How many images `generate` makes at once at most."""
+        limit = self.engine.limits.get("B")
+        return sys.maxsize if limit is None else limit.max
 
-    def _run(self, graph: str, **inputs: Array) -> Array:
-        """The first output of a graph."""
-        if self.low_memory:
-            phase = next(phase for phase in PHASES if graph in phase)
-            others = [other for other in GRAPHS if other not in phase]
-            if "denoiser" in others and self._captured is not None:
-                self._captured.clear()
-            self.engine.release(others)
-        return next(iter(self.engine.run(graph, inputs).values()))
+    def clear_cache(self) -> None:
+        """Drop the encoded prompts and images that are cached, and captured CUDA graphs."""
+        self.condition_encoder.clear_cache()
+        if self._cuda_graphs is not None:
+            self._cuda_graphs.clear()
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The arguments of a call, one entry for each prompt; images are normalized."""
+
+    prompts: list[str]
+    images: list[tuple[Image.Image, ...]]
+    sources: list[Image.Image | None]
+
+    @staticmethod
+    def of(prompt: object, images: object, source: object) -> "_Batch":
+        """Raises InputError when they are not as many as the prompts, or are no Pillow images."""
+        if isinstance(prompt, str):
+            prompts, per_prompt, sources = [prompt], [images or ()], [source]
+        else:
+            prompts = list(cast("Sequence[str]", prompt))
+            per_prompt = list(cast("Sequence[object]", images or [()] * len(prompts)))
+            is_one = source is None or isinstance(source, Image.Image)
+            sources = [source] * len(prompts) if is_one else list(cast("Sequence[object]", source))
+        if not prompts or not len(prompts) == len(per_prompt) == len(sources):
+            raise InputError(
+                f"{len(prompts)} prompts, {len(per_prompt)} lists of images and {len(sources)} sources were given; "
+                "give one of each for every prompt"
+            )
+        normalized: dict[int, Image.Image] = {}  # an image object that is given twice is one image
+        return _Batch(
+            prompts,
+            [tuple(_normalized(image, normalized) for image in _image_list(entry)) for entry in per_prompt],
+            [None if entry is None else _normalized(entry, normalized) for entry in sources],
+        )
+
+    def requests(self, task: Task | None) -> list[Request]:
+        """One for each prompt, with seeds that are still to be given."""
+        return [
+            Request(prompt, images, source, task=task)
+            for prompt, images, source in zip(self.prompts, self.images, self.sources, strict=True)
+        ]
+
+
+def _image_list(entry: object) -> Sequence[object]:
+    if isinstance(entry, (str, Path, Image.Image)) or not isinstance(entry, Sequence):
+        raise InputError(f"images is a list of Pillow images for each prompt; a {type(entry).__name__} was given")
+    return cast("Sequence[object]", entry)
+
+
+def _normalized(image: object, normalized: dict[int, Image.Image]) -> Image.Image:
+    if not isinstance(image, Image.Image):
+        raise InputError(f"an image is a {type(image).__name__}; a Pillow image is expected, not a path or an array")
+    if id(image) not in normalized:
+        normalized[id(image)] = normalize_image(image)
+    return normalized[id(image)]
+
+
+def _seeds(seed: object, generator: object, prompts: int, images: int) -> list[list[int]]:
+    """A seed for each image of each prompt."""
+    if generator is not None:
+        if seed is not None:
+            raise InputError("both seed and generator were given; give one of them")
+        return [[_draw_seed(generator) for _ in range(images)] for _ in range(prompts)]
+    if seed is None:
+        seed = secrets.randbelow(2**31)
+    if isinstance(seed, Integral):
+        return [[int(seed) + i * images + j for j in range(images)] for i in range(prompts)]
+    firsts = list(cast("Sequence[int]", seed))
+    if len(firsts) != prompts:
+        raise InputError(f"{prompts} prompts and {len(firsts)} seeds were given; give one of each for every prompt")
+    return [[int(first) + j for j in range(images)] for first in firsts]
+
+
+def _draw_seed(generator: Any) -> int:
+    if isinstance(generator, np.random.Generator):
+        return int(generator.integers(2**31))
+    torch: Any = sys.modules.get("torch")  # whoever has such a generator has imported it
+    if torch is None or not isinstance(generator, torch.Generator):
+        raise InputError(f"generator is a {type(generator).__name__}; one of NumPy or of PyTorch is expected")
+    return int(torch.randint(2**31, (), generator=generator, device=generator.device))

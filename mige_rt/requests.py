@@ -1,106 +1,159 @@
-"""Requests: in Python, what they come to once everything is known, and in files as JSON lines with one vocabulary, for
-`run --batch`, `compare --prompts`, and training and evaluation manifests."""
+"""Requests: one image to make, with its prompt and the images that it refers to.
+
+In Python and, as JSON lines with one vocabulary, in files for `run --batch`, `compare --prompts`, and training and
+evaluation manifests.
+"""
 
 import json
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
-from PIL.Image import Image as Picture
+from PIL.Image import Image
 
 from mige_rt.errors import InputError
-from mige_rt.images import check_picture, open_picture
-from mige_rt.instruction import PLACEHOLDER, PREFIXES, Task, clean_caption, count_placeholders, rewrite_instruction
-
-EditScope = Literal["local", "global"]
+from mige_rt.images import open_image
+from mige_rt.instruction import (
+    PLACEHOLDER,
+    EditScope,
+    Task,
+    clean_caption,
+    compose_prompt,
+    count_placeholders,
+    rewrite_instruction,
+    words_before_cut,
+)
 
 _ID = re.compile(r"[\w.-]{1,100}", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One picture to make. images in placeholder order; a source makes it an edit of that picture."""
+    """One image to make.
+
+    Attributes:
+        prompt: With or without placeholders.
+        images: RGB (see `images.normalize_image`), in the order of the placeholders.
+        source: RGB; the image to edit. None: a new image is made.
+        seed: Of the image's noise, 0 or more.
+        task: None: the one that the images imply.
+    """
 
     prompt: str
-    images: tuple[Picture, ...] = ()
-    source: Picture | None = None
+    images: tuple[Image, ...] = ()
+    source: Image | None = None
     seed: int = 0
-    task: Task | None = None  # None: read off the pictures
+    task: Task | None = None
 
 
 @dataclass(frozen=True)
-class Resolved:
-    """A request whose task is known, and whose prompt has one picture for each placeholder."""
+class ResolvedRequest:
+    """A request whose task is known, and whose prompt has one image for each placeholder.
+
+    Attributes:
+        prompt: Multimodal: with placeholders.
+        images: RGB, one for each placeholder.
+        source: RGB; None for the task subject.
+        seed: Of the image's noise.
+        task: Which of the three uses it is.
+        text: What is tokenized: the task's prefix and the cleaned prompt.
+        used_images: The images whose placeholders the clean-up has left in `text`.
+        cut_after: The last words that the clean-up has left of a prompt that was too long, or None.
+    """
 
     prompt: str
-    images: tuple[Picture, ...]
-    source: Picture | None
+    images: tuple[Image, ...]
+    source: Image | None
     seed: int
     task: Task
+    text: str = field(init=False)
+    used_images: tuple[Image, ...] = field(init=False)
+    cut_after: str | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Raises InputError when nothing is left of the prompt after the clean-up."""
+        text = compose_prompt(self.task, self.prompt)
+        object.__setattr__(self, "text", text)
+        object.__setattr__(self, "used_images", self.images[: count_placeholders(text)])
+        object.__setattr__(self, "cut_after", words_before_cut(self.prompt))
 
 
-def _same(a: Picture, b: Picture) -> bool:
-    return a is b or (a.size == b.size and a.tobytes() == b.tobytes())
-
-
-def resolve(request: Request, scope: EditScope = "local") -> Resolved:
+def resolve(request: Request, scope: EditScope = "local") -> ResolvedRequest:
     """Which of the three uses a request is, and its multimodal prompt (paper, section 3.1).
 
-    Without a source: subject-driven generation. With one: an edit, where every picture in the prompt is the source;
+    Without a source: subject-driven generation. With one: an edit, where every image in the prompt is the source;
     subject-driven editing, where some are not. A prompt without a placeholder is rewritten by the paper's rule, and
     `images` may be left out where each placeholder can only be the source.
 
-    Raises InputError when placeholders and pictures do not match, or the task needs a source and there is none.
+    Args:
+        request: What was asked for.
+        scope: How the rule completes a prompt that does not name the image: 'in' (local) or 'of' it (global).
+
+    Raises:
+        InputError: Placeholders and images do not match, the prompt is empty, or the task needs a source and there is
+            none.
     """
-    for picture in (*request.images, request.source):
-        if picture is not None and not isinstance(picture, Picture):
-            raise InputError(f"a picture is a {type(picture).__name__}; a Pillow picture is expected")
-    source = None if request.source is None else check_picture(request.source)
-    images = tuple(check_picture(image) for image in request.images)
+    source, images, prompt = request.source, request.images, request.prompt
     if source is not None:
         images = tuple(source if _same(image, source) else image for image in images)
-    prompt, placeholders = request.prompt, count_placeholders(request.prompt)
+    placeholders = count_placeholders(prompt)
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"the prompt holds half a character ({error}); write it as UTF-8") from error
     if not clean_caption(prompt):
-        raise InputError(f"the prompt is empty ({prompt!r}); say in words what the picture should be")
+        raise InputError(f"the prompt is empty ({prompt!r}); say in words what the image should be")
     if source is not None:
         rewritten = rewrite_instruction(prompt, scope)
-        named = (source,) * count_placeholders(rewritten)
-        if placeholders == 0 and images in ((), (source,), named):
-            prompt, images = rewritten, named
+        all_sources = (source,) * count_placeholders(rewritten)
+        if placeholders == 0 and images in ((), (source,), all_sources):
+            prompt, images = rewritten, all_sources
         elif placeholders == 1 and not images:
             images = (source,)
         placeholders = count_placeholders(prompt)
     if placeholders != len(images):
         raise InputError(
-            f"the prompt has {placeholders} {PLACEHOLDER} and {len(images)} pictures were given; "
-            "give one picture for each, in their order"
+            f"the prompt has {placeholders} {PLACEHOLDER} and {len(images)} images were given; "
+            "give one image for each, in their order"
         )
+    return ResolvedRequest(prompt, images, source, request.seed, _task(request, images, source))
+
+
+def _same(a: Image, b: Image) -> bool:
+    return a is b or (a.size == b.size and a.tobytes() == b.tobytes())
+
+
+def _task(request: Request, images: tuple[Image, ...], source: Image | None) -> Task:
     if source is None:
-        task: Task = "subject"
+        implied: Task = "subject"
     else:
-        task = "edit" if all(image is source for image in images) else "compose"
-    if request.task is not None:
-        if (request.task == "subject") != (source is None):
-            needs = "takes no source picture" if source is not None else "needs a source picture"
-            raise InputError(f"the task {request.task!r} {needs}; the pictures given are those of {task!r}")
-        task = request.task
-    return Resolved(prompt, images, source, request.seed, task)
+        implied = "edit" if all(image is source for image in images) else "compose"
+    if request.task is None:
+        return implied
+    if (request.task == "subject") != (source is None):
+        needs = "takes no source image" if source is not None else "needs a source image"
+        raise InputError(f"the task {request.task!r} {needs}; the images given are those of {implied!r}")
+    return request.task
 
 
 @dataclass(frozen=True)
-class RequestLine:
-    """One line; paths are relative to the file it stands in.
+class RequestRecord:
+    """One line of a request file; paths are relative to the file.
 
-    In manifests: target, the picture that is right, and truth, what else is known (see `trainer.synthetic.manifest`).
+    Attributes:
+        prompt: With or without placeholders.
+        images: Paths, in the order of the placeholders.
+        source: Path of the image to edit, or None.
+        target: In manifests: path of the image that should be made.
+        task: None: the one that the images imply.
+        seed: 0 or more.
+        id: Becomes part of file names: letters, digits, '.', '_', '-'.
+        truth: In manifests: what else is known, see `trainer.synthetic.manifest`.
     """
 
     prompt: str
-    images: tuple[str, ...] = ()  # in placeholder order
+    images: tuple[str, ...] = ()
     source: str | None = None
     target: str | None = None
     task: Task | None = None
@@ -108,19 +161,32 @@ class RequestLine:
     id: str | None = None
     truth: dict[str, Any] | None = None
 
-    def open(self, folder: Path, seed: int) -> Request:
-        """With the pictures read, and `seed` where the line has none. Raises InputError as `open_picture` does."""
+    def open(self, folder: Path, seed: int, task: Task | None = None) -> Request:
+        """The request with its images read.
+
+        Args:
+            folder: That the paths are relative to.
+            seed: Where the record has none.
+            task: Where the record has none.
+
+        Raises:
+            InputError: An image cannot be read.
+        """
         return Request(
             self.prompt,
-            tuple(open_picture(folder / path) for path in self.images),
-            None if self.source is None else open_picture(folder / self.source),
+            tuple(open_image(folder / path) for path in self.images),
+            None if self.source is None else open_image(folder / self.source),
             seed if self.seed is None else self.seed,
-            self.task,
+            self.task or task,
         )
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
-    """A file's lines that are not blank, numbered from 1. Raises InputError when it has none, or is no text."""
+    """A file's lines that are not blank, numbered from 1.
+
+    Raises:
+        InputError: It has none, or is no text.
+    """
     try:
         lines = [(n, line) for n, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -130,52 +196,45 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     return lines
 
 
-def read_requests(path: Path) -> dict[str, Resolved]:
-    """Every request of a file, by its id, or the number of its line where it has none; that is its seed's default, too.
+def read_requests(path: Path) -> dict[str, ResolvedRequest]:
+    """Every request of a file by its id, or the number of its line where it has none; that is the default seed, too.
 
-    Raises InputError that names the first line which cannot be used.
+    Raises:
+        InputError: Names the first line that cannot be used.
     """
-    found: dict[str, Resolved] = {}
+    requests: dict[str, ResolvedRequest] = {}
     for number, text in read_lines(path):
         try:
-            line = parse_request(text)
-            name = line.id or str(number)
-            if name in found:
+            record = parse_request(text)
+            name = record.id or str(number)
+            if name in requests:
                 raise InputError(f"the id {name!r} stands in an earlier line; give each its own")
-            found[name] = resolve(line.open(path.parent, number))
+            requests[name] = resolve(record.open(path.parent, number))
         except InputError as error:
             raise InputError(f"{path} line {number}: {error}") from error
-    return found
+    return requests
 
 
-def parse_request(line: str) -> RequestLine:
-    """Read one line. Raises InputError that says what is wrong with it."""
+def parse_request(line: str) -> RequestRecord:
+    """Read one line.
+
+    Raises:
+        InputError: Says what is wrong with it: which field, what was given, what is expected.
+    """
+    from mige_rt.validation import validate  # brings pydantic, which a single prompt does not need
+
     try:
         data = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise InputError(f"it is no JSON ({error}); write one object a line") from error
     if not isinstance(data, dict):
         raise InputError(f"it is a {type(data).__name__}; write an object, such as " + '{"prompt": "a red apple"}')
-    known = [field.name for field in fields(RequestLine)]
-    if unknown := [name for name in data if name not in known]:
-        raise InputError(f"unknown fields {', '.join(unknown)}; known are {', '.join(known)}")
-    values = {name: value for name, value in data.items() if value is not None}
-    images = values.get("images", [])
-    if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
-        raise InputError(f"images is {images!r}; a list of paths is expected")
+    values = {name: value for name, value in cast("dict[str, Any]", data).items() if value is not None}
     if type(values.get("id")) is int:
         values["id"] = str(values["id"])
-    kinds = {"prompt": str, "source": str, "target": str, "task": str, "id": str, "seed": int, "truth": dict}
-    for name, kind in kinds.items():
-        if name in values and type(values[name]) is not kind:
-            expected = {str: "a text", int: "a whole number", dict: "an object"}[kind]
-            raise InputError(f"{name} is {values[name]!r}; expected {expected}")
-    if "prompt" not in values:
-        raise InputError('it has no "prompt"')
-    if values.get("task", "edit") not in PREFIXES:
-        raise InputError(f"task is {values['task']!r}; expected one of {', '.join(PREFIXES)}")
-    if values.get("seed", 0) < 0:
-        raise InputError(f"seed is {values['seed']}; 0 or more is expected")
-    if not _ID.fullmatch(values.get("id", "x")):
-        raise InputError(f"id is {values['id']!r}; it becomes part of a file name: use letters, digits, '.', '_', '-'")
-    return RequestLine(**{**values, "images": tuple(images)})
+    record = validate(RequestRecord, {"images": [], **values}, "it cannot be used")
+    if record.seed is not None and record.seed < 0:
+        raise InputError(f"seed is {record.seed}; 0 or more is expected")
+    if record.id is not None and not _ID.fullmatch(record.id):
+        raise InputError(f"id is {record.id!r}; it becomes part of a file name: use letters, digits, '.', '_', '-'")
+    return record

@@ -1,17 +1,16 @@
-"""The noise schedule, the solver as a table of coefficients, and the noise that a picture starts from.
+"""The noise schedule, the solver as a table of coefficients, and the noise that an image starts from.
 
 Times run from 0 (data) to 1 (noise). At a time the noisy latents are x = alpha * data + sigma * noise, where
 alpha^2 + sigma^2 = 1 and lambda = log(alpha / sigma). All of it is float64, made once per run, and knows no torch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mige_rt.config import Solver
+from mige_rt.config import Prediction, SchedulerName
 from mige_rt.errors import InputError
 
 TRAIN_STEPS = 1000  # discrete times the model is trained at; timestep i is the time (i + 1) / TRAIN_STEPS
@@ -23,36 +22,43 @@ SIGMAS: NDArray[np.float64] = np.sqrt(-np.expm1(2 * LOG_ALPHAS))  # the noise's 
 FEW_STEPS = 10  # below this number the last step is first order, for stability
 
 
-@dataclass(frozen=True)
-class SolverStep:
-    """One step of the solver, from latents x and the model's prediction at `timestep`:
+class SchedulerStep(NamedTuple):
+    """The coefficients of one step of the solver, from latents x and the model's prediction at `timestep`.
 
     data = data_from_latents * x + data_from_prediction * prediction
     next x = keep * x + current * data + previous * (data of the step before)
+
+    Floats in a schedule; in the loop, scalars on the engine's device, by the same names.
     """
 
-    timestep: float  # what the model receives, TRAIN_STEPS - 1 down to 0, a fraction in between
-    data_from_latents: float
-    data_from_prediction: float
-    keep: float
-    current: float
-    previous: float  # 0 on a first-order step
+    timestep: Any  # what the model receives, TRAIN_STEPS - 1 down to 0, a fraction in between
+    data_from_latents: Any
+    data_from_prediction: Any
+    keep: Any
+    current: Any
+    previous: Any  # 0 on a first-order step
 
 
-def solver_table(solver: Solver, steps: int, prediction: Literal["epsilon", "v_prediction"]) -> list[SolverStep]:
-    """A solver as `steps` model evaluations at times uniform from 1 to 1/1000.
+def make_schedule(scheduler: SchedulerName, num_inference_steps: int, prediction: Prediction) -> list[SchedulerStep]:
+    """A solver as a table of model evaluations at times uniform from 1 to 1/1000.
 
-    dpm_solver_pp_2m: DPM-Solver++(2M) (Lu et al., 2022, algorithm 2), the published one. ddim: DDIM without noise (Song
-    et al., 2021, equation 12), which is its first order. `prediction` says what the model gives: the noise, or
-    v = alpha * noise - sigma * data (Salimans & Ho, 2022).
-    Raises InputError when steps is below 2 or above 1000, or there is no such solver.
+    Args:
+        scheduler: dpm_solver_pp_2m: DPM-Solver++(2M) (Lu et al., 2022, algorithm 2), the published one. ddim: DDIM
+            without noise (Song et al., 2021, equation 12), which is its first order.
+        num_inference_steps: 2 to 1000; one evaluation each.
+        prediction: What the model gives: the noise (epsilon), or v = alpha * noise - sigma * data (Salimans & Ho,
+            2022).
+
+    Raises:
+        InputError: The number of steps is out of range, or there is no such scheduler.
     """
-    if solver not in get_args(Solver):
-        raise InputError(f"there is no solver {solver!r}; expected one of {', '.join(get_args(Solver))}")
+    if scheduler not in get_args(SchedulerName):
+        raise InputError(f"there is no scheduler {scheduler!r}; expected one of {', '.join(get_args(SchedulerName))}")
+    steps = num_inference_steps
     if not 2 <= steps <= TRAIN_STEPS:
         raise InputError(
             f"the number of steps is {steps}; at least 2 and at most {TRAIN_STEPS} are possible, "
-            "20 to 60 make a good picture"
+            "20 to 60 make a good image"
         )
     times = np.linspace(1, 1 / TRAIN_STEPS, steps + 1)
     log_alpha = np.interp(times, np.arange(1, TRAIN_STEPS + 1) / TRAIN_STEPS, LOG_ALPHAS)
@@ -60,18 +66,18 @@ def solver_table(solver: Solver, steps: int, prediction: Literal["epsilon", "v_p
     lambda_ = log_alpha - np.log(sigma)
     h = np.diff(lambda_)
 
-    table = []
+    schedule: list[SchedulerStep] = []
     for i in range(steps):
         if prediction == "epsilon":
             data_from_latents, data_from_prediction = 1 / alpha[i], -sigma[i] / alpha[i]
         else:
             data_from_latents, data_from_prediction = alpha[i], -sigma[i]
-        first_order = solver == "ddim" or i == 0 or (i == steps - 1 and steps < FEW_STEPS)
+        first_order = scheduler == "ddim" or i == 0 or (i == steps - 1 and steps < FEW_STEPS)
         # D = data + (data - data before) / (2 r), r = h[i - 1] / h[i]
         extrapolation = 0.0 if first_order else h[i] / (2 * h[i - 1])
         gain = -alpha[i + 1] * np.expm1(-h[i])
-        table.append(
-            SolverStep(
+        schedule.append(
+            SchedulerStep(
                 timestep=float((times[i] - 1 / TRAIN_STEPS) * TRAIN_STEPS),
                 data_from_latents=float(data_from_latents),
                 data_from_prediction=float(data_from_prediction),
@@ -80,14 +86,23 @@ def solver_table(solver: Solver, steps: int, prediction: Literal["epsilon", "v_p
                 previous=float(-gain * extrapolation),
             )
         )
-    return table
+    return schedule
 
 
 def draw_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> NDArray[np.float32]:
-    """Standard normal noise [B,c,h,w] for B seeds and one picture's latent shape (c, h, w).
+    """Standard normal noise for a batch of images.
 
-    Each picture has a generator of its own (NumPy's Philox), so its noise depends on its seed and shape alone.
-    Raises InputError when a seed is negative.
+    Each image has a generator of its own (NumPy's Philox), so its noise depends on its seed and shape alone.
+
+    Args:
+        seeds: One for each of the B images.
+        shape: (c, h, w), an image's latent shape.
+
+    Returns:
+        float32 [B,c,h,w]
+
+    Raises:
+        InputError: A seed is negative.
     """
     for seed in seeds:
         if seed < 0:

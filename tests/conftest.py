@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 import export.exporter
 from mige_rt.bundle import DEFAULT_MODEL, MANIFEST, file_entry, read_manifest
+from mige_rt.graphs import GraphName
 from mige_rt.pipeline import MigePipeline
 from trainer.preview import first_of_each_kind
 from trainer.synthetic.concepts import Concept, load_concepts
@@ -68,7 +69,7 @@ def change_a_weight() -> Callable[[Path, str, float], None]:
 def other_model(change_a_weight: Callable[[Path, str, float], None], tmp_path: Path) -> Callable[..., Path]:
     """Copies of a bundle that are really other models: one weight is multiplied, and the manifest agrees with it."""
 
-    def make(graph: str, weight: str, factor: float, bundle: Path = DEFAULT_MODEL) -> Path:
+    def make(graph: GraphName, weight: str, factor: float, bundle: Path = DEFAULT_MODEL) -> Path:
         folder = Path(shutil.copytree(bundle, tmp_path / f"other-{graph}"))
         change_a_weight(folder / f"onnx/{graph}.safetensors", weight, factor)
         manifest = read_manifest(folder)
@@ -90,5 +91,5 @@ def scene(samples: dict[str, Sample]) -> Image.Image:
 
 @pytest.fixture
 def reference(samples: dict[str, Sample]) -> Image.Image:
-    """A 64 x 64 picture of one thing."""
+    """A 64 x 64 image of one thing."""
     return Image.fromarray(samples["generate"].images[0])

@@ -1,14 +1,13 @@
-"""`python -m trainer STAGE --config FILE --world DIR --state DIR`: the stages that make a model, in order."""
+"""`python -m trainer STAGE --config FILE --assets DIR --state DIR`: the stages that make a model, in order."""
 
 from pathlib import Path
 
 import click
 
 from mige_rt.errors import InputError
-from trainer.settings import load_settings
 
-HERE = Path(__file__).parent
-STARTED = ("features", "mige", "save")  # the stages that a model to go on from has a say in
+CONFIGS = Path(__file__).parent / "configs"
+STAGES_WITH_START = ("features", "mige", "save")  # those that can go on from an existing model
 
 
 @click.command(help=__doc__)
@@ -16,11 +15,15 @@ STARTED = ("features", "mige", "save")  # the stages that a model to go on from 
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
-    default=HERE / "configs" / "tiny.toml",
+    default=CONFIGS / "tiny.toml",
     show_default="the default model's",
 )
 @click.option(
-    "--world", type=click.Path(path_type=Path), required=True, help="folder made by python -m trainer.synthetic.fetch"
+    "--assets",
+    type=click.Path(path_type=Path),
+    metavar="ASSETS",
+    required=True,
+    help="folder of emoji images made by python -m trainer.synthetic.fetch",
 )
 @click.option(
     "--state", type=click.Path(path_type=Path), required=True, help="folder for states, logs, previews; resumed from"
@@ -30,17 +33,19 @@ STARTED = ("features", "mige", "save")  # the stages that a model to go on from 
     type=click.Path(path_type=Path),
     help="model folder or bundle to go on from, for the stages features, mige and save; the others are not needed then",
 )
-def main(stage: str, config: Path, world: Path, state: Path, start: Path | None) -> None:
+def main(stage: str, config: Path, assets: Path, state: Path, start: Path | None) -> None:
+    """Run one stage; bad input ends with exit code 2."""
     from mige_rt.config import PRESETS
+    from trainer.settings import load_settings
     from trainer.synthetic.concepts import load_concepts
 
     try:
-        if start is not None and stage not in STARTED:
-            raise InputError(f"--start means nothing to the stage {stage}, only to {', '.join(STARTED)}")
+        if start is not None and stage not in STAGES_WITH_START:
+            raise InputError(
+                f"--start means nothing to the stage {stage}, only to {', '.join(STAGES_WITH_START)}; leave it out"
+            )
         settings = load_settings(config)
-        if settings.model not in PRESETS:
-            raise InputError(f"{config}: model is {settings.model!r}, expected one of {', '.join(PRESETS)}")
-        model, concepts = PRESETS[settings.model], [c for c in load_concepts(world) if not c.held_out]
+        model, concepts = PRESETS[settings.model], [c for c in load_concepts(assets) if not c.held_out]
         if stage == "vae":
             from trainer.stages.train_vae import train_vae
 

@@ -1,6 +1,6 @@
 """Tokenizers with T5's conventions, as `tokenizers.Tokenizer`: read from a sentencepiece model, or trained.
 
-Saved as `tokenizer.json` they are all that inference needs: sentencepiece stays behind.
+Saved as tokenizer.json, they are all that inference needs; sentencepiece is not.
 """
 
 import io
@@ -26,10 +26,15 @@ EXTRA_IDS = 100  # T5's sentinels, behind the pieces, the highest number first
 
 
 def from_spiece(path: str | Path) -> Tokenizer:
-    """The tokenizer of T5's `spiece.model`: its pieces, then `<extra_id_99>` ... `<extra_id_0>`.
+    """The tokenizer of T5's spiece.model: its pieces, then `<extra_id_99>` to `<extra_id_0>`.
 
-    Gives the ids of transformers 4's T5TokenizerFast, a segment's trailing space among them. Raises InputError when
-    the file is missing, is no sentencepiece model, or does not follow T5's conventions.
+    It gives the ids of T5TokenizerFast in transformers 4, which include a segment's trailing space.
+
+    Args:
+        path: T5's spiece.model.
+
+    Raises:
+        InputError: The file is missing, is not a sentencepiece model, or does not follow T5's conventions.
     """
     path = Path(path)
     try:
@@ -40,34 +45,40 @@ def from_spiece(path: str | Path) -> Tokenizer:
         ) from error
     except DecodeError as error:
         raise InputError(
-            f"{path} is no sentencepiece model, or is incomplete; download T5's spiece.model again"
+            f"{path} is not a sentencepiece model, or is incomplete; download T5's spiece.model again"
         ) from error
-    first = tuple(piece.piece for piece in model.pieces[: len(SPECIALS)])
-    if first != SPECIALS or model.trainer_spec.model_type != model.trainer_spec.UNIGRAM:
+    first_pieces = tuple(piece.piece for piece in model.pieces[: len(SPECIALS)])
+    if first_pieces != SPECIALS or model.trainer_spec.model_type != model.trainer_spec.UNIGRAM:
         raise InputError(
             f"{path} is not T5's: a unigram model that begins with {', '.join(SPECIALS)} is expected, "
-            f"this one begins with {', '.join(first) or 'nothing'}; use the spiece.model that belongs to the checkpoint"
+            f"this one begins with {', '.join(first_pieces) or 'nothing'}; use the spiece.model that belongs to the "
+            "checkpoint"
         )
     return _tokenizer(model, EXTRA_IDS)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A unigram tokenizer of at most `vocab_size` pieces (fewer when the texts do not hold as many), for a small model.
+    """Train a unigram tokenizer for a small model.
 
-    Conventions as T5 (`<pad>` 0, `</s>` 1, `<unk>` 2), without the sentinels, which nothing here uses. Every
+    Conventions are T5's (`<pad>` 0, `</s>` 1, `<unk>` 2), without the sentinels, which nothing here uses. Every
     printable ASCII character has a piece, so that no English text is unknown. The same texts give the same tokenizer.
 
-    Raises ValueError when `vocab_size` is too small for the characters.
+    Args:
+        texts: Instructions, with `<imagehere>` where an image stands.
+        vocab_size: The most pieces; there are fewer when the texts do not hold as many.
+
+    Raises:
+        ValueError: `vocab_size` is too small for the characters.
     """
     segments = [segment for text in texts for segment in split_segments(text)]
-    written = io.BytesIO()
+    model = io.BytesIO()
     try:
         with tempfile.TemporaryDirectory() as folder:
             seeds = Path(folder) / "seeds.tsv"
             seeds.write_text(_seed_pieces(segments), encoding="utf-8", newline="\n")
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter(segments),
-                model_writer=written,
+                model_writer=model,
                 seed_sentencepieces_file=str(seeds),
                 model_type="unigram",
                 vocab_size=vocab_size,
@@ -83,14 +94,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             )
     except RuntimeError as error:
         raise ValueError(f"no tokenizer of {vocab_size} pieces can be trained on these texts: {error}") from error
-    return _tokenizer(ModelProto.FromString(written.getvalue()), extra_ids=0)
+    return _tokenizer(ModelProto.FromString(model.getvalue()), extra_ids=0)
 
 
 def _seed_pieces(segments: Iterable[str]) -> str:
-    """Every part of a word that occurs twice or more, a line each with its count, for training to choose from.
+    """Candidates for pieces: each part of a word that occurs twice or more, and its count; one a line.
 
-    Sentencepiece's own seeds count each distinct word once, however often it occurs: of a small vocabulary's texts it
-    would know no whole word.
+    Sentencepiece's own candidates count each distinct word once, however often it occurs, so that a small vocabulary
+    would hold no whole words.
     """
     words = Counter("▁" + word for segment in segments for word in unicodedata.normalize("NFKC", segment).split())
     counts = Counter[str]()
@@ -102,6 +113,7 @@ def _seed_pieces(segments: Iterable[str]) -> str:
 
 
 def _tokenizer(model: ModelProto, extra_ids: int) -> Tokenizer:
+    """The tokenizer of a sentencepiece model with so many sentinels."""
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
     sentinels = [f"<extra_id_{number}>" for number in reversed(range(extra_ids))]
     tokenizer = Tokenizer(Unigram([*pieces, *((name, 0.0) for name in sentinels)], unk_id=SPECIALS.index("<unk>")))

@@ -7,9 +7,8 @@ from typing import Any, get_args
 import click
 
 from engines.factory import ENGINES
-from engines.interface import Precision
-from mige_rt.cli.shared import INTERRUPTED, PATH, Scale, Size, command_line, progress
-from mige_rt.errors import InputError
+from mige_rt.cli.shared import INTERRUPTED, PATH, Scale, Size, command_line, progress, requires
+from mige_rt.config import Precision
 
 
 class _Values(tuple[Any, ...]):
@@ -89,8 +88,8 @@ def bench(
     references: Any,
     batch: Any,
     steps: Any,
-    text_scale: float,
-    source_scale: float,
+    guidance_scale: float,
+    image_guidance_scale: float,
     runs: int,
     warmups: int,
     compiled: bool,
@@ -108,15 +107,11 @@ def bench(
     combinations. A row counts only if its pictures are those of PyTorch in float32. The exit code is 0 where all do,
     1 where some do not, 130 after Ctrl-C, which keeps what was measured.
     """
-    try:
+    with requires("bench", "the bench"):
         from benchmarks import bench as benching
         from benchmarks import formatting as words
         from benchmarks.report import write_report
-    except ImportError as error:
-        raise InputError(
-            f"the bench needs a package that is not here ({error}); install it with: pip install 'mige-rt[bench]'"
-        ) from error
-    from mige_rt.atomic import whole_folder
+    from mige_rt.atomic import atomic_folder
     from mige_rt.bundle import DEFAULT_MODEL
 
     plan = benching.Plan(
@@ -128,13 +123,13 @@ def bench(
         references=references,
         batches=batch,
         steps=steps,
-        text_scale=text_scale,
-        source_scale=source_scale,
+        guidance_scale=guidance_scale,
+        image_guidance_scale=image_guidance_scale,
         effort=benching.Effort(runs, warmups),
         compile=compiled,
         command=command_line(),
     )
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         with progress("bench") as advance:
             found = benching.bench(plan, advance)
         write_report(found, folder)

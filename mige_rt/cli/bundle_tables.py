@@ -10,9 +10,9 @@ def bundle_tables(content: dict[str, Any]) -> Iterator[Table | str]:
     """The parts of a bundle's description (see `bundle.describe`), to be printed in order."""
     validated = "compared with PyTorch" if content["validated"] else "not validated (--no-validate)"
     yield f"{content['model']['name']} in {content['precision']}, {validated}; {content['source']}"
-    axes = Table("axis", "smallest", "usual", "largest", title="Ranges")
+    axes = Table("axis", "min", "opt", "max", title="Ranges")
     for axis, span in content["ranges"].items():
-        axes.add_row(axis, *(str(span[name]) for name in ("smallest", "usual", "largest")))
+        axes.add_row(axis, *(str(span[name]) for name in ("min", "opt", "max")))
     yield axes
     graphs = Table("graph", "parameters", "MB", "port", "axes", title="Graphs")
     for name, graph in content["graphs"].items():

@@ -6,9 +6,9 @@ from typing import Any, get_args
 
 import click
 
-from engines.interface import Precision
 from engines.plans import PLAN_ENGINES, PlanEngine
-from mige_rt.cli.shared import NO_TORCH, PATH, build_plans, progress
+from mige_rt.cli.shared import PATH, build_plans, progress, requires
+from mige_rt.config import Precision
 from mige_rt.errors import InputError
 
 
@@ -19,10 +19,8 @@ from mige_rt.errors import InputError
 @click.option("--tokenizer", type=PATH, help="the folder t5-v1_1-xxl  [default: beside the checkpoint]")
 def convert(ckpt: Path, out: Path, vae: Path | None, tokenizer: Path | None) -> None:
     """Turn published weights into a model folder that `mige-rt run --model` opens."""
-    try:
+    with requires("torch", "converting"):
         from trainer.checkpoints.convert_published import convert as convert_checkpoint
-    except ImportError as error:
-        raise InputError(f"converting needs a package that is not here ({error}); {NO_TORCH}") from error
     with progress("convert") as advance:
         convert_checkpoint(ckpt, out, vae=vae, tokenizer=tokenizer, on_progress=advance)
     click.echo(out)
@@ -100,11 +98,9 @@ def export(
       mige-rt export --precision fp16 --out bundle
       mige-rt run --model bundle --prompt "make the background blue" --source docs/scene.png
     """
-    try:
+    with requires("torch", "exporting"):
         from export.exporter import ExportLimits, ExportOptions, export_bundle
         from export.table import exported_table
-    except ImportError as error:
-        raise InputError(f"exporting needs a package that is not here ({error}); {NO_TORCH}") from error
     from rich.console import Console
 
     if size is not None and sizes is not None:
@@ -152,15 +148,16 @@ def build(bundle: Path, engine: PlanEngine, capabilities: tuple[str, ...], devic
 @click.option("--verify", is_flag=True, help="hash every file again")
 def info(bundle: Path, as_json: bool, verify: bool) -> None:
     """Show what is inside a bundle."""
-    from engines import plans
+    from engines.plans import check_plans, read_plans
+    from engines.trt_runtime import describe_plans
     from mige_rt.bundle import check_files, describe, read_manifest
 
     manifest = read_manifest(bundle)
     check_files(bundle, manifest, everything=verify)
-    content = describe(bundle, manifest) | {"plans": plans.describe(bundle, manifest)}
+    content = describe(bundle, manifest) | {"plans": describe_plans(bundle, manifest)}
     if verify:
-        for found in plans.plans(bundle):
-            plans.check_plans(bundle, found, everything=True)
+        for plans in read_plans(bundle):
+            check_plans(bundle, plans, everything=True)
         content["verified"] = True
     if as_json:
         click.echo(json.dumps(content, indent=1))

@@ -7,9 +7,8 @@ from typing import Any, get_args
 import click
 
 from engines.factory import ENGINES
-from engines.interface import Precision
-from mige_rt.cli.shared import INTERRUPTED, PATH, command_line, open_pipeline, progress
-from mige_rt.errors import InputError
+from mige_rt.cli.shared import INTERRUPTED, PATH, command_line, open_pipeline, progress, requires
+from mige_rt.config import Precision
 
 _PRECISION = click.Choice(["auto", *get_args(Precision)])
 
@@ -57,37 +56,39 @@ def compare(
     Each graph is also compared by itself, with the inputs that the reference gives it. The exit code is 0 where every
     figure is within the tolerance of the precisions, 1 where one is not, 130 after Ctrl-C, which keeps what was done.
     """
-    try:
+    with requires("bench", "comparing"):
         from benchmarks import compare as comparing
         from export.inputs import SAMPLES
-    except ImportError as error:
-        raise InputError(
-            f"comparing needs a package that is not here ({error}); install it with: pip install 'mige-rt[bench]'"
-        ) from error
     from rich.console import Console
 
-    from mige_rt.atomic import whole_folder
+    from mige_rt.atomic import atomic_folder
     from mige_rt.bundle import DEFAULT_MODEL
-    from mige_rt.pipeline import Settings
     from mige_rt.requests import read_requests
+    from mige_rt.sampling_params import SamplingParams
 
     requests = read_requests(prompts or SAMPLES / "requests.jsonl")  # first, since it costs less than opening models
     if reference_precision is None:
         reference_precision = "fp32" if reference == "pytorch" else "auto"
-    with whole_folder(out) as folder:
-        tried = open_pipeline(model, candidate, device, precision, False, False, False)
+    with atomic_folder(out) as folder:
+        tried = open_pipeline(model, engine=candidate, device=device, precision=precision)
         truth = open_pipeline(
             reference_model or model or DEFAULT_MODEL,
-            reference,
-            reference_device or device,
-            reference_precision,
-            False,
-            False,
-            False,
+            engine=reference,
+            device=reference_device or device,
+            precision=reference_precision,
         )
         with progress("pictures") as advance:
             found = comparing.compare(
-                truth, tried, requests, seeds, Settings(steps=steps), command_line(), folder, world, samples, advance
+                truth,
+                tried,
+                requests,
+                seeds,
+                SamplingParams(num_inference_steps=steps),
+                command_line(),
+                folder,
+                world,
+                samples,
+                advance,
             )
     Console(stderr=True).print(*comparing.tables(found))
     click.echo(found.verdict, err=True)

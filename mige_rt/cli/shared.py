@@ -1,27 +1,67 @@
-"""What several commands share: progress, parameter types, opening a model, building plans."""
+"""What several commands share: option types, progress, opening a model, building plans, packages that are missing."""
 
 import math
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import click
 from click.core import ParameterSource
 
+from engines.factory import ENGINES
 from engines.plans import NoPlanError, PlanEngine
+from mige_rt.config import Precision
+from mige_rt.errors import InputError
 
 if TYPE_CHECKING:
     from mige_rt.pipeline import MigePipeline
 
 PATH = click.Path(path_type=Path)
+PRECISIONS = click.Choice(["auto", *get_args(Precision)])
 INTERRUPTED = 130  # the exit code of what Ctrl-C ended
-NO_TORCH = "install it with: pip install 'mige-rt[torch]'"
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def model_options(command: F) -> F:
+    """The options that name a model and what runs it: --model, --engine, --device, --precision."""
+    for option in (
+        click.option("--precision", type=PRECISIONS, default="auto", show_default=True),
+        click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1"),
+        click.option("--engine", type=click.Choice(["auto", *ENGINES]), default="auto", show_default=True),
+        click.option(
+            "--model",
+            help="a bundle, a model folder, or a repository on the Hugging Face hub  [default: the model that comes "
+            "with mige-rt]",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 @contextmanager
-def progress(description: str) -> Iterator[Callable[[str, int, int], None]]:
+def requires(extra: str, purpose: str) -> Generator[None, None, None]:
+    """Imports in this block are of packages that come with an extra.
+
+    Args:
+        extra: Its name in pyproject.toml.
+        purpose: What needs them, as in "exporting".
+
+    Raises:
+        InputError: One of them is not here; with the command that installs it.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(
+            f"{purpose} needs a package that is not here ({error}); install it with: pip install 'mige-rt[{extra}]'"
+        ) from error
+
+
+@contextmanager
+def progress(description: str) -> Generator[Callable[[str, int, int], None], None, None]:
     """A progress bar on stderr; the function given takes a description, what is done, and the total."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -37,10 +77,13 @@ def progress(description: str) -> Iterator[Callable[[str, int, int], None]]:
         yield advance
 
 
-class Scale(click.ParamType):
+class Scale(click.ParamType[float]):
+    """A finite number."""
+
     name = "scale"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """See `click.ParamType.convert`."""
         try:
             number = float(value)
         except ValueError:
@@ -50,10 +93,13 @@ class Scale(click.ParamType):
         return number
 
 
-class Range(click.ParamType):
+class StepRange(click.ParamType[tuple[float, float]]):
+    """A part of the steps, as 0.1-0.8."""
+
     name = "A-B"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
+        """See `click.ParamType.convert`."""
         try:
             first, last = map(float, str(value).split("-"))
         except ValueError:
@@ -61,10 +107,13 @@ class Range(click.ParamType):
         return first, last
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[tuple[int, int]]):
+    """(width, height) in pixels, as 512 or 768x512."""
+
     name = "N|WxH"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """See `click.ParamType.convert`."""
         parts = str(value).lower().split("x")
         if len(parts) > 2 or not all(part.isascii() and part.isdigit() and len(part) < 7 for part in parts):
             self.fail(f"{value!r} is no size; give pixels as 512, or as 768x512 (width x height)", param, ctx)
@@ -72,31 +121,49 @@ class Size(click.ParamType):
 
 
 def open_pipeline(
-    model: Path | None,
-    engine: str,
-    device: str,
-    precision: Any,
-    build_missing: bool,
-    low_vram: bool,
-    compiled: bool,
+    model: str | Path | None,
+    *,
+    engine: str = "auto",
+    device: str = "auto",
+    precision: Precision | Literal["auto"] = "auto",
+    low_memory: bool = False,
+    compile: bool = False,
+    build_missing: bool = False,
 ) -> "MigePipeline":
+    """`MigePipeline.from_pretrained` for a command: says on stderr what was chosen.
+
+    Args:
+        model: None: the default model.
+        engine: See `MigePipeline.from_pretrained`.
+        device: The same.
+        precision: The same.
+        low_memory: The same.
+        compile: The same.
+        build_missing: Where a plan is missing for this machine, build it.
+    """
     from mige_rt.bundle import DEFAULT_MODEL
     from mige_rt.pipeline import MigePipeline
 
     if model is None:
         click.echo("using the small default model; --model names another", err=True)
-    folder = model or DEFAULT_MODEL
+    options: dict[str, Any] = {
+        "engine": engine,
+        "device": device,
+        "precision": precision,
+        "low_memory": low_memory,
+        "compile": compile,
+    }
     try:
-        pipe = MigePipeline.from_pretrained(folder, engine, device, precision, low_memory=low_vram, compile=compiled)
+        pipe = MigePipeline.from_pretrained(model or DEFAULT_MODEL, **options)
     except NoPlanError as error:
         if not build_missing:
             raise
         click.echo(f"building plans for {error.machine}", err=True)
-        build_plans(folder, error.machine.engine, None, device)
-        pipe = MigePipeline.from_pretrained(folder, engine, device, precision, low_memory=low_vram, compile=compiled)
+        build_plans(error.bundle, error.machine.engine, None, device)
+        pipe = MigePipeline.from_pretrained(error.bundle, **options)
     if engine == "auto":
-        opened = pipe.engine
-        click.echo(f"engine {opened.name} on {opened.device} in {opened.precision}", err=True)
+        chosen = pipe.engine
+        click.echo(f"engine {chosen.name} on {chosen.device} in {chosen.precision}", err=True)
     return pipe
 
 
@@ -120,6 +187,7 @@ def command_line() -> str:
 
 
 def build_plans(bundle: Path, engine: PlanEngine, capabilities: Sequence[str] | None, device: str) -> Path:
+    """Build a bundle's plans with a progress bar; returns their folder."""
     from export.build_plans import build
 
     with progress("build") as advance:

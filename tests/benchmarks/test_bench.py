@@ -95,8 +95,8 @@ def test_the_json_has_the_machine_and_the_command(report: Path) -> None:
             "batch": 1,
             "steps": 4,
             "size": [64, 64],
-            "text_scale": 5.0,
-            "source_scale": 1.0,
+            "guidance_scale": 5.0,
+            "image_guidance_scale": 1.0,
             "task": "edit",
             "tokens": data["cases"][0]["tokens"],
         }

@@ -13,15 +13,16 @@ from PIL import Image
 
 from benchmarks.compare import write_grid
 from benchmarks.parity import PictureParity, compare_pipelines, tolerance
-from engines.interface import GRAPHS
 from engines.pytorch import PyTorchEngine
 from export import validate
 from export.inputs import SAMPLES
 from mige_rt.bundle import DEFAULT_MODEL
 from mige_rt.cli import main
 from mige_rt.errors import InputError
-from mige_rt.pipeline import MigePipeline, Settings
+from mige_rt.graphs import GRAPHS
+from mige_rt.pipeline import MigePipeline
 from mige_rt.requests import read_requests
+from mige_rt.sampling_params import SamplingParams
 from trainer.evaluate import efficientnet_lite
 from trainer.preview import CELL
 from trainer.synthetic.concepts import Concept
@@ -144,7 +145,7 @@ def test_engines_of_two_kinds_of_arrays_are_compared(pipe: MigePipeline) -> None
     engine.device = "cpu:0"  # as on a GPU: tensors in and out, in bfloat16 between graphs, which NumPy does not have
     tensors = MigePipeline(pipe.config, pipe.encoder.tokenize, engine)
     for reference, candidate in ((pipe, tensors), (tensors, pipe)):
-        found = compare_pipelines(reference, candidate, EDIT, 1, Settings(steps=2))
+        found = compare_pipelines(reference, candidate, EDIT, 1, SamplingParams(steps=2))
         assert found.ok and len(found.pictures[0].graphs) == len(PORTS), found.figures
 
 
@@ -156,17 +157,19 @@ def test_the_wider_tolerance_of_two_precisions_counts() -> None:
 
 
 def test_settings_of_one_engine_can_be_compared(pipe: MigePipeline) -> None:
-    same = compare_pipelines(pipe, pipe, EDIT, 1, Settings(steps=2), Settings(steps=2))
-    assert same.ok and same.pictures[0].latents == 0 and same.pictures[0].largest == 0
+    same = compare_pipelines(pipe, pipe, EDIT, 1, SamplingParams(steps=2), SamplingParams(steps=2))
+    assert same.ok and same.pictures[0].latents == 0 and same.pictures[0].max == 0
     assert not same.pictures[0].graphs
-    other = compare_pipelines(pipe, pipe, EDIT, 1, Settings(steps=2), Settings(steps=2, text_scale=9))
-    assert not other.ok and other.pictures[0].largest > 10
+    other = compare_pipelines(pipe, pipe, EDIT, 1, SamplingParams(steps=2), SamplingParams(steps=2, guidance_scale=9))
+    assert not other.ok and other.pictures[0].max > 10
 
 
 def test_models_of_two_sizes_are_not_compared(pipe: MigePipeline) -> None:
     wider = replace(pipe.config, name="wider", dit=replace(pipe.config.dit, width=384))
     with pytest.raises(InputError, match=r"tiny and wider are models of different sizes"):
-        compare_pipelines(pipe, MigePipeline(wider, pipe.encoder.tokenize, pipe.engine), EDIT, 1, Settings(steps=2))
+        compare_pipelines(
+            pipe, MigePipeline(wider, pipe.encoder.tokenize, pipe.engine), EDIT, 1, SamplingParams(steps=2)
+        )
 
 
 # --- what cannot be used, and what is cut short ---
@@ -278,7 +281,7 @@ def _parity(number: int, difference: int) -> PictureParity:
     return PictureParity(f"p{number}", "words", "edit", 0, (), 0.0, 50.0 - number, 1.0, difference, *both)
 
 
-@pytest.mark.parametrize(("largest", "gain"), [(0, 64), (3, 64), (9, 16), (150, 1)])
+@pytest.mark.parametrize(("max", "gain"), [(0, 64), (3, 64), (9, 16), (150, 1)])
 def test_a_difference_is_amplified_alike_in_every_picture(tmp_path: Path, largest: int, gain: int) -> None:
     assert write_grid([_parity(0, largest), _parity(1, largest // 3)], tmp_path / "grid.png") == gain
     with Image.open(tmp_path / "grid.png") as grid:

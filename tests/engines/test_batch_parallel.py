@@ -1,4 +1,4 @@
-"""Rows side by side on the CPU: what is computed is what one run computes."""
+"""A batch in parts on the CPU: what is computed is what one run computes."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from engines.batch_parallel import groups_of, row_count, usable_cores
+from engines.batch_parallel import batch_size, parts_of, usable_cores
+from engines.interface import to_numpy
 from engines.onnx_runtime import OnnxRuntimeEngine
 from export.inputs import random_feed
 from mige_rt.bundle import DEFAULT_MODEL, read_manifest
@@ -22,33 +23,35 @@ def _engine(cores: int) -> OnnxRuntimeEngine:
     return engine
 
 
-@pytest.mark.parametrize("rows, groups", [(1, 1), (2, 2), (3, 1), (4, 2), (5, 2), (8, 2)])
-def test_rows_are_run_in_groups_where_few_cores_idle(rows: int, groups: int) -> None:
-    assert groups_of(rows, 2) == groups
-    assert groups_of(rows, 1) == 1
-    assert groups_of(rows, 64) == 1
+@pytest.mark.parametrize("batch, parts", [(1, 1), (2, 2), (3, 1), (4, 2), (5, 2), (8, 2)])
+def test_a_batch_is_run_in_parts_where_few_cores_idle(batch: int, parts: int) -> None:
+    assert parts_of(batch, 2) == parts
+    assert parts_of(batch, 1) == 1
+    assert parts_of(batch, 64) == 1
 
 
-@pytest.mark.parametrize("rows", [2, 3, 4, 5])
-def test_groups_give_what_one_run_gives(rows: int) -> None:
-    sizes = {"R": rows, "L": 9, "h": SIDE, "w": SIDE}
+@pytest.mark.parametrize("batch", [2, 3, 4, 5])
+def test_parts_give_what_one_run_gives(batch: int) -> None:
+    sizes = {"R": batch, "L": 9, "h": SIDE, "w": SIDE}
     alone, together = _engine(1), _engine(2)
     for graph in ("conditioner", "denoiser"):
         feed = random_feed(graph, MANIFEST.model, sizes)
-        assert row_count(graph, feed) == rows
+        assert batch_size(graph, feed) == batch
         for name, values in alone.run(graph, feed).items():
-            np.testing.assert_allclose(together.run(graph, feed)[name], values, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(
+                to_numpy(together.run(graph, feed)[name]), to_numpy(values), rtol=1e-4, atol=1e-5
+            )
         assert (graph, 1) in alone.sessions
-        assert (graph, 1 if groups_of(rows, 2) == 2 else 2) in together.sessions
+        assert (graph, 1 if parts_of(batch, 2) == 2 else 2) in together.sessions
 
 
-def test_graphs_without_rows_are_run_at_once() -> None:
+def test_graphs_without_such_a_batch_are_run_at_once() -> None:
     engine = _engine(2)
     engine.run("vae_encoder", random_feed("vae_encoder", MANIFEST.model, {"M": 2, "eh": SIDE, "ew": SIDE}))
     assert set(engine.sessions) == {("vae_encoder", 2)}
 
 
-def test_a_group_that_cannot_be_run_is_said() -> None:
+def test_a_part_that_cannot_be_run_is_said() -> None:
     feed = random_feed("denoiser", MANIFEST.model, {"R": 2, "L": 9, "h": SIDE, "w": SIDE})
     with pytest.raises(InputError, match="ONNX Runtime could not run denoiser"):
         _engine(2).run("denoiser", {**feed, "text_mask": feed["text_mask"][:, :5]})
@@ -61,6 +64,6 @@ def test_a_process_bound_to_one_processor_has_one_core() -> None:
     try:
         os.sched_setaffinity(0, {min(allowed)})
         assert usable_cores() == 1
-        assert not OnnxRuntimeEngine(DEFAULT_MODEL, MANIFEST, "cpu").split_rows
+        assert not OnnxRuntimeEngine(DEFAULT_MODEL, MANIFEST, "cpu").split_batch
     finally:
         os.sched_setaffinity(0, allowed)

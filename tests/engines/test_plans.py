@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from engines.interface import GRAPHS, Range
 from engines.plans import (
     SIDECAR,
     Machine,
@@ -16,21 +15,22 @@ from engines.plans import (
     Plans,
     Target,
     check_plans,
-    find,
+    find_plans,
     fingerprint,
     misfit,
-    plans,
+    read_plans,
     stale,
 )
 from engines.trt_runtime import find_device, import_runtime, is_out_of_memory
-from mige_rt.bundle import DEFAULT_MODEL, FileEntry, GraphEntry, Manifest, file_entry, read_config, resolved_axes
+from mige_rt.bundle import DEFAULT_MODEL, FileEntry, GraphEntry, Manifest, file_entry, read_config
 from mige_rt.errors import InputError, NotAvailableError
+from mige_rt.graphs import GRAPHS, AxisRange, GraphName, resolved_axes
 
 RTX = Target("tensorrt-rtx", "1.7.1", None, ("8.6", "8.9"))
 TRT = Target("tensorrt", "11.4.0", "NVIDIA H200", ("9.0",))
 ADA = Machine("tensorrt-rtx", "1.7.1", "NVIDIA GeForce RTX 4090", "8.9")
 H200 = Machine("tensorrt", "11.4.0", "NVIDIA H200", "9.0")
-RANGES = {"R": Range(1, 2, 12), "L": Range(1, 40, 256)}
+RANGES = {"R": AxisRange(1, 2, 12), "L": AxisRange(1, 40, 256)}
 OPTIONS = {"optimization_level": 3}
 
 
@@ -39,7 +39,7 @@ def manifest() -> Manifest:
     """Of a bundle whose graphs have made-up hashes."""
     config = read_config(DEFAULT_MODEL)
     axes = resolved_axes(config)
-    graphs = {
+    graphs: dict[GraphName, GraphEntry] = {
         graph: GraphEntry(
             FileEntry(f"onnx/{graph}.onnx", 1, f"onnx of {graph}"),
             FileEntry(f"onnx/{graph}.safetensors", 1, f"weights of {graph}"),
@@ -50,7 +50,7 @@ def manifest() -> Manifest:
         for graph in GRAPHS
     }
     tokenizer = FileEntry("tokenizer/tokenizer.json", 1, "")
-    return Manifest(1, config, "made up", "fp16", True, "dpm_solver_pp_2m", RANGES, graphs, tokenizer, {})
+    return Manifest(2, config, "made up", "fp16", True, "dpm_solver_pp_2m", RANGES, graphs, tokenizer, {})
 
 
 def write(bundle: Path, target: Target, manifest: Manifest) -> Plans:
@@ -64,15 +64,15 @@ def write(bundle: Path, target: Target, manifest: Manifest) -> Plans:
         entries[graph] = PlanEntry(
             file_entry(folder, f"{graph}.plan"), entry.onnx.sha256, entry.weights.sha256, 1.5, 10**9
         )
-    made = Plans(folder, target, manifest.precision, manifest.ranges, OPTIONS, entries)
-    (folder / SIDECAR).write_text(json.dumps(made.to_json()))
-    return made
+    written = Plans(folder, target, manifest.precision, manifest.ranges, OPTIONS, entries)
+    (folder / SIDECAR).write_text(json.dumps(written.to_json()))
+    return written
 
 
 def test_a_sidecar_is_read_as_it_was_written(tmp_path: Path, manifest: Manifest) -> None:
     written = [write(tmp_path, target, manifest) for target in (RTX, TRT)]
-    assert plans(tmp_path) == sorted(written, key=lambda found: found.folder)
-    assert plans(tmp_path / "none") == []
+    assert read_plans(tmp_path) == sorted(written, key=lambda plans: plans.folder)
+    assert read_plans(tmp_path / "none") == []
 
 
 def test_the_fingerprint_tells_apart_what_a_plan_depends_on() -> None:
@@ -83,7 +83,7 @@ def test_the_fingerprint_tells_apart_what_a_plan_depends_on() -> None:
         (replace(TRT, gpu="NVIDIA H100"), "fp16", RANGES, OPTIONS),
         (TRT, "fp16", RANGES, OPTIONS),
         (RTX, "fp32", RANGES, OPTIONS),
-        (RTX, "fp16", {**RANGES, "R": Range(1, 2, 13)}, OPTIONS),
+        (RTX, "fp16", {**RANGES, "R": AxisRange(1, 2, 13)}, OPTIONS),
         (RTX, "fp16", RANGES, {"optimization_level": 5}),
         (RTX, "fp16", RANGES, OPTIONS),
     ]
@@ -105,51 +105,51 @@ def test_the_fingerprint_tells_apart_what_a_plan_depends_on() -> None:
 def test_a_plan_for_another_gpu_or_version_does_not_fit(
     tmp_path: Path, manifest: Manifest, target: Target, machine: Machine, reason: str | None
 ) -> None:
-    made = write(tmp_path, target, manifest)
+    written = write(tmp_path, target, manifest)
     if reason is None:
-        assert misfit(made, manifest, machine) is None
-        assert find(tmp_path, manifest, machine) == made
+        assert misfit(written, manifest, machine) is None
+        assert find_plans(tmp_path, manifest, machine) == written
     else:
         with pytest.raises(NoPlanError, match=reason) as caught:
-            find(tmp_path, manifest, machine)
+            find_plans(tmp_path, manifest, machine)
         assert f"mige-rt build --bundle {tmp_path} --engine {machine.engine}" in str(caught.value)
         assert str(machine) in str(caught.value)
 
 
 def test_plans_of_other_graphs_are_stale(tmp_path: Path, manifest: Manifest) -> None:
-    made = write(tmp_path, RTX, manifest)
+    written = write(tmp_path, RTX, manifest)
     again = replace(manifest.graphs["denoiser"], weights=FileEntry("onnx/denoiser.safetensors", 1, "others"))
     exported_again = replace(manifest, graphs={**manifest.graphs, "denoiser": again})
-    assert stale(made, manifest) is None
-    assert "another denoiser than the bundle has now" in str(stale(made, exported_again))
-    assert "another precision" in str(stale(made, replace(manifest, precision="bf16")))
+    assert stale(written, manifest) is None
+    assert "another denoiser than the bundle has now" in str(stale(written, exported_again))
+    assert "another precision" in str(stale(written, replace(manifest, precision="bf16")))
     with pytest.raises(NoPlanError, match="another denoiser"):
-        find(tmp_path, exported_again, ADA)
+        find_plans(tmp_path, exported_again, ADA)
 
 
 def test_the_most_narrowly_built_plans_are_taken(tmp_path: Path, manifest: Manifest) -> None:
     write(tmp_path, RTX, manifest)
     narrow = write(tmp_path, replace(RTX, capabilities=("8.9",)), manifest)
-    assert find(tmp_path, manifest, ADA) == narrow
+    assert find_plans(tmp_path, manifest, ADA) == narrow
 
 
 def test_without_plans_the_command_is_said(tmp_path: Path, manifest: Manifest) -> None:
     with pytest.raises(NoPlanError, match=r"has no plan for this machine .*mige-rt build --bundle .* --build"):
-        find(tmp_path, manifest, ADA)
+        find_plans(tmp_path, manifest, ADA)
 
 
 @pytest.mark.parametrize("suffix", [".partial-123", ".old-123"])
 def test_what_a_killed_build_left_is_not_seen(tmp_path: Path, manifest: Manifest, suffix: str) -> None:
     folder = write(tmp_path, RTX, manifest).folder
     folder.rename(folder.with_name(folder.name + suffix))
-    assert plans(tmp_path) == []
+    assert read_plans(tmp_path) == []
 
 
 def test_a_sidecar_that_was_changed_or_moved_is_refused(tmp_path: Path, manifest: Manifest) -> None:
     folder = write(tmp_path, RTX, manifest).folder
     moved = folder.rename(folder.with_name("tensorrt-rtx-0123456789abcdef"))
     with pytest.raises(InputError, match=f"belong into a folder {folder.name}.*: remove .*, and build again"):
-        plans(tmp_path)
+        read_plans(tmp_path)
     folder = moved.rename(folder)
     sidecar = folder / SIDECAR
     whole = sidecar.read_text()
@@ -159,25 +159,25 @@ def test_a_sidecar_that_was_changed_or_moved_is_refused(tmp_path: Path, manifest
     for text in (whole[:100], "[]", "[" * 10**5, "{}", json.dumps(content), json.dumps(missing)):
         sidecar.write_text(text)
         with pytest.raises(InputError, match=rf"{sidecar} is damaged"):
-            plans(tmp_path)
-    sidecar.write_text(whole.replace('"schema": 1', '"schema": 99'))
+            read_plans(tmp_path)
+    sidecar.write_text(whole.replace('"schema": 2', '"schema": 99'))
     with pytest.raises(InputError, match="schema 99"):
-        plans(tmp_path)
+        read_plans(tmp_path)
 
 
 def test_a_damaged_plan_is_named(tmp_path: Path, manifest: Manifest) -> None:
-    made = write(tmp_path, RTX, manifest)
-    path = made.folder / "denoiser.plan"
+    written = write(tmp_path, RTX, manifest)
+    path = written.folder / "denoiser.plan"
     whole = path.read_bytes()
     path.write_bytes(whole.swapcase())
     with pytest.raises(InputError, match=rf"{path} was changed.*mige-rt build --bundle {tmp_path}"):
-        find(tmp_path, manifest, ADA)
+        find_plans(tmp_path, manifest, ADA)
     path.write_bytes(whole[:-1])
     with pytest.raises(InputError, match=f"has {len(whole) - 1} bytes instead of {len(whole)}"):
-        check_plans(tmp_path, made)
+        check_plans(tmp_path, written)
     path.unlink()
     with pytest.raises(InputError, match="is missing"):
-        check_plans(tmp_path, made)
+        check_plans(tmp_path, written)
 
 
 def test_a_missing_runtime_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

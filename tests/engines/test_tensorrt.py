@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from engines import tensorrt
-from engines.tensorrt import KEPT, TensorRTEngine, _KernelCache, _Plan, _Port
+from engines.factory import open_engine
+from engines.interface import EngineOptions
+from engines.tensorrt import CACHED_SHAPES, _KeepAlive, _KernelCache, _Plan, _PlanTensor
+from mige_rt.bundle import open_model
 from mige_rt.errors import InputError
 
 
@@ -19,7 +22,7 @@ class Context:
         self.works = True
         self.error = "it broke"
 
-    def said(self) -> str:
+    def summary(self) -> str:
         return self.error
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -60,9 +63,13 @@ def context() -> Context:
 @pytest.fixture
 def plan(context: Context, monkeypatch: pytest.MonkeyPatch) -> _Plan:
     monkeypatch.setattr(tensorrt, "ALIGNMENT", 64)  # that of the CPU's tensors
-    ports = {"x": _Port(True, torch.float16), "flag": _Port(True, torch.bool), "y": _Port(False, torch.float32)}
-    told: Any = context
-    return _Plan("denoiser", "cpu", ports, told, context, None, None)
+    specs = {
+        "x": _PlanTensor(True, torch.float16),
+        "flag": _PlanTensor(True, torch.bool),
+        "y": _PlanTensor(False, torch.float32),
+    }
+    fake: Any = context
+    return _Plan("denoiser", "cpu", specs, fake, cache=None, keep_alive=_KeepAlive(context, None, None))
 
 
 def run(plan: _Plan, x: torch.Tensor, flag: torch.Tensor, workspace: torch.Tensor) -> bool:
@@ -98,7 +105,7 @@ def test_outputs_stay_where_they_are_when_shapes_come_back(plan: _Plan, context:
         run(plan, torch.ones(rows, 8, dtype=torch.float16), flag, workspace)
         made.append(plan.outputs["y"].data_ptr())
     assert made[:2] == made[2:]
-    for tokens in range(8, 8 + KEPT):  # as many other shapes: the first are forgotten
+    for tokens in range(8, 8 + CACHED_SHAPES):  # as many other shapes: the first are forgotten
         run(plan, torch.ones(1, tokens, dtype=torch.float16), flag, workspace)
     assert run(plan, torch.ones(2, 8, dtype=torch.float16), flag, workspace)
 
@@ -189,4 +196,4 @@ def test_kernels_that_cannot_be_kept_cost_time_alone(tmp_path: Any, caplog: pyte
 
 def test_another_precision_than_the_bundles_is_refused(bundles: Any) -> None:
     with pytest.raises(InputError, match="exported in fp32, and fp16 was asked for"):
-        TensorRTEngine.open(bundles("fp32"), precision="fp16", name="tensorrt-rtx")
+        open_engine(open_model(bundles("fp32")), "tensorrt-rtx", EngineOptions(precision="fp16"))

@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from engines.interface import GRAPHS, Range
-from engines.plans import SIDECAR, Machine, NoPlanError, check_plans, find, plans
+from engines.plans import SIDECAR, Machine, NoPlanError, check_plans, find_plans, read_plans
 from export import build_plans as tensorrt
 from export.build_plans import OPTIONS, PLAN_OPTIONS, PORTABLE, build, profile
 from export.plan_job import PlanJob
@@ -24,6 +23,7 @@ from export.plan_worker import BuildError, work
 from mige_rt.bundle import MANIFEST, check_files, read_manifest
 from mige_rt.cli import main
 from mige_rt.errors import InputError, NotAvailableError
+from mige_rt.graphs import GRAPHS, AxisRange
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed (or not made for this system)")
 
@@ -61,7 +61,7 @@ def test_all_six_graphs_become_plans(bundles: Bundles, tmp_path: Path, precision
     bundle = Path(shutil.copytree(bundles(precision), tmp_path / "bundle"))
     said: list[tuple[str, int, int]] = []
     folder = build(bundle, "tensorrt-rtx", ["8.9"], lambda *progress: said.append(progress))
-    (made,) = plans(bundle)
+    (made,) = read_plans(bundle)
     manifest = read_manifest(bundle)
     assert made.folder == folder and left(bundle) == [made.fingerprint]
     assert made.target.version == trt.__version__ and made.target.capabilities == ("8.9",)
@@ -75,7 +75,7 @@ def test_all_six_graphs_become_plans(bundles: Bundles, tmp_path: Path, precision
     check_plans(bundle, made, everything=True)
     check_files(bundle, manifest)
     machine = Machine("tensorrt-rtx", trt.__version__, "NVIDIA GeForce RTX 4090", "8.9")
-    assert find(bundle, manifest, machine) == made
+    assert find_plans(bundle, manifest, machine) == made
     assert {what.partition(":")[0] for what, _, _ in said} == {*GRAPHS, "done"}
     assert said[-1] == ("done", 6, 6) and any("Building engine" in what for what, _, _ in said)
 
@@ -84,15 +84,15 @@ def test_all_six_graphs_become_plans(bundles: Bundles, tmp_path: Path, precision
     content["graphs"]["vae_decoder"]["onnx"]["sha256"] = "0" * 64
     (bundle / MANIFEST).write_text(json.dumps(content))
     with pytest.raises(NoPlanError, match="another vae_decoder than the bundle has now"):
-        find(bundle, read_manifest(bundle), machine)
+        find_plans(bundle, read_manifest(bundle), machine)
 
 
 def test_profiles_are_the_bundles_ranges(bundles: Bundles) -> None:
     manifest = read_manifest(bundles("fp32"))
-    ranges = {**manifest.ranges, "eh": Range(8, 16, 40), "ew": Range(16, 16, 16), "M": Range(1, 2, 5)}
+    ranges = {**manifest.ranges, "eh": AxisRange(8, 16, 40), "ew": AxisRange(16, 16, 16), "M": AxisRange(1, 2, 5)}
     of_encoder = profile(replace(manifest, ranges=ranges), "vae_encoder")
     assert of_encoder["pixels_vae"] == ([1, 3, 32, 64], [2, 3, 64, 64], [5, 3, 160, 64])
-    largest = manifest.ranges["R"].largest, manifest.ranges["L"].largest
+    largest = manifest.ranges["R"].max, manifest.ranges["L"].max
     assert profile(manifest, "denoiser")["cross_kv"][2] == [2, 6, largest[0], 6, largest[1], 32]
 
 
@@ -146,7 +146,7 @@ def test_run_builds_what_is_missing_if_it_is_told_to(
     def opened(folder: Path, *_: object) -> None:
         if left(bundle):
             raise InputError("plans were built")
-        find(folder, read_manifest(folder), machine)
+        find_plans(folder, read_manifest(folder), machine)
 
     monkeypatch.setattr("engines.factory.open_engine", opened)
     monkeypatch.setattr(tensorrt, "find_device", lambda *_: pytest.fail("there is no GPU"))
@@ -203,7 +203,7 @@ def test_a_killed_build_leaves_nothing_that_looks_finished(bundle: Path) -> None
             assert process.poll() is None and time.monotonic() - waited < 120
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
-    assert plans(bundle) == []
+    assert read_plans(bundle) == []
     (name,) = left(bundle)
     assert ".partial-" in name
 

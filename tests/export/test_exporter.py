@@ -18,12 +18,12 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors import safe_open
 
-from engines.interface import GRAPHS
 from export.exporter import ExportLimits, ExportOptions, axis_ranges, export_bundle
 from mige_rt.bundle import DEFAULT_MODEL, MANIFEST, read_manifest
 from mige_rt.cli import main
 from mige_rt.config import PRESETS
 from mige_rt.errors import InputError
+from mige_rt.graphs import GRAPHS
 from mige_rt.pipeline import MigePipeline
 from trainer.evaluate.metrics import psnr
 
@@ -129,7 +129,7 @@ def test_damage_is_named(copy: Path) -> None:
         ({"tokenizer": {"path": "../tokenizer.json", "bytes": 1, "sha256": ""}}, "outside the bundle"),
         ({"tokenizer": {"path": "/etc/passwd", "bytes": 1, "sha256": ""}}, "outside the bundle"),
         ({"graphs": {}}, "graphs vae_encoder"),
-        ({"ranges": {"B": {"smallest": 1}}}, "is damaged"),
+        ({"ranges": {"B": {"min": 1}}}, "is damaged"),
         ({"ranges": {}}, "a range for each"),
         ({"validated": "x"}, "validated is true or false"),
         ({"precision": []}, "precision is a text"),
@@ -180,9 +180,9 @@ def test_what_cannot_be_asked_for(bundles: Bundles, tmp_path: Path) -> None:
 
 def test_a_fixed_size_is_fixed_but_for_the_encoder_of_references() -> None:
     ranges = axis_ranges(PRESETS["xl"], ExportLimits(1, 2, (1024, 1024)))
-    assert (ranges["h"].smallest, ranges["h"].largest) == (128, 128)
-    assert (ranges["eh"].smallest, ranges["eh"].usual, ranges["eh"].largest) == (64, 64, 128)
-    assert ranges["N"].largest == 2 and ranges["R"].largest == 3
+    assert (ranges["h"].min, ranges["h"].max) == (128, 128)
+    assert (ranges["eh"].min, ranges["eh"].opt, ranges["eh"].max) == (64, 64, 128)
+    assert ranges["N"].max == 2 and ranges["R"].max == 3
 
 
 def test_a_killed_export_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_info_shows_what_is_inside(bundles: Bundles) -> None:
     content = json.loads(result.output)
     assert content["graphs"]["text_encoder"]["precision"]["residual"] == "float32"
     assert content["checks"]["pictures"]["rms"] < content["checks"]["pictures"]["limit"]
-    assert content["verified"] and content["ranges"]["B"] == {"smallest": 1, "usual": 1, "largest": 4}
+    assert content["verified"] and content["ranges"]["B"] == {"min": 1, "opt": 1, "max": 4}
     shown = CliRunner().invoke(main, ["info", str(bundles("fp16"))]).output
     assert "denoiser" in shown and "compared with PyTorch" in shown and "float16" in shown
     assert CliRunner().invoke(main, ["info", "nowhere"]).exit_code == 2

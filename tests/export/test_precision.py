@@ -8,7 +8,6 @@ import onnxruntime
 import pytest
 import torch
 
-from engines.interface import Range
 from export import precision
 from export.chunks import run_onnx
 from export.context import ExportTarget
@@ -16,11 +15,12 @@ from export.graphs import export_graph
 from export.inputs import random_feed
 from export.reference import Feed, run_module
 from mige_rt.config import ModelConfig, TextConfig
+from mige_rt.graphs import AxisRange
 from trainer.model.encoders import TextEncoder
 
 LARGEST_HALF = 65_504.0
 CONFIG = ModelConfig("overflowing", text=TextConfig(vocabulary=50, width=32, head_width=8, mlp=48, depth=2, heads=4))
-RANGES = {"B": Range(1, 1, 2), "L": Range(1, 4, 8), "N": Range(1, 1, 1)}
+RANGES = {"B": AxisRange(1, 1, 2), "L": AxisRange(1, 4, 8), "N": AxisRange(1, 1, 1)}
 
 
 class NoSuchModule:

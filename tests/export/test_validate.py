@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from engines.interface import GRAPHS, GraphName, Precision, Range
 from export import chunks, validate
 from export.chunks import run_onnx
 from export.context import ExportContext, ExportTarget
@@ -23,8 +22,9 @@ from export.reference import run_module, run_reference, widen_by_block
 from export.results import Check
 from export.validate import make_cases, measure, validate_graph, validate_pipeline
 from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, read_config
-from mige_rt.config import PRESETS
-from mige_rt.instruction import load_tokenizer
+from mige_rt.config import PRESETS, Precision
+from mige_rt.graphs import GRAPHS, AxisRange, GraphName
+from mige_rt.tokenizer import load_tokenizer
 from trainer.checkpoints.model_folder import SafetensorsCheckpoint, load_model
 from trainer.checkpoints.weights import empty_model
 
@@ -212,11 +212,11 @@ def test_a_bundles_weights_are_a_reference_too(bundles: Bundles) -> None:
 @pytest.mark.parametrize("small", [True, False])
 def test_shapes_differ_and_stay_within_the_ranges(graph: GraphName, small: bool) -> None:
     shapes = shapes_of(graph, CONFIG, RANGES, small=small)
-    assert next(iter(shapes)) == "smallest" and len(shapes) >= (3 if small else 2)
+    assert next(iter(shapes)) == "min" and len(shapes) >= (3 if small else 2)
     assert len({tuple(sizes.values()) for sizes in shapes.values()}) == len(shapes)
     for sizes in shapes.values():
         for axis, size in sizes.items():
-            assert RANGES[axis].smallest <= size <= RANGES[axis].largest
+            assert RANGES[axis].min <= size <= RANGES[axis].max
             assert axis not in ("h", "w", "eh", "ew") or size % CONFIG.dit.patch == 0
     if small and "h" in sizes:
         assert shapes["between"]["h"] != shapes["between"]["w"]
@@ -227,7 +227,7 @@ def test_full_size_graphs_are_tried_at_small_shapes() -> None:
     ranges = axis_ranges(config, ExportLimits())
     sizes = list(shapes_of("denoiser", config, ranges, small=False).values())
     assert sizes == [{"R": 1, "h": 64, "w": 64, "L": 1}, {"R": 2, "h": 64, "w": 64, "L": 48}]
-    fixed = {axis: Range(1, 1, 1) for axis in ranges}
+    fixed = {axis: AxisRange(1, 1, 1) for axis in ranges}
     assert len(shapes_of("text_encoder", config, fixed, small=False)) == 1
 
 
@@ -237,7 +237,7 @@ def test_the_samples_are_of_every_task_and_end_in_a_graphs_own_axes() -> None:
     assert {path.name for path in SAMPLES.iterdir()} >= {"requests.jsonl", "picture-1.png"}
     sizes = {"N": 3, "L": 40, "B": 2, "R": 3, "h": 8, "w": 12, "M": 2, "eh": 8, "ew": 12}
     for graph in GRAPHS:
-        shape = {axis: sizes[axis] for axis in shapes_of(graph, CONFIG, RANGES, small=True)["smallest"]}
+        shape = {axis: sizes[axis] for axis in shapes_of(graph, CONFIG, RANGES, small=True)["min"]}
         (real,) = real_inputs().feeds(graph, [shape])
         drawn = random_feed(graph, CONFIG, shape)
         for port in GRAPHS[graph].inputs:

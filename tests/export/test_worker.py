@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engines.interface import GRAPHS, GraphName
 from export import worker
 from export.context import ExportJob
 from export.exporter import ExportLimits, ExportOptions, axis_ranges, export_bundle, locate_checkpoint
 from export.results import GraphResult
 from mige_rt.bundle import TOKENIZER_FILE, read_manifest
 from mige_rt.config import DiTConfig, ModelConfig, QFormerConfig, TextConfig, VAEConfig, VisionConfig
+from mige_rt.graphs import GRAPHS, GraphName
 from trainer.checkpoints import model_folder
 from trainer.checkpoints.convert_published import convert
 from trainer.checkpoints.mapped_files import release_pages

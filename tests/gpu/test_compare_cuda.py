@@ -5,7 +5,8 @@ import torch
 
 from benchmarks.parity import compare_pipelines
 from export.inputs import sample_requests
-from mige_rt.pipeline import MigePipeline, Settings
+from mige_rt.pipeline import MigePipeline
+from mige_rt.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -15,5 +16,5 @@ def test_cuda_is_within_the_tolerance_of_its_precision(pipe: MigePipeline, preci
     cuda = MigePipeline.from_pretrained(engine="pytorch", device="cuda", precision=precision)  # type: ignore[arg-type]
     requests = {request.task: request for request in sample_requests()}
     for reference, candidate in ((pipe, cuda), (cuda, pipe)):
-        found = compare_pipelines(reference, candidate, requests, 1, Settings(steps=6))
+        found = compare_pipelines(reference, candidate, requests, 1, SamplingParams(num_inference_steps=6))
         assert found.ok and found.complete, [figure for figure in found.figures if not figure.ok]

@@ -17,8 +17,8 @@ def test_a_picture_made_on_cuda_is_the_cpus(
 ) -> None:
     cuda = MigePipeline.from_pretrained(engine="pytorch", device="cuda", precision=precision)  # type: ignore[arg-type]
     prompt = "replace the thing in <imagehere> with <imagehere>"
-    pictures = [p(prompt, [scene, reference], scene, seed=1, steps=10)[0] for p in (pipe, cuda)]
-    assert psnr(np.asarray(pictures[0]), np.asarray(pictures[1])) > limit
+    images = [p(prompt, [scene, reference], scene, seed=1, num_inference_steps=10).images[0] for p in (pipe, cuda)]
+    assert psnr(np.asarray(images[0]), np.asarray(images[1])) > limit
 
 
 def test_cuda_is_what_auto_takes(pipe: MigePipeline) -> None:

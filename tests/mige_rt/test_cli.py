@@ -31,7 +31,7 @@ def _run(*args: str | Path) -> Result:
     return CliRunner().invoke(main, ["run", *map(str, args)])
 
 
-def test_the_three_uses_write_a_picture_and_say_where(scene_path: Path, reference_path: Path, tmp_path: Path) -> None:
+def test_the_three_uses_write_a_image_and_say_where(scene_path: Path, reference_path: Path, tmp_path: Path) -> None:
     for number, args in enumerate(
         (
             ["--prompt", "a <imagehere> on a plain blue background", "--image", reference_path],
@@ -44,15 +44,15 @@ def test_the_three_uses_write_a_picture_and_say_where(scene_path: Path, referenc
         assert result.exit_code == 0, result.output
         assert result.stdout == f"{out}\n"
         assert "default model" in result.stderr
-        with Image.open(out) as picture:
-            picture.load()
-            assert picture.size == (64, 64)
-            assert picture.info["seed"] == "1" and picture.info["steps"] == "2" and "prompt" in picture.info
-            assert {"model", "task", "text_scale", "source_scale", "engine", "precision"} <= set(picture.info)
-            assert picture.info["prompt"] == args[1] and picture.info["size"] == "64x64"
+        with Image.open(out) as image:
+            image.load()
+            assert image.size == (64, 64)
+            assert image.info["seed"] == "1" and image.info["num_inference_steps"] == "2" and "prompt" in image.info
+            assert {"model", "task", "guidance_scale", "image_guidance_scale", "engine", "precision"} <= set(image.info)
+            assert image.info["prompt"] == args[1] and image.info["size"] == "64x64"
 
 
-def test_the_written_seed_repeats_the_picture(scene_path: Path, tmp_path: Path) -> None:
+def test_the_written_seed_repeats_the_image(scene_path: Path, tmp_path: Path) -> None:
     prompt = ["--prompt", "make it blue", "--source", scene_path, "--steps", "2"]
     first = _run(*prompt, "--out", tmp_path / "a.png", "--num-images", "2")
     drawn = next(line for line in first.stderr.splitlines() if line.startswith("seed ")).split()[1]
@@ -70,8 +70,8 @@ def test_the_written_seed_repeats_the_picture(scene_path: Path, tmp_path: Path) 
 def test_the_extension_gives_the_format(scene_path: Path, tmp_path: Path, extension: str, kind: str) -> None:
     out = tmp_path / f"out.{extension}"
     assert _run("--prompt", "make it blue", "--source", scene_path, "--out", out, *QUICK).exit_code == 0
-    with Image.open(out) as picture:
-        assert picture.format == kind
+    with Image.open(out) as image:
+        assert image.format == kind
 
 
 def test_one_bad_line_of_a_batch_does_not_stop_the_others(scene_path: Path, tmp_path: Path) -> None:
@@ -89,21 +89,21 @@ def test_one_bad_line_of_a_batch_does_not_stop_the_others(scene_path: Path, tmp_
     assert result.stdout.split() == [str(tmp_path / "made-blue.png"), str(tmp_path / "made-3.png")]
     for number in (2, 4, 5, 6, 7):
         assert f"line {number}" in result.stderr
-    with Image.open(tmp_path / "made-3.png") as picture:
-        assert picture.info["seed"] == "7"
+    with Image.open(tmp_path / "made-3.png") as image:
+        assert image.info["seed"] == "7"
 
 
 def test_bad_input_costs_exit_code_2_and_nothing_is_written(
     scene_path: Path, reference_path: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "made.png"
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty.png").touch()
     (tmp_path / "cut.png").write_bytes(scene_path.read_bytes()[:200])
     edit = ["--prompt", "make it blue", "--source", scene_path, "--out", out]
     cases: list[tuple[list[str | Path], str]] = [
-        (["--prompt", "a <imagehere> and a <imagehere>", "--image", reference_path], "2 <imagehere> and 1 pictures"),
-        (["--prompt", "a cat", "--image", reference_path], "0 <imagehere> and 1 pictures"),
+        (["--prompt", "a <imagehere> and a <imagehere>", "--image", reference_path], "2 <imagehere> and 1 images"),
+        (["--prompt", "a cat", "--image", reference_path], "0 <imagehere> and 1 images"),
         (["--prompt", "a <imagehere>", "--image", tmp_path / "text.png"], "text.png"),
         (["--prompt", "a <imagehere>", "--image", tmp_path / "empty.png"], "empty.png"),
         (["--prompt", "a <imagehere>", "--image", tmp_path / "cut.png"], "cut.png"),
@@ -116,8 +116,8 @@ def test_bad_input_costs_exit_code_2_and_nothing_is_written(
         ([*edit, "--size", "100000"], "at most 16 times"),
         (["--prompt", "...", "--source", scene_path], "empty"),
         (["--prompt", "a \ud800 cat"], "UTF-8"),
-        ([*edit, "--image", scene_path, "--image", scene_path], "0 <imagehere> and 2 pictures"),
-        (["--prompt", "a <imagehere>", "--image", "x" * 5000], "no picture file"),
+        ([*edit, "--image", scene_path, "--image", scene_path], "0 <imagehere> and 2 images"),
+        (["--prompt", "a <imagehere>", "--image", "x" * 5000], "no image file"),
         ([*edit, "--text-scale", "nan"], "finite"),
         ([*edit, "--source-scale", "inf"], "finite"),
         ([*edit, "--size", "60"], "multiples of 8"),
@@ -180,7 +180,7 @@ def test_the_default_model_is_small() -> None:
     assert sum(file.stat().st_size for file in DEFAULT_MODEL.rglob("*") if file.is_file()) < 20 * 2**20
 
 
-def test_all_paths_are_checked_before_the_first_picture_is_made(scene_path: Path, tmp_path: Path) -> None:
+def test_all_paths_are_checked_before_the_first_image_is_made(scene_path: Path, tmp_path: Path) -> None:
     (tmp_path / "o-2.png").mkdir()
     edit = ["--prompt", "make it blue", "--source", scene_path, "--out", tmp_path / "o.png", *QUICK]
     result = _run(*edit, "--num-images", "2")
@@ -201,13 +201,13 @@ def test_savings_solver_and_low_vram_are_options(scene_path: Path, tmp_path: Pat
         steps = ["--steps", "12", "--seed", "1"]
         result = _run("--prompt", "make it blue", "--source", scene_path, "--out", out, *steps, *options)
         assert result.exit_code == 0, result.output
-        with Image.open(out) as picture:
-            assert set(options[::2]) <= {f"--{str(key).replace('_', '-')}" for key in picture.info} | {"--low-vram"}
-            return picture.tobytes()
+        with Image.open(out) as image:
+            assert set(options[::2]) <= {f"--{str(key).replace('_', '-')}" for key in image.info} | {"--low-vram"}
+            return image.tobytes()
 
     plain = make("plain")
     assert make("low", "--low-vram") == plain
-    for options in (("--solver", "ddim"), ("--guidance-range", "0-0.5"), ("--reuse", "0.1")):
+    for options in (("--scheduler", "ddim"), ("--guidance-range", "0-0.5"), ("--reuse", "0.1")):
         assert make(options[0][2:], *options) != plain
 
 

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from mige_rt.denoise import denoise, plain_step
+from mige_rt.denoise import Conditioning, denoise, denoising_step
 from mige_rt.guidance import branches
-from mige_rt.scheduler import draw_noise, solver_table
+from mige_rt.scheduler import draw_noise, make_schedule
 
 SHAPE = (4, 6, 5)
 
 
 class Elementwise:
-    """A denoiser whose every row depends on all that this row is given, and which keeps what it was called with."""
+    """A denoiser whose every entry depends on all that it is given, and which keeps what it was called with."""
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
@@ -27,36 +27,41 @@ class Elementwise:
         )
 
 
-def conditions(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def conditions(batch: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
-    text_mask = rng.random((rows, 3)) < 0.7
-    return rng.standard_normal((2, 1, rows, 1, 3, 2), dtype=np.float32), text_mask
+    text_mask = rng.random((batch, 3)) < 0.7
+    return rng.standard_normal((2, 1, batch, 1, 3, 2), dtype=np.float32), text_mask
 
 
 def run(scales: tuple[float, float | None], seeds: list[int], steps: int = 6) -> tuple[np.ndarray, Elementwise]:
-    rows, denoiser = branches(*scales), Elementwise()
+    guidance, denoiser = branches(*scales), Elementwise()
     noise, source = draw_noise(seeds, SHAPE), draw_noise([s + 100 for s in seeds], SHAPE)
     given = None if scales[1] is None else source
-    table = solver_table("dpm_solver_pp_2m", steps, "v_prediction")
-    return denoise(plain_step(denoiser), noise, given, *conditions(len(rows) * len(seeds)), rows, table), denoiser
+    schedule = make_schedule("dpm_solver_pp_2m", steps, "v_prediction")
+    conditioning = Conditioning(given, *conditions(len(guidance) * len(seeds)))
+    return np.asarray(denoise(denoising_step(denoiser), noise, conditioning, guidance, schedule)), denoiser
 
 
 @pytest.mark.parametrize("scales", [(5.0, 1.6), (5.0, 1.0), (7.0, None)])
 def test_numpy_and_torch_give_the_same_latents(scales: tuple[float, float | None]) -> None:
-    rows = branches(*scales)
+    guidance = branches(*scales)
     noise, source = draw_noise([1, 2], SHAPE), draw_noise([3, 4], SHAPE)
     given = None if scales[1] is None else source
-    cross_kv, text_mask = conditions(2 * len(rows))
-    table = solver_table("dpm_solver_pp_2m", 12, "epsilon")
-    from_numpy = denoise(plain_step(Elementwise()), noise, given, cross_kv, text_mask, rows, table)
+    cross_kv, text_mask = conditions(2 * len(guidance))
+    schedule = make_schedule("dpm_solver_pp_2m", 12, "epsilon")
+    from_numpy = denoise(
+        denoising_step(Elementwise()), noise, Conditioning(given, cross_kv, text_mask), guidance, schedule
+    )
     from_torch = denoise(
-        plain_step(Elementwise()),
+        denoising_step(Elementwise()),
         torch.from_numpy(noise),
-        None if given is None else torch.from_numpy(given),
-        torch.from_numpy(cross_kv),
-        torch.from_numpy(text_mask),
-        rows,
-        table,
+        Conditioning(
+            None if given is None else torch.from_numpy(given),
+            torch.from_numpy(cross_kv),
+            torch.from_numpy(text_mask),
+        ),
+        guidance,
+        schedule,
     )
     assert isinstance(from_numpy, np.ndarray) and from_numpy.dtype == np.float32
     assert np.isfinite(from_numpy).all()
@@ -66,14 +71,14 @@ def test_numpy_and_torch_give_the_same_latents(scales: tuple[float, float | None
 
 def test_the_loop_is_guidance_and_solver() -> None:
     """Against the same run written out branch by branch in float64."""
-    rows, table = branches(5.0, 1.6), solver_table("dpm_solver_pp_2m", 5, "v_prediction")
+    guidance, schedule = branches(5.0, 1.6), make_schedule("dpm_solver_pp_2m", 5, "v_prediction")
     noise, source = draw_noise([1, 2], SHAPE), draw_noise([3, 4], SHAPE)
     cross_kv, text_mask = conditions(6)
-    got = denoise(plain_step(Elementwise()), noise, source, cross_kv, text_mask, rows, table)
+    got = denoise(denoising_step(Elementwise()), noise, Conditioning(source, cross_kv, text_mask), guidance, schedule)
 
     for sample in range(2):
         x, before = noise[sample : sample + 1].astype(np.float64), 0.0
-        for step in table:
+        for step in schedule:
             guided = 0.0
             for branch, (sees_source, weight) in enumerate([(0, 1 - 1.6), (1, 1.6 - 5.0), (1, 5.0)]):
                 row = slice(branch * 2 + sample, branch * 2 + sample + 1)
@@ -91,7 +96,7 @@ def test_the_loop_is_guidance_and_solver() -> None:
 
 
 @pytest.mark.parametrize("scales, sees_source", [((5.0, 1.6), [0, 1, 1]), ((5.0, 1.0), [1, 1]), ((7.0, None), [0, 0])])
-def test_rows_are_branch_major_and_see_the_source_they_should(scales, sees_source: list[int]) -> None:
+def test_the_batch_is_branch_major_and_see_the_source_they_should(scales, sees_source: list[int]) -> None:
     _, denoiser = run(scales, seeds=[1, 2])
     source = draw_noise([101, 102], SHAPE)
     for call in denoiser.calls:
@@ -111,20 +116,20 @@ def test_the_model_is_called_once_a_step_with_the_solvers_timesteps() -> None:
 
 
 def test_a_sample_does_not_depend_on_its_batch() -> None:
-    rows, table = branches(5.0, 1.6), solver_table("dpm_solver_pp_2m", 6, "v_prediction")
+    guidance, schedule = branches(5.0, 1.6), make_schedule("dpm_solver_pp_2m", 6, "v_prediction")
     cross_kv, text_mask = conditions(12)
     noise, source = draw_noise([1, 2, 3, 4], SHAPE), draw_noise([5, 6, 7, 8], SHAPE)
-    together = denoise(plain_step(Elementwise()), noise, source, cross_kv, text_mask, rows, table)
+    together = denoise(
+        denoising_step(Elementwise()), noise, Conditioning(source, cross_kv, text_mask), guidance, schedule
+    )
     for i in range(4):
         mine = slice(i, None, 4)
         alone = denoise(
-            plain_step(Elementwise()),
+            denoising_step(Elementwise()),
             noise[i : i + 1],
-            source[i : i + 1],
-            cross_kv[:, :, mine],
-            text_mask[mine],
-            rows,
-            table,
+            Conditioning(source[i : i + 1], cross_kv[:, :, mine], text_mask[mine]),
+            guidance,
+            schedule,
         )
         np.testing.assert_allclose(alone[0], together[i], rtol=1e-5)
 
@@ -132,28 +137,42 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
 def test_progress_is_reported_after_each_step_and_inputs_are_left_as_they_were() -> None:
     noise = draw_noise([1], SHAPE)
     before, reported = noise.copy(), []
-    rows = branches(7.0, None)
-    table = solver_table("dpm_solver_pp_2m", 3, "epsilon")
+    guidance = branches(7.0, None)
+    schedule = make_schedule("dpm_solver_pp_2m", 3, "epsilon")
     denoise(
-        plain_step(Elementwise()),
+        denoising_step(Elementwise()),
         noise,
-        None,
-        *conditions(2),
-        rows,
-        table,
-        lambda done, total: reported.append((done, total)),
+        Conditioning(None, *conditions(2)),
+        guidance,
+        schedule,
+        on_step_end=lambda step, latents: reported.append((step, latents.shape)),
     )
-    assert reported == [(1, 3), (2, 3), (3, 3)]
+    assert reported == [(0, noise.shape), (1, noise.shape), (2, noise.shape)]
     np.testing.assert_array_equal(noise, before)
 
 
 def test_a_source_that_is_missing_is_an_error() -> None:
     with pytest.raises(ValueError, match="source"):
         denoise(
-            plain_step(Elementwise()),
+            denoising_step(Elementwise()),
             draw_noise([1], SHAPE),
-            None,
-            *conditions(2),
+            Conditioning(None, *conditions(2)),
             branches(5.0, 1.0),
-            solver_table("dpm_solver_pp_2m", 2, "epsilon"),
+            make_schedule("dpm_solver_pp_2m", 2, "epsilon"),
         )
+
+
+def test_latents_that_the_callback_returns_are_gone_on_with() -> None:
+    noise, schedule = draw_noise([1], SHAPE), make_schedule("ddim", 3, "epsilon")
+    other = draw_noise([2], SHAPE)
+    guidance, conditioning = branches(7.0, None), Conditioning(None, *conditions(2))
+    latents = denoise(
+        denoising_step(Elementwise()),
+        noise,
+        conditioning,
+        guidance,
+        schedule,
+        on_step_end=lambda step, latents: other if step == 1 else None,
+    )
+    last = denoise(denoising_step(Elementwise()), other, conditioning, guidance, schedule[2:])
+    np.testing.assert_array_equal(latents, last)

@@ -13,14 +13,13 @@ from mige_rt.instruction import (
     MAX_WORDS,
     PREFIXES,
     clean_caption,
-    collate,
     compose_prompt,
     count_placeholders,
-    encode_prompt,
-    load_tokenizer,
     rewrite_instruction,
-    words_kept,
+    words_before_cut,
 )
+from mige_rt.prompt_tokens import collate, tokenize_prompt
+from mige_rt.tokenizer import load_tokenizer
 
 CASES = json.loads((Path(__file__).parents[1] / "data" / "reference" / "text.json").read_text(encoding="utf-8"))
 
@@ -40,12 +39,12 @@ def test_instructions_are_rewritten_as_published(text: str, scope, expected: str
     assert rewrite_instruction(text, scope) == expected
 
 
-@pytest.mark.parametrize("name", ["the image", "This Image", "this photo", "the PHOTO", "the picture", "this picture"])
-def test_every_way_to_name_the_picture_is_rewritten(name: str) -> None:
+@pytest.mark.parametrize("name", ["the image", "This Image", "this photo", "the PHOTO", "the image", "this image"])
+def test_every_way_to_name_the_image_is_rewritten(name: str) -> None:
     assert rewrite_instruction(f"cut {name} in half", "local") == "cut <imagehere> in half"
 
 
-def test_an_instruction_that_names_no_picture_gets_it_in_place_of_its_full_stop() -> None:
+def test_an_instruction_that_names_no_image_gets_it_in_place_of_its_full_stop() -> None:
     assert rewrite_instruction("add a hat.", "local") == "add a hat in<imagehere>"
     assert rewrite_instruction("make it a drawing.", "global") == "make it a drawing of<imagehere>"
 
@@ -72,21 +71,21 @@ def test_a_caption_of_nothing_is_refused(caption: str) -> None:
 
 def test_a_caption_over_the_word_limit_says_where_it_is_cut() -> None:
     words = [f"w{number}" for number in range(MAX_WORDS + 2)]
-    assert words_kept(" ".join(words[:MAX_WORDS])) is None
-    assert words_kept(" ".join(words)) == "w82 w83 w84 w85 w86 w87"
+    assert words_before_cut(" ".join(words[:MAX_WORDS])) is None
+    assert words_before_cut(" ".join(words)) == "w82 w83 w84 w85 w86 w87"
 
 
-def test_a_prompt_has_slots_where_its_pictures_stand_and_ends_with_the_end_of_sequence() -> None:
-    prompt = encode_prompt("put <imagehere> beside <ImageHere> please", [3, 1], by_word, query_tokens=2)
+def test_a_prompt_has_slots_where_its_images_stand_and_ends_with_the_end_of_sequence() -> None:
+    prompt = tokenize_prompt("put <imagehere> beside <ImageHere> please", [3, 1], by_word, query_tokens=2)
     assert prompt.token_ids.tolist() == [13, 0, 0, 16, 0, 0, 16, 1]
     assert prompt.slot_index.tolist() == [-1, 6, 7, -1, 2, 3, -1, -1]
     assert prompt.token_ids.dtype == prompt.slot_index.dtype == np.int64
-    assert prompt.kept is None
+    assert prompt.cut_after is None
 
 
 def test_segments_reach_the_tokenizer_with_their_spaces() -> None:
     seen: list[str] = []
-    encode_prompt("put <imagehere> on<imagehere>", [0, 1], lambda text: seen.append(text) or [], query_tokens=1)
+    tokenize_prompt("put <imagehere> on<imagehere>", [0, 1], lambda text: seen.append(text) or [], query_tokens=1)
     assert seen == ["put ", " on", ""]
 
 
@@ -102,36 +101,36 @@ def test_segments_reach_the_tokenizer_with_their_spaces() -> None:
     ],
 )
 def test_a_long_prompt_is_cut_exactly_at_the_limit_and_says_where(limit: int, ids, slots, kept) -> None:
-    prompt = encode_prompt("a b <imagehere> c d e", [0], by_word, query_tokens=3, max_tokens=limit)
+    prompt = tokenize_prompt("a b <imagehere> c d e", [0], by_word, query_tokens=3, max_tokens=limit)
     assert prompt.token_ids.tolist() == ids
     assert prompt.slot_index.tolist() == slots
-    assert prompt.kept == kept
+    assert prompt.cut_after == kept
 
 
 def test_a_cut_inside_a_word_names_the_last_whole_word() -> None:
-    prompt = encode_prompt("aaa bbb ccc", [], lambda text: [5] * len(text.replace(" ", "")), 1, max_tokens=7)
-    assert prompt.kept == "aaa bbb"
+    prompt = tokenize_prompt("aaa bbb ccc", [], lambda text: [5] * len(text.replace(" ", "")), 1, max_tokens=7)
+    assert prompt.cut_after == "aaa bbb"
 
 
 def test_the_limit_is_256_tokens() -> None:
-    assert len(encode_prompt("a " * 300, [], by_word, query_tokens=32).token_ids) == 256
+    assert len(tokenize_prompt("a " * 300, [], by_word, query_tokens=32).token_ids) == 256
 
 
-@pytest.mark.parametrize("text, pictures", [("a cat", [0]), ("<imagehere> and <imagehere>", [0]), ("<imagehere>", [])])
-def test_placeholders_and_pictures_must_match_and_both_numbers_are_said(text: str, pictures: list[int]) -> None:
+@pytest.mark.parametrize("text, images", [("a cat", [0]), ("<imagehere> and <imagehere>", [0]), ("<imagehere>", [])])
+def test_placeholders_and_images_must_match_and_both_numbers_are_said(text: str, images: list[int]) -> None:
     with pytest.raises(InputError) as error:
-        encode_prompt(text, pictures, by_word, query_tokens=2)
+        tokenize_prompt(text, images, by_word, query_tokens=2)
     assert f"is {count_placeholders(text)} and" in str(error.value)
-    assert f"pictures is {len(pictures)};" in str(error.value)
+    assert f"images is {len(images)};" in str(error.value)
 
 
 def test_a_blank_prompt_is_refused() -> None:
     with pytest.raises(InputError, match="empty"):
-        encode_prompt(" \n", [], by_word, query_tokens=2)
+        tokenize_prompt(" \n", [], by_word, query_tokens=2)
 
 
 def test_prompts_are_padded_on_the_right_to_the_longest() -> None:
-    prompts = [encode_prompt(text, pictures, by_word, 2) for text, pictures in [("a", []), ("a <imagehere>", [0])]]
+    prompts = [tokenize_prompt(text, images, by_word, 2) for text, images in [("a", []), ("a <imagehere>", [0])]]
     token_ids, slot_index, text_mask = collate(prompts)
     assert token_ids.tolist() == [[11, 1, 0, 0], [11, 0, 0, 1]]
     assert slot_index.tolist() == [[-1, -1, -1, -1], [-1, 0, 1, -1]]

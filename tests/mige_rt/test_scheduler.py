@@ -6,7 +6,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mige_rt.errors import InputError
-from mige_rt.scheduler import ALPHAS, BETAS, SIGMAS, TRAIN_STEPS, draw_noise, solver_table
+from mige_rt.scheduler import ALPHAS, BETAS, SIGMAS, TRAIN_STEPS, draw_noise, make_schedule
 
 NOISE_OF_SEED_0 = [-0.2482292, -0.02676702, -1.944416]
 MEAN, DEVIATION = 0.3, 0.5  # of data for which the best prediction, and the exact path of every sample, are known
@@ -38,7 +38,7 @@ def solve(steps: int, kind, predict: Callable[[NDArray[np.float64], float], NDAr
     """The start and the end of a run with a model that gives the best prediction"""
     start = x = np.array([-1.3, 0.2, 1.7])
     before = np.zeros(3)
-    for step in solver_table("dpm_solver_pp_2m", steps, kind):
+    for step in make_schedule("dpm_solver_pp_2m", steps, kind):
         data = step.data_from_latents * x + step.data_from_prediction * predict(x, step.timestep)
         x = step.keep * x + step.current * data + step.previous * before
         before = data
@@ -70,11 +70,11 @@ def test_noise_and_velocity_predictions_lead_to_the_same_picture(steps: int) -> 
 
 
 def test_timesteps_are_uniform_fractions_and_the_end_is_the_first_discrete_time() -> None:
-    timesteps = [step.timestep for step in solver_table("dpm_solver_pp_2m", 8, "epsilon")]
+    timesteps = [step.timestep for step in make_schedule("dpm_solver_pp_2m", 8, "epsilon")]
     np.testing.assert_allclose(timesteps, 999 - 999 / 8 * np.arange(8))
     # A model sure of data d at every step ends at alpha d plus what is left of the start's noise.
     x = SIGMAS[-1]
-    for step in solver_table("dpm_solver_pp_2m", 8, "epsilon"):
+    for step in make_schedule("dpm_solver_pp_2m", 8, "epsilon"):
         x = step.keep * x
     assert x == pytest.approx(SIGMAS[0])
 
@@ -82,14 +82,14 @@ def test_timesteps_are_uniform_fractions_and_the_end_is_the_first_discrete_time(
 @pytest.mark.parametrize("steps", [2, 5, 9, 10, 50])
 def test_data_that_does_not_change_is_reached_exactly(steps: int) -> None:
     x, before = ALPHAS[-1] * 2.0 + SIGMAS[-1] * 0.4, 0.0
-    for step in solver_table("dpm_solver_pp_2m", steps, "epsilon"):
+    for step in make_schedule("dpm_solver_pp_2m", steps, "epsilon"):
         x, before = step.keep * x + step.current * 2.0 + step.previous * before, 2.0
     assert x == pytest.approx(ALPHAS[0] * 2.0 + SIGMAS[0] * 0.4)
 
 
 def test_only_runs_below_ten_steps_end_at_first_order() -> None:
     for steps, first_order in ((2, {0, 1}), (9, {0, 8}), (10, {0}), (20, {0})):
-        table = solver_table("dpm_solver_pp_2m", steps, "epsilon")
+        table = make_schedule("dpm_solver_pp_2m", steps, "epsilon")
         assert len(table) == steps
         assert {i for i, step in enumerate(table) if step.previous == 0} == first_order
 
@@ -101,7 +101,7 @@ def test_the_schedule_is_the_published_one() -> None:
 
 
 def test_coefficients_do_not_widen_float32_latents() -> None:
-    step = solver_table("dpm_solver_pp_2m", 4, "v_prediction")[1]
+    step = make_schedule("dpm_solver_pp_2m", 4, "v_prediction")[1]
     x = np.ones(1, dtype=np.float32)
     for coefficient in (step.data_from_latents, step.data_from_prediction, step.keep, step.current, step.previous):
         assert (coefficient * x).dtype == np.float32
@@ -110,7 +110,7 @@ def test_coefficients_do_not_widen_float32_latents() -> None:
 @pytest.mark.parametrize("steps", [1, 0, -3])
 def test_too_few_steps_are_refused(steps: int) -> None:
     with pytest.raises(InputError, match=str(steps)):
-        solver_table("dpm_solver_pp_2m", steps, "epsilon")
+        make_schedule("dpm_solver_pp_2m", steps, "epsilon")
 
 
 def test_noise_depends_on_its_seed_alone() -> None:
@@ -136,7 +136,7 @@ def test_ddim_is_the_update_of_its_paper() -> None:
     """Song et al., 2021, equation 12, with the noise that the prediction implies, in float64."""
     rng = np.random.default_rng(0)
     x, prediction = rng.standard_normal(7), rng.standard_normal(7)
-    steps = solver_table("ddim", 9, "epsilon")
+    steps = make_schedule("ddim", 9, "epsilon")
     times = np.linspace(1, 1 / TRAIN_STEPS, 10)
     alpha = np.exp(np.interp(times, np.arange(1, TRAIN_STEPS + 1) / TRAIN_STEPS, np.log(ALPHAS)))
     sigma = np.sqrt(1 - alpha**2)
@@ -148,5 +148,5 @@ def test_ddim_is_the_update_of_its_paper() -> None:
 
 
 def test_a_solver_that_is_not_there_is_refused() -> None:
-    with pytest.raises(InputError, match="no solver 'euler'"):
-        solver_table("euler", 9, "epsilon")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="no scheduler 'euler'"):
+        make_schedule("euler", 9, "epsilon")  # type: ignore[arg-type]

@@ -40,11 +40,12 @@ from export.context import ExportTarget
 from export.exporter import ExportLimits, axis_ranges
 from export.graphs import export_graph
 from mige_rt.config import PRESETS, ModelConfig, TextConfig
-from mige_rt.denoise import denoise, plain_step
+from mige_rt.denoise import denoise, denoising_step
 from mige_rt.errors import InputError
 from mige_rt.guidance import Branch, branches
-from mige_rt.instruction import collate, count_placeholders, encode_prompt
-from mige_rt.scheduler import solver_table
+from mige_rt.instruction import count_placeholders
+from mige_rt.prompt_tokens import collate, tokenize_prompt
+from mige_rt.scheduler import make_schedule
 from trainer.checkpoints.published_names import check_published, our_tensor
 from trainer.checkpoints.weights import empty_model, fill, our_shapes
 from trainer.model.dit import sincos_positions
@@ -63,8 +64,8 @@ class Case:
     prompt: str
     references: int
     has_source: bool
-    text_scale: float
-    source_scale: float | None  # None: subject-driven, two guidance branches instead of three
+    guidance_scale: float
+    image_guidance_scale: float | None  # None: subject-driven, two guidance branches instead of three
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,8 +153,8 @@ def _case(case: dict[str, Any]) -> Case:
         prompt=str(case["prompt"]),
         references=int(case["n"]),
         has_source=bool(case["source"]),
-        text_scale=float(case["y"]),
-        source_scale=None if case["state"] == "subject" else float(case["s"]),
+        guidance_scale=float(case["y"]),
+        image_guidance_scale=None if case["state"] == "subject" else float(case["s"]),
     )
 
 
@@ -269,7 +270,7 @@ class Stages:
         count = self.case.references
         # Several placeholders and one picture: they all stand for it, as in editing.
         pictures = [0] * count_placeholders(self.case.prompt) if count == 1 else list(range(count))
-        encoded = encode_prompt(
+        encoded = tokenize_prompt(
             self.case.prompt,
             pictures,
             lambda text: [byte + 3 for byte in text.encode()],
@@ -281,7 +282,7 @@ class Stages:
     def _all_rows(self) -> tuple[list[Branch], NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
         """The branches that the denoiser was recorded with, and its latents, source and timestep"""
         # Scales of which none cancels a branch: the recorded batch holds them all.
-        rows = branches(3.0, None if self.case.source_scale is None else 2.0)
+        rows = branches(3.0, None if self.case.image_guidance_scale is None else 2.0)
         blank = np.zeros_like(self.noise)
         source = [self.source if row.source and self.source is not None else blank for row in rows]
         timestep = np.full(len(rows), TIMESTEP, np.float32)
@@ -289,13 +290,13 @@ class Stages:
 
     def _denoise(self, denoiser: Any, steps: int, conditions: Callable[[list[Branch]], tuple[Any, Any]]) -> Any:
         """conditions gives the branches' cross_kv and text_mask, of the kind of array that the denoiser takes."""
-        rows = branches(self.case.text_scale, self.case.source_scale)
+        rows = branches(self.case.guidance_scale, self.case.image_guidance_scale)
         cross_kv, text_mask = conditions(rows)
         noise, source = self.noise, np.zeros_like(self.noise) if self.source is None else self.source
         if isinstance(cross_kv, Tensor):
             noise, source = torch.from_numpy(noise), torch.from_numpy(source)
-        table = solver_table("dpm_solver_pp_2m", steps, self.config.prediction)
-        return denoise(plain_step(denoiser), noise, source, cross_kv, text_mask, rows, table)
+        table = make_schedule("dpm_solver_pp_2m", steps, self.config.prediction)
+        return denoise(denoising_step(denoiser), noise, source, cross_kv, text_mask, rows, table)
 
 
 class PyTorchStages(Stages):

@@ -14,7 +14,6 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
-from engines.interface import GRAPHS
 from mige_rt.bundle import read_config
 from mige_rt.config import (
     PRESETS,
@@ -26,7 +25,8 @@ from mige_rt.config import (
     VisionConfig,
 )
 from mige_rt.errors import InputError
-from mige_rt.instruction import load_tokenizer
+from mige_rt.graphs import GRAPHS
+from mige_rt.tokenizer import load_tokenizer
 from trainer.checkpoints import model_folder as checkpoint
 from trainer.checkpoints.convert_published import (
     convert,

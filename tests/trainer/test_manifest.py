@@ -1,4 +1,4 @@
-"""A manifest's lines and files say what the samples hold."""
+"""A manifest of synthetic samples: what its lines and files hold, and that the engine runs it."""
 
 from pathlib import Path
 
@@ -9,12 +9,12 @@ from PIL import Image
 
 from mige_rt.cli import main as mige_rt
 from mige_rt.errors import InputError
-from mige_rt.requests import RequestLine, parse_request
+from mige_rt.requests import RequestRecord, parse_request
 from trainer.synthetic import manifest
 from trainer.synthetic.concepts import Concept
 from trainer.synthetic.tasks import KINDS, Mark, make_sample
 
-WORLD = Path(__file__).parents[1] / "data" / "synthetic"
+ASSETS = Path(__file__).parents[1] / "data" / "synthetic"
 NUMBER = 40
 
 
@@ -22,24 +22,24 @@ NUMBER = 40
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the command makes."""
     out = tmp_path_factory.mktemp("written") / "samples"
-    arguments = ["--world", str(WORLD), "--out", str(out), "--samples", str(NUMBER), "--seed", "4"]
+    arguments = ["--world", str(ASSETS), "--out", str(out), "--samples", str(NUMBER), "--seed", "4"]
     result = CliRunner().invoke(manifest.main, arguments)
     assert result.exit_code == 0, result.output
     assert result.output.strip() == str(out / "manifest.jsonl")
     return out
 
 
-def _lines(folder: Path) -> list[RequestLine]:
+def _lines(folder: Path) -> list[RequestRecord]:
     return [parse_request(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
 
 
 def _pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture)
+    with Image.open(path) as image:
+        return np.asarray(image)
 
 
-def _check_subjects(folder: Path, told: list[dict], marks: tuple[Mark, ...]) -> None:
-    for subject, mark in zip(told, marks, strict=True):
+def _check_subjects(folder: Path, subjects: list[dict], marks: tuple[Mark, ...]) -> None:
+    for subject, mark in zip(subjects, marks, strict=True):
         assert (subject["code"], subject["name"]) == (mark.concept.code, mark.concept.name)
         assert (subject["style"], subject["reference"]) == (mark.style, mark.reference)
         assert subject["held_out"] == mark.concept.held_out
@@ -79,7 +79,7 @@ def test_the_engine_runs_a_manifest(written: Path, tmp_path: Path) -> None:
 
 def test_held_out_things_come_when_asked_for(tmp_path: Path) -> None:
     out = tmp_path / "held-out"
-    arguments = ["--world", str(WORLD), "--out", str(out), "--samples", "5", "--held-out", "--side", "32"]
+    arguments = ["--world", str(ASSETS), "--out", str(out), "--samples", "5", "--held-out", "--side", "32"]
     assert CliRunner().invoke(manifest.main, arguments).exit_code == 0
     for line in _lines(out):
         assert line.truth is not None and line.target is not None
@@ -90,7 +90,7 @@ def test_held_out_things_come_when_asked_for(tmp_path: Path) -> None:
 def test_a_manifest_is_written_whole_or_not_at_all(
     tmp_path: Path, concepts: list[Concept], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(seed: int, index: int, *rest: object, **more: object) -> None:
+    def fails(seed: int, index: int, *arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(manifest, "make_sample", fails)
@@ -111,13 +111,13 @@ def test_a_wrong_folder_is_refused(tmp_path: Path, arguments: list[str], message
     there = tmp_path / "there"
     there.mkdir()
     given = [a.format(there=there, new=tmp_path / "new") for a in arguments]
-    result = CliRunner().invoke(manifest.main, ["--samples", "1", "--world", str(WORLD), *given])
+    result = CliRunner().invoke(manifest.main, ["--samples", "1", "--world", str(ASSETS), *given])
     assert result.exit_code == 2 and message in result.output
     assert list(tmp_path.rglob("*")) == [there]
 
 
 def test_truth_is_an_object(concepts: list[Concept]) -> None:
-    with pytest.raises(InputError, match=r"truth is 'blue'; expected an object"):
+    with pytest.raises(InputError, match="truth is 'blue', expected an object"):
         parse_request('{"prompt": "a", "truth": "blue"}')
-    with pytest.raises(InputError, match="unknown fields kind"):
+    with pytest.raises(InputError, match="unknown kind, known are prompt"):
         parse_request('{"prompt": "a", "kind": "add"}')

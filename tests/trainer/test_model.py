@@ -1,12 +1,14 @@
+"""The model's modules: their shapes, masks and shared weights, and the configurations that size them."""
+
 import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from engines.interface import GRAPHS
 from mige_rt.config import PRESETS, ModelConfig
 from mige_rt.errors import InputError
+from mige_rt.graphs import GRAPHS, GraphName
 from trainer.model.dit import sincos_positions
 from trainer.model.mige import Mige
 
@@ -21,8 +23,8 @@ def model() -> Mige:
     return model.requires_grad_(False)
 
 
-def _inputs(batch: int, pictures: int, length: int, height: int, width: int) -> dict[str, torch.Tensor]:
-    """An input for every port of every graph, at the sizes given."""
+def _inputs(batch: int, images: int, length: int, height: int, width: int) -> dict[str, torch.Tensor]:
+    """An input for every tensor spec of every graph, at the sizes given."""
     draw = torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -33,10 +35,10 @@ def _inputs(batch: int, pictures: int, length: int, height: int, width: int) -> 
     slot_index[:, 1 : 1 + TINY.qformer.queries] = torch.arange(TINY.qformer.queries)
     return {
         "pixels_vae": normal(batch, 3, height * TINY.vae.factor, width * TINY.vae.factor),
-        "pixels_vit": normal(pictures, 3, TINY.vision.side, TINY.vision.side),
-        "ref_latents": normal(pictures, TINY.vae.channels, latent, latent),
+        "pixels_vit": normal(images, 3, TINY.vision.side, TINY.vision.side),
+        "ref_latents": normal(images, TINY.vae.channels, latent, latent),
         "token_ids": torch.randint(TINY.text.vocabulary, (batch, length), generator=draw),
-        "image_tokens": normal(pictures, TINY.qformer.queries, TINY.text.width),
+        "image_tokens": normal(images, TINY.qformer.queries, TINY.text.width),
         "slot_index": slot_index,
         "text_mask": torch.ones(batch, length, dtype=torch.bool),
         "text_states": normal(batch, length, TINY.text.width),
@@ -50,7 +52,9 @@ def _inputs(batch: int, pictures: int, length: int, height: int, width: int) -> 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 24, 16, 16), (3, 4, 40, 8, 24)])
 @pytest.mark.parametrize("graph", GRAPHS)
-def test_each_module_has_the_ports_of_its_graph(model: Mige, graph: str, sizes: tuple[int, int, int, int, int]) -> None:
+def test_each_module_has_the_tensor_specs_of_its_graph(
+    model: Mige, graph: GraphName, sizes: tuple[int, int, int, int, int]
+) -> None:
     inputs = _inputs(*sizes)
     known: dict[str, int] = {"f": TINY.vae.factor}
 
@@ -60,16 +64,16 @@ def test_each_module_has_the_ports_of_its_graph(model: Mige, graph: str, sizes: 
             expected = int(axis) if axis.isdigit() else known.setdefault(axis, size) if "*" not in axis else None
             assert expected in (size, None), f"{name}: axis {axis} is {size}, expected {expected}"
 
-    ports = GRAPHS[graph]
-    for port in ports.inputs:
-        check(port.axes, inputs[port.name].shape, port.name)
-        assert str(inputs[port.name].dtype) == f"torch.{port.dtype}"
-    outputs = getattr(model, graph)(*(inputs[port.name] for port in ports.inputs))
+    specs = GRAPHS[graph]
+    for spec in specs.inputs:
+        check(spec.axes, inputs[spec.name].shape, spec.name)
+        assert str(inputs[spec.name].dtype) == f"torch.{spec.dtype}"
+    outputs = model.graph(graph)(*(inputs[spec.name] for spec in specs.inputs))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    assert len(outputs) == len(ports.outputs)
-    for port, output in zip(ports.outputs, outputs, strict=True):
-        check(port.axes, output.shape, port.name)
-        assert str(output.dtype) == f"torch.{port.dtype}"
+    assert len(outputs) == len(specs.outputs)
+    for spec, output in zip(specs.outputs, outputs, strict=True):
+        check(spec.axes, output.shape, spec.name)
+        assert str(output.dtype) == f"torch.{spec.dtype}"
 
 
 def _text(model: Mige, i: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -95,7 +99,7 @@ def test_padding_to_a_longer_prompt_changes_nothing(
     torch.testing.assert_close(long_out, short_out, rtol=1e-4, atol=1e-4)
 
 
-def test_rows_without_text_see_the_null_table_alone(model: Mige) -> None:
+def test_without_text_the_null_embeddings_are_used_alone(model: Mige) -> None:
     inputs = _inputs(2, 1, 24, 16, 16)
     kv = model.conditioner(inputs["text_states"], torch.tensor([True, False]))
     other = model.conditioner(inputs["text_states"] + 1, torch.tensor([True, False]))
@@ -104,15 +108,15 @@ def test_rows_without_text_see_the_null_table_alone(model: Mige) -> None:
     torch.testing.assert_close(kv[:, :, 1], null[:, :, 0])
 
 
-def test_picture_tokens_stand_in_their_slots(model: Mige) -> None:
+def test_image_tokens_stand_in_their_slots(model: Mige) -> None:
     inputs = _inputs(2, 3, 20, 16, 16)
     queries = TINY.qformer.queries
     inputs["slot_index"][1, 1 : 1 + queries] = torch.arange(queries) + 2 * queries
     mixed = model.text_encoder.mix(inputs["token_ids"], inputs["image_tokens"], inputs["slot_index"])
     assert torch.equal(mixed[0, 1 : 1 + queries], inputs["image_tokens"][0])
     assert torch.equal(mixed[1, 1 : 1 + queries], inputs["image_tokens"][2])
-    words = model.text_encoder.t5.get_input_embeddings()(inputs["token_ids"])
-    assert torch.equal(mixed[:, 1 + queries :], words[:, 1 + queries :])
+    text = model.text_encoder.t5.get_input_embeddings()(inputs["token_ids"])
+    assert torch.equal(mixed[:, 1 + queries :], text[:, 1 + queries :])
 
 
 def test_fusion_and_denoiser_share_the_patch_embedder(model: Mige) -> None:
@@ -156,7 +160,7 @@ def test_sizes_that_do_not_fit_together_are_refused(section: str, field: str, va
 
 
 def test_published_sizes() -> None:
-    """The paper's model: 512 px pictures, 6.6 B parameters but for the VAE."""
+    """The paper's model: 512 px images, 6.6 B parameters but for the VAE."""
     config = PRESETS["xl"]
     with torch.device("meta"):
         model = Mige(config)

@@ -1,3 +1,5 @@
+"""The training objective: the published one's recorded losses, and what its terms mean."""
+
 import dataclasses
 import json
 import sys
@@ -22,7 +24,7 @@ ALL_TIMESTEPS = torch.tensor([entry["t"] for entry in RECORDED])
 
 
 def drawn(timestep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """output, latents, noise and timestep of the recorded losses"""
+    """Output, latents, noise and timestep of the recorded losses."""
     shapes = {"out": (2, 8, 8, 8), "x": (2, 4, 8, 8), "noise": (2, 4, 8, 8)}
     output, latents, noise = (torch.from_numpy(normal(f"loss.{k}.{timestep}", shape)) for k, shape in shapes.items())
     return output, latents, noise, torch.tensor([timestep, timestep])
@@ -44,12 +46,12 @@ def test_a_batch_of_mixed_timesteps_gives_each_sample_its_own_loss() -> None:
 
 @pytest.mark.parametrize("timestep", [0, 1, 500])
 def test_the_bound_trains_the_variance_and_nothing_else(timestep: int) -> None:
-    output, *rest = drawn(timestep)
+    output, *others = drawn(timestep)
     output.requires_grad_()
-    (bound_gradient,) = torch.autograd.grad(variance_bound(PUBLISHED, output, *rest).sum(), output)
+    (bound_gradient,) = torch.autograd.grad(variance_bound(PUBLISHED, output, *others).sum(), output)
     assert (bound_gradient[:, :4] == 0).all()
     assert (bound_gradient[:, 4:] != 0).any()
-    (gradient,) = torch.autograd.grad(objective(PUBLISHED, output, *rest).sum(), output)
+    (gradient,) = torch.autograd.grad(objective(PUBLISHED, output, *others).sum(), output)
     assert (gradient[:, :4] != 0).any()
     torch.testing.assert_close(gradient[:, 4:], bound_gradient[:, 4:])
 
@@ -79,7 +81,7 @@ def test_both_predictions_of_the_same_data_have_the_same_bound() -> None:
 
 
 @pytest.mark.parametrize("timestep", [0, 17, 999])
-def test_velocity_is_what_the_sampler_turns_into_data(timestep: int) -> None:
+def test_velocity_is_what_the_scheduler_turns_into_data(timestep: int) -> None:
     _, latents, noise, timesteps = drawn(timestep)
     noisy = add_noise(latents, noise, timesteps)
     velocity = (ALPHAS[timestep] * noisy - latents) / SIGMAS[timestep]  # solves data = alpha noisy - sigma v

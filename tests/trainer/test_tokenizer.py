@@ -1,3 +1,5 @@
+"""Tokenizers read from T5's sentencepiece model give its ids; trained ones follow the same conventions."""
+
 import json
 import string
 from pathlib import Path
@@ -6,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from mige_rt.errors import InputError
-from mige_rt.instruction import load_tokenizer
+from mige_rt.tokenizer import load_tokenizer
 from trainer.tokenizer import from_spiece, train_tokenizer
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference"

@@ -16,11 +16,11 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from engines.interface import GraphName
-from mige_rt.atomic import whole_folder
+from mige_rt.atomic import atomic_folder
 from mige_rt.config import ModelConfig, VAEConfig
 from mige_rt.errors import InputError
-from mige_rt.instruction import load_tokenizer
+from mige_rt.graphs import GraphName
+from mige_rt.tokenizer import load_tokenizer
 from trainer.checkpoints.model_folder import ModelContent, OnProgress, write_model_folder
 from trainer.checkpoints.published_names import check_published, kind_of, our_tensor
 from trainer.checkpoints.weights import NAMES_SHOWN, Checkpoint, names_in, our_shapes
@@ -131,7 +131,7 @@ def convert(
         InputError: `out` exists or cannot be written, a part is missing or unreadable, or the checkpoint's keys are
             not exactly the model's. Nothing is left behind.
     """
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         checkpoint = PublishedCheckpoint(ckpt, vae=vae, tokenizer=tokenizer, config=config)
         content = ModelContent(
             config=checkpoint.config,

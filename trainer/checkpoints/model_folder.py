@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from engines.interface import GraphName
-from mige_rt.atomic import whole_folder
+from mige_rt.atomic import atomic_folder
 from mige_rt.bundle import (
     SCHEMA,
     TOKENIZER_FILE,
@@ -31,6 +30,7 @@ from mige_rt.bundle import (
 )
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
+from mige_rt.graphs import GraphName
 from trainer.checkpoints.weights import Checkpoint, differences, distinct_tensors, names_in
 from trainer.model.mige import Mige
 from trainer.model.vae import make_vae
@@ -151,7 +151,7 @@ def save_model(model: Mige, tokenizer: Tokenizer, out: Path, dtype: torch.dtype,
         tensor = state[name].detach()
         return tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
 
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         names = [name for name in distinct_tensors(model) if not name.startswith("vae_")]
         content = ModelContent(
             config=model.config,

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engines.interface import GRAPHS, GraphName
 from mige_rt.config import ModelConfig
+from mige_rt.graphs import GRAPHS, GraphName
 from trainer.checkpoints.mapped_files import release_pages
 from trainer.model.mige import Mige
 

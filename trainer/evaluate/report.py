@@ -1,32 +1,59 @@
-"""The evaluation as files: evaluation.json, evaluation.md and grid.png."""
+"""An evaluation as files: evaluation.json and evaluation.md."""
 
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
+from tabulate import tabulate
+
 from mige_rt.instruction import Task
-from mige_rt.pipeline import MigePipeline, Settings
+from mige_rt.pipeline import MigePipeline
+from mige_rt.sampling_params import SamplingParams
 from trainer.evaluate import efficientnet_lite
-from trainer.evaluate.measure import EDITED_TOLERANCE, KEPT_TOLERANCE, Bar, Figures
-from trainer.evaluate.metrics import CONFIDENCE, RESAMPLES, Estimate, rounded
+from trainer.evaluate.intervals import CONFIDENCE, RESAMPLES, Estimate
+from trainer.evaluate.measure import EDITED_TOLERANCE, KEPT_TOLERANCE, KindMetrics, Threshold
+from trainer.evaluate.metrics import rounded
 
-_PACKAGES = ("mige-rt", "numpy", "pillow", "torch", efficientnet_lite.PACKAGE)
+_PACKAGES = ("mige-rt", "numpy", "pillow", "scipy", "torch", efficientnet_lite.PACKAGE)
 
 
-def circumstances(pipe: MigePipeline, seed: int, samples: int) -> dict[str, Any]:
-    """What the figures depend on: the model, the engine, the settings, the tolerances, the versions."""
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What an evaluation measured.
+
+    Attributes:
+        run: What the metrics depend on, from `describe_run`.
+        kinds: The metrics of each kind of samples.
+        thresholds: Of all kinds.
+        concepts: Number of held-out concepts.
+    """
+
+    run: Mapping[str, Any]
+    kinds: Mapping[str, KindMetrics]
+    thresholds: Sequence[Threshold]
+    concepts: int
+
+
+def describe_run(pipe: MigePipeline, seed: int, samples_per_kind: int) -> dict[str, Any]:
+    """What metrics depend on, as JSON has it: the model, the engine, the settings, the tolerances, the versions.
+
+    Args:
+        pipe: The model.
+        seed: Of the series of samples.
+        samples_per_kind: The first so many of the series.
+    """
     return {
         "model": pipe.model_name,
         "engine": {"name": pipe.engine.name, "device": pipe.engine.device, "precision": pipe.engine.precision},
         "side": pipe.config.size,
         "seed": seed,
-        "samples_per_kind": samples,
+        "samples_per_kind": samples_per_kind,
         "settings": {
-            task: {n: v for n, v in asdict(pipe.complete(Settings(), task)).items() if v is not None}
+            task: {n: v for n, v in asdict(SamplingParams().with_defaults(pipe.config, task)).items() if v is not None}
             for task in get_args(Task)
         },
         "tolerances": {"edited": EDITED_TOLERANCE, "kept": KEPT_TOLERANCE, "unit": "of 255, in every channel"},
@@ -36,128 +63,124 @@ def circumstances(pipe: MigePipeline, seed: int, samples: int) -> dict[str, Any]
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(rounded(data), indent=2) + "\n")
+    """Write data with floats of six significant digits."""
+    path.write_text(json.dumps(rounded(data), indent=2) + "\n", encoding="utf-8")
 
 
-def as_data(
-    about: Mapping[str, Any], kinds: Mapping[str, Figures], reached: Sequence[Bar], concepts: int
-) -> dict[str, Any]:
-    """The whole evaluation as JSON has it. concepts: how many are held out."""
+def to_json(evaluation: Evaluation) -> dict[str, Any]:
+    """The content of evaluation.json."""
     return {
-        **about,
-        "held_out_concepts": concepts,
-        "chance": 1 / concepts,
-        "kinds": {kind: asdict(of_kind) for kind, of_kind in kinds.items()},
-        "bars": [{**asdict(bar), "met": bar.met} for bar in reached],
+        **evaluation.run,
+        "held_out_concepts": evaluation.concepts,
+        "chance": 1 / evaluation.concepts,
+        "kinds": {kind: asdict(metrics) for kind, metrics in evaluation.kinds.items()},
+        "thresholds": [{**asdict(threshold), "met": threshold.met} for threshold in evaluation.thresholds],
     }
 
 
-def _share(found: Estimate | None) -> str:
-    if found is None:
-        return "-"
-    return f"{found.value:.0%} ({found.low:.0%} to {found.high:.0%})"
+def markdown(evaluation: Evaluation) -> str:
+    """The content of evaluation.md: an introduction, and a table for each group of metrics."""
+    run, engine = evaluation.run, evaluation.run["engine"]
+    introduction = (
+        f"# Evaluation of {run['model']}\n\n"
+        f"On {evaluation.concepts} concepts held out from training, {run['samples_per_kind']} samples of each kind, "
+        f"seed {run['seed']}; engine {engine['name']}, {engine['device']}, {engine['precision']}. In brackets: "
+        f"{CONFIDENCE:.0%} intervals, percentile bootstrap over samples, {RESAMPLES} resamples."
+    )
+    sections = (_ground_truth, _pixels, _subjects, _thresholds)
+    return "\n\n".join([introduction, *(section(evaluation) for section in sections)]) + "\n"
 
 
-def _plain(found: Estimate | None, form: str) -> str:
-    return "-" if found is None else format(found.value, form)
-
-
-def markdown(about: Mapping[str, Any], kinds: Mapping[str, Figures], reached: Sequence[Bar], concepts: int) -> str:
-    """The evaluation as tables to read."""
-    engine = about["engine"]
-    lines = [
-        f"# Evaluation of {about['model']}",
-        "",
-        f"On {concepts} concepts held out from training, {about['samples_per_kind']} samples a kind, seed "
-        f"{about['seed']}; engine {engine['name']}, {engine['device']}, {engine['precision']}. In brackets: "
-        f"{CONFIDENCE:.0%} intervals, percentile bootstrap over samples, {RESAMPLES} resamples.",
-        "",
-        "## Against the ground truth",
-        "",
-        "PSNR in dB (mean over samples) and mean squared error (squared levels of 255). Covered: the share of the "
-        "distance in error from the source left as it is to the ground truth through the VAE.",
-        "",
-        *_table(
-            ["kind", "PSNR", "source", "VAE", "error", "source", "VAE", "covered"],
-            [
-                [
-                    kind,
-                    f"{f.psnr['result'].value:.1f} ({f.psnr['result'].low:.1f} to {f.psnr['result'].high:.1f})",
-                    *(_plain(f.psnr.get(name), ".1f") for name in ("source", "vae")),
-                    *(_plain(f.error.get(name), ".0f") for name in ("result", "source", "vae")),
-                    _share(f.covered),
-                ]
-                for kind, f in kinds.items()
-            ],
-        ),
-        "",
-        "## Pixels",
-        "",
-        f"Compared with the ground truth through the VAE: edited pixels are right within {EDITED_TOLERANCE}/255 in "
-        f"every channel, untouched ones kept within {KEPT_TOLERANCE}/255. Beside it, the source through the VAE.",
-        "",
-        *_table(
-            ["kind", "edited right", "source", "untouched kept", "source"],
-            [
-                [
-                    kind,
-                    *(
-                        _share(f.right.get(name)) if name == "result" else _plain(f.right.get(name), ".0%")
-                        for name in _TWO
-                    ),
-                    *(
-                        _share(f.kept.get(name)) if name == "result" else _plain(f.kept.get(name), ".0%")
-                        for name in _TWO
-                    ),
-                ]
-                for kind, f in kinds.items()
-            ],
-        ),
-        "",
-        "## Subjects",
-        "",
-        f"How often a subject that the instruction brings in or changes is found first: of the clean pictures of all "
-        f"{concepts} concepts, its own is the nearest by EfficientNet-Lite0's features (cosine). It is looked at "
-        f"through the ground truth's mask. Chance is {1 / concepts:.1%}, but the mask tells the shape: see how often "
-        "the ground truth is found with its subject in one colour, its mean (flat).",
-        "",
-        *_table(
-            ["kind", "subjects", "found", "ground truth", "through the VAE", "flat", "source"],
-            [
-                [
-                    kind,
-                    str(f.asked),
-                    _share(f.found["result"]),
-                    *(_plain(f.found.get(name), ".0%") for name in ("truth", "vae", "flat", "source")),
-                ]
-                for kind, f in kinds.items()
-                if f.found
-            ],
-        ),
-        "",
-        "## Bars",
-        "",
-        *_table(
-            ["kind", "figure", "reached", "needed", "met"],
-            [
-                [
-                    bar.kind,
-                    bar.what,
-                    "-" if bar.figure is None else f"{bar.figure:.0%}",
-                    f"{bar.needed:.0%}",
-                    _YES[bar.met],
-                ]
-                for bar in reached
-            ],
-        ),
-        "",
+def _ground_truth(evaluation: Evaluation) -> str:
+    text = (
+        "PSNR in dB (mean over samples) and mean squared error (squared levels of 255), of the result, of the "
+        "unchanged source, and of the ground truth's reconstruction by the VAE. Covered: the share of the distance in "
+        "error from the source to that reconstruction that the result covers."
+    )
+    rows = [
+        [
+            kind,
+            _with_interval(metrics.psnr["result"], "{:.1f}"),
+            *(_value(metrics.psnr.get(name), "{:.1f}") for name in ("source", "vae")),
+            *(_value(metrics.error.get(name), "{:.0f}") for name in ("result", "source", "vae")),
+            _with_interval(metrics.covered, "{:.0%}"),
+        ]
+        for kind, metrics in evaluation.kinds.items()
     ]
-    return "\n".join(lines)
+    headers = ["kind", "PSNR", "source", "VAE", "error", "source", "VAE", "covered"]
+    return _section("Against the ground truth", text, headers, rows)
 
 
-_TWO = ("result", "source")
-_YES = {True: "yes", False: "no"}
+def _pixels(evaluation: Evaluation) -> str:
+    text = (
+        f"Compared with the ground truth's reconstruction by the VAE: edited pixels are right within "
+        f"{EDITED_TOLERANCE}/255 in every channel, untouched ones kept within {KEPT_TOLERANCE}/255. Beside it, the "
+        "source's reconstruction."
+    )
+    rows = [
+        [
+            kind,
+            *(
+                cell
+                for shares in (metrics.right, metrics.kept)
+                for cell in (_with_interval(shares.get("result"), "{:.0%}"), _value(shares.get("source"), "{:.0%}"))
+            ),
+        ]
+        for kind, metrics in evaluation.kinds.items()
+    ]
+    return _section("Pixels", text, ["kind", "edited right", "source", "untouched kept", "source"], rows)
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+def _subjects(evaluation: Evaluation) -> str:
+    number = evaluation.concepts
+    text = (
+        f"Found: how often a subject that the instruction brings in or changes is recognized, which means that its own "
+        f"reference image is the nearest of those of all {number} concepts, by the cosine similarity of "
+        "EfficientNet-Lite0's features. The subject is cut out by the ground truth's mask. Chance is "
+        f"{1 / number:.1%}, but the mask alone tells the shape: compare with the ground truth whose subject has one "
+        "colour, its mean (flat)."
+    )
+    rows = [
+        [
+            kind,
+            str(metrics.asked),
+            _with_interval(metrics.found["result"], "{:.0%}"),
+            *(_value(metrics.found.get(name), "{:.0%}") for name in ("truth", "vae", "flat", "source")),
+        ]
+        for kind, metrics in evaluation.kinds.items()
+        if metrics.found
+    ]
+    headers = ["kind", "subjects", "found", "ground truth", "through the VAE", "flat", "source"]
+    return _section("Subjects", text, headers, rows)
+
+
+def _thresholds(evaluation: Evaluation) -> str:
+    rows = [
+        [
+            threshold.kind,
+            threshold.metric,
+            "-" if threshold.value is None else f"{threshold.value:.0%}",
+            f"{threshold.required:.0%}",
+            "yes" if threshold.met else "no",
+        ]
+        for threshold in evaluation.thresholds
+    ]
+    text = "What each kind is asked to reach."
+    return _section("Thresholds", text, ["kind", "metric", "value", "required", "met"], rows)
+
+
+def _section(title: str, text: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    # Without an alignment, cells are not padded, and a change of one leaves the other lines of a diff alone.
+    table = tabulate(rows, headers, tablefmt="github", stralign=None, disable_numparse=True)
+    return f"## {title}\n\n{text}\n\n{table}"
+
+
+def _with_interval(estimate: Estimate | None, form: str) -> str:
+    if estimate is None:
+        return "-"
+    value, low, high = (form.format(number) for number in (estimate.value, estimate.low, estimate.high))
+    return f"{value} ({low} to {high})"
+
+
+def _value(estimate: Estimate | None, form: str) -> str:
+    return "-" if estimate is None else form.format(estimate.value)

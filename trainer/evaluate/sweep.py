@@ -1,55 +1,69 @@
 """What the two guidance scales do, from which a model's defaults are chosen: guidance.json and guidance.png.
 
-It is measured on things that the model knows, in new scenes, so that the evaluation on things held out stays one of
-defaults that were not chosen on them.
+Measured in new scenes of concepts that the model was trained on, so that the evaluation on held-out concepts stays one
+of defaults that were not chosen on them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from mige_rt.errors import InputError
 from mige_rt.instruction import Task
-from mige_rt.pipeline import MigePipeline, Settings
+from mige_rt.pipeline import MigePipeline
+from mige_rt.sampling_params import SamplingParams
 from trainer.evaluate.identity import Gallery
-from trainer.evaluate.measure import figures, measure, through_vae
-from trainer.evaluate.metrics import Estimate
-from trainer.evaluate.report import circumstances, write_json
+from trainer.evaluate.intervals import Estimate
+from trainer.evaluate.measure import measure, reconstruct, summarize
+from trainer.evaluate.report import write_json
+from trainer.plotting import make_figure
 from trainer.preview import answer, first_of_each_kind
 from trainer.synthetic.concepts import Concept
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-TEXT_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
-SOURCE_SCALES = (1.0, 1.5, 2.5)
+GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
+IMAGE_GUIDANCE_SCALES = (1.0, 1.5, 2.5)
 TASKS: tuple[Task, ...] = ("edit", "compose", "subject")
-SHOWN = {"right": "edited pixels right", "found": "subjects found", "kept": "untouched pixels kept"}
+METRICS: Mapping[Literal["right", "found", "kept"], str] = {
+    "right": "edited pixels right",
+    "found": "subjects found",
+    "kept": "untouched pixels kept",
+}
 
 
 @dataclass(frozen=True)
-class Point:
-    """The shares of all samples of a task at one pair of scales; as in Figures, of the result."""
+class SweepPoint:
+    """A task's metrics at one pair of guidance scales.
+
+    Attributes:
+        task: All kinds of samples of it together.
+        guidance_scale: For the text.
+        image_guidance_scale: For the source; None for tasks without one.
+        right: Share of edited pixels, of the result, as in KindMetrics; the same for the next two.
+        found: Share of subjects; None where none is asked for.
+        kept: Share of untouched pixels; None where there are none.
+    """
 
     task: Task
-    text_scale: float
-    source_scale: float | None
+    guidance_scale: float
+    image_guidance_scale: float | None
     right: Estimate
     found: Estimate | None
     kept: Estimate | None
 
     @property
     def balance(self) -> float:
-        """The mean of what there is: obedience and faithfulness count alike."""
+        """The mean of the metrics that there are: following the instruction and keeping the rest count alike."""
         present = [share.value for share in (self.right, self.found, self.kept) if share is not None]
         return sum(present) / len(present)
 
 
 def known_concepts(concepts: Sequence[Concept]) -> list[Concept]:
-    """About as many of those trained on as are held out, evenly spread."""
+    """Concepts that the model was trained on, evenly spread, about as many as are held out."""
     known = [concept for concept in concepts if not concept.held_out]
     return known[:: max(1, len(known) // max(1, len(concepts) - len(known)))]
 
@@ -58,97 +72,111 @@ def sweep(
     pipe: MigePipeline,
     concepts: Sequence[Concept],
     seed: int,
-    each: int,
-    on_progress: Callable[[str, int, int], None] | None = None,
-) -> list[Point]:
-    """A point for each task and pair of scales; the same samples and seeds at all of them."""
-    samples = first_of_each_kind(concepts, pipe.config.size, seed, each)
+    samples_per_kind: int,
+    on_progress: Callable[[str, int, int], None] = lambda description, done, total: None,
+) -> list[SweepPoint]:
+    """Measure each task at every pair of scales, on the same samples and with the same noise.
+
+    Args:
+        pipe: The model.
+        concepts: What the samples show; subjects are told apart among them.
+        seed: Of the series of samples; sample k's noise has `seed` + k.
+        samples_per_kind: The first so many of the series.
+        on_progress: Called before each pair with what is measured, how many pairs are done, and of how many.
+
+    Raises:
+        InputError: The weights of the network that recognizes subjects are not installed.
+    """
+    samples = first_of_each_kind(concepts, pipe.config.size, seed, samples_per_kind)
     gallery = Gallery(concepts, pipe.config.size)
-    gallery.network  # noqa: B018 - fails here rather than after the first pictures
     points = []
     for task in TASKS:
         of_task = [sample for sample in samples if sample.task == task]
-        truths = through_vae(pipe, [sample.target for sample in of_task])
-        sources: Sequence[float | None] = (None,) if task == "subject" else SOURCE_SCALES
-        pairs = [(text, source) for source in sources for text in TEXT_SCALES]
-        for done, (text, source) in enumerate(pairs):
-            if on_progress is not None:
-                on_progress(f"scales of {task}", done, len(pairs))
-            results = answer(pipe, of_task, Settings(text_scale=text, source_scale=source), seed)
-            found = figures(
+        truths = reconstruct(pipe, [sample.target for sample in of_task])
+        image_scales: Sequence[float | None] = (None,) if task == "subject" else IMAGE_GUIDANCE_SCALES
+        pairs = [(text, image) for image in image_scales for text in GUIDANCE_SCALES]
+        for done, (text, image) in enumerate(pairs):
+            on_progress(f"scales of {task}", done, len(pairs))
+            results = answer(pipe, of_task, SamplingParams(guidance_scale=text, image_guidance_scale=image), seed)
+            metrics = summarize(
                 [
                     measure(sample, np.asarray(result), truth, None, gallery, baselines=False)
                     for sample, result, truth in zip(of_task, results, truths, strict=True)
                 ]
             )
-            shares = (of.get("result") for of in (found.right, found.found, found.kept))
-            right, subjects, kept = shares
-            assert right is not None
-            points.append(Point(task, text, source, right, subjects, kept))
+            found, kept = metrics.found.get("result"), metrics.kept.get("result")
+            points.append(SweepPoint(task, text, image, metrics.right["result"], found, kept))
     return points
 
 
-def choose(points: Sequence[Point]) -> dict[str, Point]:
-    """The best balanced point of each task; of equal ones the smallest scales."""
+def choose(points: Sequence[SweepPoint]) -> dict[str, SweepPoint]:
+    """The best balanced point of each task; of equal ones the one with the smallest scales."""
     return {
         task: max(
-            (p for p in points if p.task == task), key=lambda p: (p.balance, -p.text_scale, -(p.source_scale or 0))
+            (point for point in points if point.task == task),
+            key=lambda point: (point.balance, -point.guidance_scale, -(point.image_guidance_scale or 0)),
         )
         for task in TASKS
     }
 
 
-def write_sweep(pipe: MigePipeline, points: Sequence[Point], seed: int, each: int, folder: Path) -> None:
-    """guidance.json and guidance.png into a folder."""
-    chosen = {
-        task: {"text_scale": point.text_scale, "source_scale": point.source_scale, "balance": point.balance}
+def write_sweep(points: Sequence[SweepPoint], run: Mapping[str, Any], folder: Path) -> None:
+    """Write guidance.json and guidance.png.
+
+    Args:
+        points: Of all tasks.
+        run: What they depend on, from `report.describe_run`.
+        folder: An existing folder for the files.
+    """
+    best = {
+        task: {
+            "guidance_scale": point.guidance_scale,
+            "image_guidance_scale": point.image_guidance_scale,
+            "balance": point.balance,
+        }
         for task, point in choose(points).items()
     }
-    data: dict[str, Any] = circumstances(pipe, seed, each)
-    data |= {"points": [{**asdict(point), "balance": point.balance} for point in points], "best_balanced": chosen}
-    write_json(folder / "guidance.json", data)
+    all_points = [{**asdict(point), "balance": point.balance} for point in points]
+    write_json(folder / "guidance.json", {**run, "points": all_points, "best_balanced": best})
     plot(points, folder / "guidance.png")
 
 
-def check_matplotlib() -> None:
-    """Raises InputError if it is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise InputError("the plot needs matplotlib; install it with: pip install 'mige-rt[eval]'") from error
+def plot(points: Sequence[SweepPoint], path: Path) -> None:
+    """Plot a column of axes for each task and a row for each metric, over the guidance scale, as a PNG.
 
+    Args:
+        points: Of all tasks; those of one image guidance scale are joined by a line.
+        path: Where the PNG is written.
 
-def plot(points: Sequence[Point], path: Path) -> None:
-    """A PNG: a column for each task, a row for each share, over the text scale, a line for each source scale."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(SHOWN), len(TASKS), sharex=True, sharey="row", squeeze=False)
-    for axes_row, (name, title) in zip(grid, SHOWN.items(), strict=True):
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    figure = make_figure(11, 8)
+    grid = figure.subplots(len(METRICS), len(TASKS), sharex=True, sharey="row", squeeze=False)
+    for axes_row, (metric, title) in zip(grid, METRICS.items(), strict=True):
         for axes, task in zip(axes_row, TASKS, strict=True):
-            _lines(axes, [point for point in points if point.task == task], name)
-            if name == next(iter(SHOWN)):
-                axes.set_title(task)
+            _plot_lines(axes, [point for point in points if point.task == task], metric)
         axes_row[0].set_ylabel(title)
+    for axes, task in zip(grid[0], TASKS, strict=True):
+        axes.set_title(task)
     for column in grid.T:
         lowest = [axes for axes in column if axes.axison][-1]
-        lowest.set_xlabel("text scale")
+        lowest.set_xlabel("guidance scale")
         lowest.tick_params(labelbottom=True)
     grid[0, 0].legend(*grid[0, 0].get_legend_handles_labels(), fontsize="small")
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
-def _lines(axes: "Axes", points: Sequence[Point], name: str) -> None:
-    for source in dict.fromkeys(point.source_scale for point in points):
-        shown = [(p.text_scale, getattr(p, name)) for p in points if p.source_scale == source]
-        scales = [scale for scale, share in shown if share is not None]
-        shares = [share for _, share in shown if share is not None]
+def _plot_lines(axes: "Axes", points: Sequence[SweepPoint], metric: Literal["right", "found", "kept"]) -> None:
+    """Draw a line with its interval for each image guidance scale; hide axes without any."""
+    for image_scale in dict.fromkeys(point.image_guidance_scale for point in points):
+        of_scale = [(p.guidance_scale, getattr(p, metric)) for p in points if p.image_guidance_scale == image_scale]
+        scales = [scale for scale, share in of_scale if share is not None]
+        shares = [share for _, share in of_scale if share is not None]
         if not shares:
             axes.set_axis_off()
             continue
-        label = None if source is None else f"source scale {source:g}"
+        label = None if image_scale is None else f"image guidance scale {image_scale:g}"
         (line,) = axes.plot(scales, [100 * share.value for share in shares], marker="o", label=label)
         low, high = [100 * share.low for share in shares], [100 * share.high for share in shares]
         axes.fill_between(scales, low, high, alpha=0.12, color=line.get_color())

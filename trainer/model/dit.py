@@ -1,6 +1,7 @@
 """The diffusion transformer of PixArt-alpha (Chen et al., 2023), split into what runs once and what runs every step.
 
-R rows, c latent channels, h x w latent size, T = gh * gw patches, L text tokens, D text width.
+Shapes: R batch (guidance branches x images), c latent channels, h x w latent size, T = gh x gw patches, L text tokens,
+D text width.
 """
 
 import math
@@ -13,10 +14,20 @@ from mige_rt.config import ModelConfig
 
 
 def sincos_positions(gh: int, gw: int, width: int, trained_grid: int, device: torch.device | None = None) -> Tensor:
-    """Fixed positions, [gh*gw, width]: first half for x, then y; each sin | cos.
+    """Fixed 2D sine-cosine positional embeddings.
 
-    At other sizes than the trained grid, indices are stretched by trained_grid / max(gh, gw) along both axes, so that
+    At other sizes than the trained one, indices are stretched by trained_grid / max(gh, gw) along both axes, so that
     the longer side spans what it spanned in training.
+
+    Args:
+        gh: Patches along the height.
+        gw: Patches along the width.
+        width: Of an embedding, a multiple of 4: the first half for x, the second for y, each sin | cos.
+        trained_grid: Patches along a side of the trained size.
+        device: Of the result.
+
+    Returns:
+        float32 [gh*gw,width].
     """
     stretch = trained_grid / max(gh, gw)
     quarter = width // 4
@@ -29,19 +40,19 @@ def sincos_positions(gh: int, gw: int, width: int, trained_grid: int, device: to
 
 
 class PatchEmbedder(nn.Module):
-    """Latents to patch tokens; shared by the denoiser and the feature fusion (paper, section 3.2)."""
+    """Latents and source latents to patch tokens; shared by denoiser and feature fusion (MIGE, section 3.2)."""
 
     def __init__(self, channels: int, width: int, patch: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """[R,2c,h,w] -> [R,T,width]"""
+        """Embed latents, concatenated with the source's, [R,2c,h,w] as [R,T,width]."""
         return self.proj(latents).flatten(2).transpose(1, 2)
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoids of a timestep, which may be a fraction, through a small MLP."""
+    """Sinusoids of a timestep through a small MLP (DiT, Peebles and Xie, 2023)."""
 
     def __init__(self, width: int, frequencies: int = 256) -> None:
         super().__init__()
@@ -49,7 +60,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, timestep: Tensor) -> Tensor:
-        """[R] -> [R,width]"""
+        """Embed timesteps [R], which may be fractions, as [R,width]."""
         half = self.frequencies // 2
         omega = torch.exp(torch.arange(half, dtype=torch.float32, device=timestep.device) * (-math.log(10000.0) / half))
         angle = timestep.float()[:, None] * omega
@@ -65,10 +76,13 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, width_out)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map [...,width_in] to [...,width_out]."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class SelfAttention(nn.Module):
+    """Multi-head attention among patch tokens."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -76,14 +90,15 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, tokens, width = x.shape
-        q, k, v = self.qkv(x).reshape(rows, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        """Map [R,T,width] to [R,T,width]."""
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(q, k, v)  # [R,heads,T,head_dim]
-        return self.proj(x.transpose(1, 2).reshape(rows, tokens, width))
+        return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
 
 
 class CrossAttention(nn.Module):
-    """Attention to keys and values that the conditioner made before the loop."""
+    """Attention to the text, whose keys and values the conditioner has computed before the denoising loop."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -92,15 +107,28 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """x [R,T,width]; k, v [R,heads,L,head_dim]; mask [R,1,1,L], true where there is a token"""
-        rows, tokens, width = x.shape
-        q = self.q_linear(x).reshape(rows, tokens, self.heads, width // self.heads).transpose(1, 2)
+        """Attend from patches to text tokens.
+
+        Args:
+            x: [R,T,width].
+            k: Keys, [R,heads,L,head_dim].
+            v: Values, [R,heads,L,head_dim].
+            mask: bool [R,1,1,L], true where there is a token.
+
+        Returns:
+            [R,T,width].
+        """
+        batch, tokens, width = x.shape
+        q = self.q_linear(x).reshape(batch, tokens, self.heads, width // self.heads).transpose(1, 2)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.proj(x.transpose(1, 2).reshape(rows, tokens, width))
+        return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention, MLP; adaLN-single: one table a block on top of a modulation all blocks share."""
+    """Self-attention, cross-attention, MLP, modulated by adaLN-single (PixArt-alpha, section 2.3).
+
+    adaLN-single: each block has a table of its own, on top of a modulation by the timestep that all blocks share.
+    """
 
     def __init__(self, width: int, heads: int, mlp: int) -> None:
         super().__init__()
@@ -112,7 +140,15 @@ class Block(nn.Module):
         self.mlp = MLP(width, mlp, width)
 
     def forward(self, x: Tensor, modulation: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """x [R,T,width]; modulation [R,6,width]"""
+        """Map [R,T,width] to [R,T,width].
+
+        Args:
+            x: [R,T,width].
+            modulation: Shift, scale and gate of attention and MLP, [R,6,width].
+            k: As in CrossAttention.
+            v: As in CrossAttention.
+            mask: As in CrossAttention.
+        """
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = (
             self.scale_shift_table[None] + modulation
         ).chunk(6, dim=1)  # each [R,1,width]
@@ -122,6 +158,8 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
+    """Modulated normalization and a linear layer to the values of a patch."""
+
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
@@ -129,13 +167,13 @@ class FinalLayer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x [R,T,width], t [R,width] -> [R,T,out]"""
+        """Map x [R,T,width], with the timestep's embedding t [R,width], to [R,T,out]."""
         shift, scale = (self.scale_shift_table[None] + t[:, None]).chunk(2, dim=1)
         return self.linear(self.norm_final(x) * (1 + scale) + shift)
 
 
 class Conditioner(nn.Module):
-    """The graph `conditioner`: caption projection and every block's cross-attention keys and values, once a prompt."""
+    """The graph `conditioner`: caption projection and the keys and values of all cross-attentions, once a prompt."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -149,15 +187,20 @@ class Conditioner(nn.Module):
     y_embedding: Tensor
 
     def forward(self, text_states: Tensor, has_text: Tensor) -> Tensor:
-        """text_states [R,L,D], has_text bool [R] -> cross_kv [2,depth,R,heads,L,head_dim]
+        """Compute keys and values.
 
-        Rows without text see the null table's first L rows instead. L is at most the model's max_tokens.
+        Args:
+            text_states: The text encoder's, [R,L,D]; L is at most the model's max_tokens.
+            has_text: bool [R]; false takes the null text's first L embeddings instead.
+
+        Returns:
+            cross_kv [2,depth,R,heads,L,head_dim]: keys, then values.
         """
-        rows, length, _ = text_states.shape
+        batch, length, _ = text_states.shape
         null = self.y_embedding[None, :length].to(text_states.dtype)
         y = self.y_proj(torch.where(has_text[:, None, None], text_states, null))  # [R,L,width]
         layers = [
-            linear(y).reshape(rows, length, 2, self.heads, -1).permute(2, 0, 3, 1, 4) for linear in self.kv_linears
+            linear(y).reshape(batch, length, 2, self.heads, -1).permute(2, 0, 3, 1, 4) for linear in self.kv_linears
         ]
         return torch.stack(layers, dim=1)
 
@@ -178,26 +221,33 @@ class Denoiser(nn.Module):
         self.final_layer = FinalLayer(dit.width, dit.patch**2 * out)
 
     def predict(self, latents: Tensor, source: Tensor, timestep: Tensor, cross_kv: Tensor, text_mask: Tensor) -> Tensor:
-        """Like `forward`, with the variance channels, where the model learns them, at the end: [R,c or 2c,h,w]."""
+        """Like `forward`, but keep the variance channels at the end where the model learns them: [R,c or 2c,h,w]."""
         dit = self.config.dit
-        rows, _, h, w = latents.shape
+        batch, _, h, w = latents.shape
         gh, gw = h // dit.patch, w // dit.patch
         dtype = self.x_embedder.proj.weight.dtype
         x = self.x_embedder(torch.cat([latents, source], dim=1).to(dtype))  # [R,T,width]
         x = x + sincos_positions(gh, gw, dit.width, dit.trained_grid, x.device).to(dtype)
         t = self.t_embedder(timestep)  # [R,width]
-        modulation = self.t_block(t).reshape(rows, 6, dit.width)
+        modulation = self.t_block(t).reshape(batch, 6, dit.width)
         mask = text_mask[:, None, None, :]
         for i, block in enumerate(self.blocks):
             x = block(x, modulation, cross_kv[0, i], cross_kv[1, i], mask)
         x = self.final_layer(x, t)  # [R,T,patch*patch*out]
-        x = x.reshape(rows, gh, gw, dit.patch, dit.patch, -1)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(rows, -1, h, w).float()
+        x = x.reshape(batch, gh, gw, dit.patch, dit.patch, -1)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, h, w).float()
 
     def forward(self, latents: Tensor, source: Tensor, timestep: Tensor, cross_kv: Tensor, text_mask: Tensor) -> Tensor:
-        """latents, source float32 [R,c,h,w] (scaled); timestep float32 [R], 0 to 1000; cross_kv from the conditioner;
-        text_mask bool [R,L] -> prediction float32 [R,c,h,w]
+        """Predict the noise, or v.
 
-        h and w are multiples of the patch. Without a source picture, source is zero.
+        Args:
+            latents: Noisy latents, scaled, float32 [R,c,h,w]; h and w are multiples of the patch size.
+            source: Latents of the image to edit, scaled, float32 [R,c,h,w]; zeros without one.
+            timestep: float32 [R], 0 to 1000.
+            cross_kv: The conditioner's, [2,depth,R,heads,L,head_dim].
+            text_mask: bool [R,L], true where there is a token.
+
+        Returns:
+            float32 [R,c,h,w].
         """
         return self.predict(latents, source, timestep, cross_kv, text_mask)[:, : self.config.vae.channels]

@@ -1,6 +1,7 @@
-"""MIGE's multimodal encoder (paper, section 3.2): pictures to tokens, and words and picture tokens to one sequence.
+"""MIGE's multimodal encoder (paper, section 3.2): images to tokens, and text and image tokens to one sequence.
 
-N pictures, Q query tokens a picture, D text width, B samples, L tokens.
+Shapes: N reference images, Q query tokens of an image, D text width, B prompts, L tokens of a prompt, T patches,
+p x p pixels of the ViT's input, c latent channels, rh x rw latents of a reference image.
 """
 
 import torch
@@ -37,7 +38,7 @@ class FeatureFusion(nn.Module):
         nn.init.zeros_(self.mlp.bias)
 
     def forward(self, semantic: Tensor, visual: Tensor) -> Tensor:
-        """semantic [N,Q,width], visual [N,T,visual_width] -> [N,Q,width]"""
+        """Fuse semantic features [N,Q,width] with visual ones [N,T,visual_width]; [N,Q,width]."""
         q = self.ln_q_1(self.q_proj_1(semantic))
         k = self.ln_k_1(self.k_proj_1(visual))
         v = self.ln_v_1(self.v_proj_1(visual))
@@ -46,10 +47,15 @@ class FeatureFusion(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """The graph `image_encoder`: a picture to the Q tokens that stand for it in the instruction."""
+    """The graph `image_encoder`: an image to the Q tokens that stand for it in the instruction."""
 
     def __init__(self, config: ModelConfig, patch_embedder: PatchEmbedder) -> None:
-        """patch_embedder is the denoiser's own: the two share their weights."""
+        """Build with random weights.
+
+        Args:
+            config: The model's sizes.
+            patch_embedder: The denoiser's; the two modules share its weights.
+        """
         super().__init__()
         vit, qformer = config.vision, config.qformer
         self.vision = Blip2VisionModel(
@@ -90,32 +96,40 @@ class ImageEncoder(nn.Module):
         self.vision.encoder.requires_grad_(False)
 
     def vit(self, pixels_vit: Tensor) -> Tensor:
-        """pixels_vit [N,3,p,p] -> the frozen ViT's features before ln_vision, [N,1+patches,ViT width]"""
+        """The frozen ViT's features before ln_vision, [N,1+patches,ViT width], of pixels_vit [N,3,p,p]."""
         dtype = self.vision.embeddings.patch_embedding.weight.dtype
         return self.vision.encoder(inputs_embeds=self.vision.embeddings(pixels_vit.to(dtype))).last_hidden_state
 
     def visual_features(self, ref_latents: Tensor) -> Tensor:
-        """ref_latents [N,c,rh,rw], unscaled -> [N,T,DiT width]; the source channels of the embedder see zeros."""
+        """The patch embedder's features, [N,T,DiT width], of unscaled ref_latents [N,c,rh,rw]; its source is zero."""
         latents = ref_latents.to(self.patch_embedder.proj.weight.dtype)
         return self.patch_embedder(F.pad(latents, (0, 0, 0, 0, 0, latents.shape[1])))
 
     def query(self, vision: Tensor) -> Tensor:
-        """vision [N,1+patches,ViT width], after ln_vision -> the Q-Former's output, [N,Q,Q-Former width]"""
+        """The Q-Former's output, [N,Q,Q-Former width], of ViT features after ln_vision, [N,1+patches,ViT width]."""
         queries = self.query_tokens.expand(vision.shape[0], -1, -1)
         return self.qformer(query_embeds=queries, encoder_hidden_states=vision).last_hidden_state
 
     def tokens(self, vit_features: Tensor, ref_latents: Tensor) -> Tensor:
-        """Like `forward`, from the ViT's features, which training computes once."""
+        """Like `forward`, from the features that `vit` gives, which training computes once."""
         semantic = self.query(self.vision.post_layernorm(vit_features))
         return self.projection(self.fusion(semantic, self.visual_features(ref_latents)))
 
     def forward(self, pixels_vit: Tensor, ref_latents: Tensor) -> Tensor:
-        """pixels_vit [N,3,p,p]; ref_latents [N,c,rh,rw], the VAE's, unscaled -> image_tokens [N,Q,D]"""
+        """Encode reference images.
+
+        Args:
+            pixels_vit: Normalized for the ViT, float32 [N,3,p,p].
+            ref_latents: The VAE's, unscaled, float32 [N,c,rh,rw].
+
+        Returns:
+            image_tokens [N,Q,D].
+        """
         return self.tokens(self.vit(pixels_vit), ref_latents)
 
 
 class TextEncoder(nn.Module):
-    """The graph `text_encoder`: token embeddings with picture tokens in their slots, through T5's encoder."""
+    """The graph `text_encoder`: token embeddings, with image tokens in their slots, through T5's encoder."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -135,16 +149,22 @@ class TextEncoder(nn.Module):
         )
 
     def mix(self, token_ids: Tensor, image_tokens: Tensor, slot_index: Tensor) -> Tensor:
-        """The sequence that enters T5, [B,L,D]: rows of image_tokens where slot_index points to one, else words."""
-        words = self.t5.get_input_embeddings()(token_ids)  # [B,L,D]
-        rows = image_tokens.reshape(-1, image_tokens.shape[-1]).to(words.dtype)  # [N*Q,D]
-        return torch.where(slot_index[..., None] >= 0, rows[slot_index.clamp(min=0)], words)
+        """The sequence that enters T5, [B,L,D]; the arguments are those of `forward`."""
+        text = self.t5.get_input_embeddings()(token_ids)  # [B,L,D]
+        slots = image_tokens.reshape(-1, image_tokens.shape[-1]).to(text.dtype)  # [N*Q,D]
+        return torch.where(slot_index[..., None] >= 0, slots[slot_index.clamp(min=0)], text)
 
     def forward(self, token_ids: Tensor, image_tokens: Tensor, slot_index: Tensor, text_mask: Tensor) -> Tensor:
-        """token_ids int64 [B,L]; image_tokens [N,Q,D]; slot_index int64 [B,L], -1 at words; text_mask bool [B,L]
-        -> text_states [B,L,D]
+        """Encode prompts.
 
-        A batch without any picture passes one dummy picture's tokens.
+        Args:
+            token_ids: int64 [B,L].
+            image_tokens: [N,Q,D]; a batch without any image passes the tokens of one dummy image.
+            slot_index: int64 [B,L]: -1 for text, otherwise an index into the N*Q image tokens.
+            text_mask: bool [B,L], true where there is a token.
+
+        Returns:
+            text_states [B,L,D].
         """
         mixed = self.mix(token_ids, image_tokens, slot_index)
         # T5's sums between layers take the type of its `wo`, which stays float32 where the rest is float16.

@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from engines.interface import GraphName
 from mige_rt.config import ModelConfig
+from mige_rt.graphs import GraphName
 from trainer.model.dit import Conditioner, Denoiser
 from trainer.model.encoders import ImageEncoder, TextEncoder
 from trainer.model.vae import VAEDecoder, VAEEncoder, make_vae

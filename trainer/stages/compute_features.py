@@ -25,8 +25,10 @@ from torch import Tensor
 from mige_rt.bundle import TOKENIZER_FILE
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
-from mige_rt.images import vae_pixels, vit_pixels
-from mige_rt.instruction import PLACEHOLDER, Tokenize, compose_prompt, encode_prompt, load_tokenizer
+from mige_rt.instruction import PLACEHOLDER, compose_prompt
+from mige_rt.preprocessing import vae_pixels, vit_pixels
+from mige_rt.prompt_tokens import tokenize_prompt
+from mige_rt.tokenizer import Tokenize, load_tokenizer
 from trainer.checkpoints.model_folder import load_model as load_model_folder
 from trainer.model.encoders import ImageEncoder
 from trainer.model.mige import Mige
@@ -101,7 +103,7 @@ def _shard(
                 vit_rows.append(int(images[s, k]))
             images_vit[s, k] = seen[images[s, k]]
         text = compose_prompt(sample.task, sample.prompt)
-        prompt = encode_prompt(text, range(len(sample.images)), tokenize, queries, config.max_tokens)
+        prompt = tokenize_prompt(text, range(len(sample.images)), tokenize, queries, config.max_tokens)
         prompts.append(prompt)
         length[s], kind[s] = len(prompt.token_ids), list(KINDS).index(sample.kind)
     token_ids = np.zeros((number, int(length.max())), np.int16)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from engines.pytorch import PyTorchEngine
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
-from mige_rt.instruction import load_tokenizer
-from mige_rt.pipeline import MigePipeline, Settings
+from mige_rt.pipeline import MigePipeline
+from mige_rt.sampling_params import SamplingParams
 from mige_rt.scheduler import TRAIN_STEPS
+from mige_rt.tokenizer import load_tokenizer
 from trainer.checkpoints.model_folder import COMPONENTS
 from trainer.checkpoints.model_folder import load_model as load_model_folder
 from trainer.loop import train
@@ -179,7 +180,7 @@ def train_mige(
     def preview(average: nn.Module, step: int) -> None:
         assert isinstance(average, TrainedPart)
         pipe = MigePipeline(config, tokenize, PyTorchEngine(deepcopy(average).cpu().with_vae(model)))
-        grid(samples, answer(pipe, samples, Settings()), folder / f"preview-{step:06d}.png")
+        grid(samples, answer(pipe, samples, SamplingParams()), folder / f"preview-{step:06d}.png")
 
     module = TrainedPart(model)
     stream = partial(batches, store, settings)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mige_rt.config import ModelConfig
-from mige_rt.images import to_picture
+from mige_rt.postprocessing import to_image
 from trainer.loop import train
 from trainer.model.vae import VAEDecoder, VAEEncoder, make_vae
 from trainer.settings import StageSettings
@@ -91,7 +91,7 @@ def train_vae(config: ModelConfig, settings: StageSettings, concepts: list[Conce
         pixels = next(batches(10**6, 0, 1))[:8]
         made = average(pixels.to(next(average.parameters()).device))[0].cpu()
         columns = [
-            np.concatenate([np.asarray(to_picture(p.numpy())) for p in pair]) for pair in zip(pixels, made, strict=True)
+            np.concatenate([np.asarray(to_image(p.numpy())) for p in pair]) for pair in zip(pixels, made, strict=True)
         ]
         Image.fromarray(np.concatenate(columns, axis=1)).save(folder / f"preview-{step:06d}.png")
 

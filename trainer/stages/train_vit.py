@@ -12,7 +12,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from mige_rt.config import ModelConfig
-from mige_rt.images import vit_pixels
+from mige_rt.preprocessing import vit_pixels
 from trainer.loop import train
 from trainer.model.mige import Mige
 from trainer.settings import StageSettings

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from mige_rt.atomic import whole_folder
+from mige_rt.atomic import atomic_folder
 from mige_rt.errors import InputError
 from trainer.synthetic.photos import fetch_photos
 
@@ -45,7 +45,7 @@ def fetch(out: Path) -> None:
     if shutil.which("npm") is None:
         raise FileNotFoundError("the npm client was not found; install Node.js, which brings it")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with whole_folder(out) as partial:
+    with atomic_folder(out) as partial:
         _unpack(FLUENT, partial, {"package/assets/": "fluent", "package/README": "licences/fluent"})
         _unpack(
             NOTO,

@@ -24,7 +24,7 @@ import click
 import numpy as np
 from PIL import Image
 
-from mige_rt.atomic import whole_folder
+from mige_rt.atomic import atomic_folder
 from mige_rt.errors import InputError
 from trainer.synthetic.concepts import Concept, load_concepts
 from trainer.synthetic.photos import load_photos
@@ -91,7 +91,7 @@ def write_manifest(
             sample = make_sample(seed, number, concepts, side, photos=photos)
             yield json.dumps(write_sample(folder, sample, number)) + "\n"
 
-    with whole_folder(out) as folder, (folder / "manifest.jsonl").open("w", encoding="utf-8") as file:
+    with atomic_folder(out) as folder, (folder / "manifest.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(lines(folder))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mige_rt.atomic import whole_folder
+from mige_rt.atomic import atomic_folder
 from mige_rt.errors import InputError
 from trainer.synthetic.backgrounds import PHOTO_SIDE
 
@@ -58,7 +58,7 @@ def fetch_photos(root: Path) -> Path:
     if not found:
         packages = ", ".join(origin.package for origin in ORIGINS)
         raise InputError(f"no photos are installed; they come with any of: {packages}")
-    with whole_folder(root / "photos") as folder:
+    with atomic_folder(root / "photos") as folder:
         (folder / "origins.txt").write_text("".join(_kept(folder, *each) for each in found), encoding="utf-8")
     return root / "photos"
 

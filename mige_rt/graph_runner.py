@@ -1,0 +1,39 @@
+"""Runs the graphs of one model by name; with low memory, holds only those of one phase at a time."""
+
+from collections.abc import Callable
+
+from engines.interface import Array, Engine
+from mige_rt.graphs import GRAPHS, GraphName
+
+# Graphs that must be there together when memory is low, in the order in which a run needs them.
+PHASES: tuple[tuple[GraphName, ...], ...] = (
+    ("vae_encoder", "image_encoder"),
+    ("text_encoder",),
+    ("conditioner", "denoiser"),
+    ("vae_decoder",),
+)
+
+
+class GraphRunner:
+    """An engine's graphs, each of which gives its first output."""
+
+    def __init__(self, engine: Engine, *, low_memory: bool = False) -> None:
+        """Prepare to run an engine's graphs.
+
+        Args:
+            engine: What runs them.
+            low_memory: Before a graph is run, the graphs of other phases are released.
+        """
+        self.engine = engine
+        self.low_memory = low_memory
+        self.before_denoiser_release: Callable[[], None] = lambda: None  # what holds the denoiser's memory lets it go
+
+    def run(self, graph: GraphName, **inputs: Array) -> Array:
+        """Run one graph on inputs by the names in GRAPHS[graph]; its first output."""
+        if self.low_memory:
+            phase = next(phase for phase in PHASES if graph in phase)
+            others: list[GraphName] = [other for other in GRAPHS if other not in phase]
+            if "denoiser" in others:
+                self.before_denoiser_release()
+            self.engine.release(others)
+        return next(iter(self.engine.run(graph, inputs).values()))

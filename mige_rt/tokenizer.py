@@ -1,0 +1,43 @@
+"""A model's tokenizer, from its tokenizer.json."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from mige_rt.errors import InputError
+
+END_OF_SEQUENCE = "</s>"
+END_ID = 1
+
+Tokenize = Callable[[str], list[int]]  # one text segment -> its ids, without special tokens
+
+
+def load_tokenizer(path: str | Path) -> Tokenize:
+    """Read a `tokenizer.json`.
+
+    Returns:
+        A function that gives a text segment's ids without special tokens.
+
+    Raises:
+        InputError: The file is missing, is no tokenizer, or does not end a sequence as T5 does (`</s>` = 1).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(
+            f"no tokenizer at {path}: a tokenizer.json is expected there; give a whole model folder or bundle"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise InputError(
+            f"{path} is not a readable tokenizer.json ({error}); make or download the model again"
+        ) from error
+    if (end_id := tokenizer.token_to_id(END_OF_SEQUENCE)) != END_ID:
+        raise InputError(
+            f"{path} is the tokenizer of another model: its {END_OF_SEQUENCE} has the id {end_id}, "
+            f"{END_ID} is expected; use the tokenizer that belongs to the model"
+        )
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
