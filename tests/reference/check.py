@@ -36,6 +36,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 from made_up import normal, weight
 
+from export.context import ExportTarget
 from export.exporter import ExportLimits, axis_ranges
 from export.graphs import export_graph
 from mige_rt.config import PRESETS, ModelConfig, TextConfig
@@ -45,8 +46,8 @@ from mige_rt.guidance import Branch, branches
 from mige_rt.instruction import count_placeholders
 from mige_rt.prompt_tokens import collate, tokenize_prompt
 from mige_rt.scheduler import make_schedule
-from trainer.checkpoints.convert_published import check_published, our_shapes, our_tensor
-from trainer.checkpoints.model_folder import empty_model, fill
+from trainer.checkpoints.published_names import check_published, our_tensor
+from trainer.checkpoints.weights import empty_model, fill, our_shapes
 from trainer.model.dit import sincos_positions
 from trainer.model.mige import Mige
 
@@ -395,10 +396,9 @@ class OnnxGraphs:
         self.sessions = {}
         for graph in ("image_encoder", "text_encoder", "conditioner", "denoiser"):
             path = folder / f"{graph}.onnx"
-            module, stored = getattr(empty_model(self.config), graph), getattr(model, graph).state_dict()
-            ranges = axis_ranges(self.config, ExportLimits())
-            weights = path.with_suffix(".safetensors")
-            export_graph(graph, module, stored.__getitem__, "fp32", self.config, ranges, path, weights)
+            stored = model.graph(graph).state_dict()
+            target = ExportTarget(self.config, "fp32", axis_ranges(self.config, ExportLimits()), folder)
+            export_graph(graph, empty_model(self.config).graph(graph), stored.__getitem__, target)
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3  # errors
             self.sessions[graph] = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

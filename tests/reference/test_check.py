@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import check
 import made_up
 
-from trainer.checkpoints.convert_published import optional_shapes, published_shapes
+from trainer.checkpoints.published_names import optional_shapes, published_shapes
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "reference"
 ENCODING = ["ln_vision", "qformer", "ffm", "proj", "length", "mixed", "t5"]

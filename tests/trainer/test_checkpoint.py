@@ -14,6 +14,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
+from mige_rt.bundle import read_config
 from mige_rt.config import (
     PRESETS,
     DiTConfig,
@@ -28,18 +29,22 @@ from mige_rt.graphs import GRAPHS
 from mige_rt.tokenizer import load_tokenizer
 from trainer.checkpoints import model_folder as checkpoint
 from trainer.checkpoints.convert_published import (
+    convert,
+    read_checkpoint,
+    read_tokenizer,
+    read_vae_config,
+    read_vae_weights,
+)
+from trainer.checkpoints.model_folder import load_model, save_model
+from trainer.checkpoints.published_names import (
     T5_EMBEDDINGS,
     check_published,
-    distinct_tensors,
     optional_shapes,
     our_tensor,
     published_name,
     published_shapes,
-    read_checkpoint,
-    read_tokenizer,
-    read_vae,
 )
-from trainer.checkpoints.model_folder import convert, load_model, read_config, save_model
+from trainer.checkpoints.weights import distinct_tensors
 from trainer.model.mige import Mige
 from trainer.model.vae import make_vae
 from trainer.tokenizer import from_spiece
@@ -432,7 +437,7 @@ def test_a_failure_midway_leaves_nothing(original: Path, tmp_path: Path, error: 
 STALLED = """
 import json, sys, time
 from pathlib import Path
-from trainer.checkpoints.model_folder import convert
+from trainer.checkpoints.convert_published import convert
 from mige_rt.config import ModelConfig
 def stall(component, done, total):
     if component == "vae":
@@ -474,8 +479,8 @@ def test_an_old_vae(tmp_path: Path, suffix: str) -> None:
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
     path = tmp_path / f"diffusion_pytorch_model.{suffix}"
     save_file(state, path, {"format": "pt"}) if suffix == "safetensors" else torch.save(state, path)
-    config, weights = read_vae(tmp_path)
-    assert config == SMALL.vae
+    weights = read_vae_weights(tmp_path)
+    assert read_vae_config(tmp_path) == SMALL.vae
     assert {value.dtype for value in weights.values()} == {torch.float32}
     assert all(torch.equal(weights[key].half(), value.half()) for key, value in vae.state_dict().items())
 
@@ -484,7 +489,7 @@ def test_pickled_code_in_a_vae_is_refused_and_not_run(tmp_path: Path) -> None:
     vae = save_vae(tmp_path)
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
     torch.save({**vae.state_dict(), "more": Touch(tmp_path / "ran")}, tmp_path / "diffusion_pytorch_model.bin")
-    assert "cannot be read" in refusal(lambda: read_vae(tmp_path))
+    assert "cannot be read" in refusal(lambda: read_vae_weights(tmp_path))
     assert not (tmp_path / "ran").exists()
 
 
@@ -492,7 +497,7 @@ def test_a_truncated_vae(tmp_path: Path) -> None:
     save_vae(tmp_path)
     path = tmp_path / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    assert "cannot be read" in refusal(lambda: read_vae(tmp_path))
+    assert "cannot be read" in refusal(lambda: read_vae_weights(tmp_path))
 
 
 def test_a_vae_without_some_of_its_weights(tmp_path: Path) -> None:
@@ -503,18 +508,18 @@ def test_a_vae_without_some_of_its_weights(tmp_path: Path) -> None:
     weights = load_file(path)
     del weights["quant_conv.bias"]
     save_file(weights, path, {"format": "pt"})
-    assert "quant_conv.bias" in refusal(lambda: read_vae(tmp_path))
+    assert "quant_conv.bias" in refusal(lambda: read_vae_weights(tmp_path))
 
 
 def test_a_vae_of_another_kind(tmp_path: Path) -> None:
     save_vae(tmp_path)
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"silu"', '"gelu"'))
-    assert "act_fn is 'gelu'" in refusal(lambda: read_vae(tmp_path))
+    assert "act_fn is 'gelu'" in refusal(lambda: read_vae_config(tmp_path))
     (tmp_path / "config.json").write_text('{"_class_name": "VQModel"}')
-    assert "describes VQModel" in refusal(lambda: read_vae(tmp_path))
+    assert "describes VQModel" in refusal(lambda: read_vae_config(tmp_path))
     (tmp_path / "config.json").unlink()
-    assert f"no VAE in {tmp_path}" in refusal(lambda: read_vae(tmp_path))
+    assert f"no VAE in {tmp_path}" in refusal(lambda: read_vae_config(tmp_path))
 
 
 @pytest.mark.parametrize("change", [{"channels": 8}, {"scale": 0.13}, {"widths": (8, 8, 16)}])
