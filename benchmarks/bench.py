@@ -17,7 +17,7 @@ from benchmarks.findings import Findings, model_name, title
 from benchmarks.machine import environment, measure_peaks
 from benchmarks.worker import CandidateError, Worker
 from engines.factory import ENGINES, has_nvidia_driver
-from export.exporter import ExportLimits, export_bundle
+from export.exporter import ExportLimits, ExportOptions, export_bundle
 from mige_rt.bundle import is_bundle, read_config, read_manifest
 from mige_rt.config import ModelConfig, Precision
 from mige_rt.errors import InputError
@@ -97,7 +97,13 @@ def _models(plan: Plan, config: ModelConfig, found: Findings, say: OnProgress) -
             sides = [side for size in plan.sizes for side in size] or [config.size]
             limits = ExportLimits(max(plan.batches), max(plan.references), (min(sides), max(sides)))
             try:
-                export_bundle(str(plan.models[0]), Path(scratch) / precision, precision, limits, validate=False)
+                export_bundle(
+                    str(plan.models[0]),
+                    Path(scratch) / precision,
+                    precision,
+                    limits,
+                    options=ExportOptions(validate=False),
+                )
                 models[precision] = Path(scratch) / precision
             except (InputError, RuntimeError) as error:
                 found.skip(f"a bundle in {precision}", str(error))

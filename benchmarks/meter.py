@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mige_rt.config import ModelConfig, Precision
 from mige_rt.graphs import GRAPHS, axis_size, resolved_axes
-from trainer.checkpoints.model_folder import empty_model
+from trainer.checkpoints.weights import empty_model
 from trainer.model.mige import Mige
 
 _TYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}

@@ -86,14 +86,14 @@ def measure_settings(
             complete = False
             if min(map(len, turns.seconds.values())) < 2:
                 raise
-    from export.validate import PICTURES
+    from export.validate import MIN_PSNR
 
     base, base_seconds = seen[DEFAULTS][0], turns.seconds[DEFAULTS]
     rows = []
     for name, variant in variants.items():
         picture, peak = seen[name]
         found = psnr(picture, base)
-        same, ok = np.array_equal(picture, base), found >= PICTURES["int8" if variant.int8 else "fp32"]
+        same, ok = np.array_equal(picture, base), found >= MIN_PSNR["int8" if variant.int8 else "fp32"]
         gain = None if name == DEFAULTS else ratio(base_seconds, turns.seconds[name])
         rows.append(Row(name, variant, Latency.of(turns.seconds[name]), gain, peak, None if same else found, ok))
     return rows, complete
@@ -136,10 +136,12 @@ def _int8_of(bundle: Path, given: Path | None) -> Iterator[Path]:
     if given is not None:
         yield given
         return
-    from export.exporter import ExportLimits, export_bundle
+    from export.exporter import ExportLimits, ExportOptions, export_bundle
 
     with tempfile.TemporaryDirectory(prefix="runtime-settings-") as scratch:
-        export_bundle(str(bundle), Path(scratch) / "int8", "int8", ExportLimits(1, 4), validate=False)
+        export_bundle(
+            str(bundle), Path(scratch) / "int8", "int8", ExportLimits(1, 4), options=ExportOptions(validate=False)
+        )
         yield Path(scratch) / "int8"
 
 

@@ -27,8 +27,8 @@ def tolerance(*precisions: str) -> Tolerance:
     SIMILARITY."""
     return Tolerance(
         max(validate.TOLERANCES[precision] for precision in precisions),
-        max(validate.LATENTS[precision] for precision in precisions),
-        min(validate.PICTURES[precision] for precision in precisions),
+        max(validate.LATENT_TOLERANCES[precision] for precision in precisions),
+        min(validate.MIN_PSNR[precision] for precision in precisions),
         min(SIMILARITY[precision] for precision in precisions),
     )
 

@@ -160,7 +160,7 @@ _NUMPY: dict[str, type] = {"float32": np.float32, "int64": np.int64, "bool": np.
 
 
 def _device(name: str) -> str:
-    """cpu or cuda:N. Raises InputError when it is not there."""
+    """What is there of the device that was named: cpu or cuda:N. Raises InputError when it is not there."""
     device = parse_device(name)
     providers = onnxruntime.get_available_providers()
     if device.kind == "cpu" or (device.kind == "auto" and "CUDAExecutionProvider" not in providers):

@@ -84,6 +84,7 @@ class Plans:
 
     @property
     def fingerprint(self) -> str:
+        """The name that the folder must have."""
         return fingerprint(self.target, self.precision, self.ranges, self.options)
 
     def to_json(self) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from mige_rt.bundle import OpenedModel
 from mige_rt.config import Precision
 from mige_rt.errors import NotAvailableError
 from mige_rt.graphs import GRAPHS, INTERNAL_TENSORS, AxisRange, GraphName
-from trainer.checkpoints.model_folder import empty_model, load_model
+from trainer.checkpoints.model_folder import load_model
+from trainer.checkpoints.weights import empty_model
 from trainer.model.mige import Mige
 
 _DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -41,7 +41,7 @@ class TensorRTEngine:
     max_cuda_graphs = 1
 
     def __init__(self, name: PlanEngine, device: str, precision: str, ranges: Mapping[str, AxisRange]) -> None:
-        """device is cuda:N, which is there."""
+        """Prepare to run plans on a device, cuda:N, which is there; `open` loads them."""
         self.name: str = name
         self.device, self.precision, self.limits = device, precision, ranges
         self.workspace = torch.empty(ALIGNMENT, dtype=torch.uint8, device=device)  # shared: graphs run one by one

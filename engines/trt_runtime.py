@@ -24,7 +24,7 @@ _OUT_OF_MEMORY = re.compile(
 )
 
 
-def import_runtime(engine: PlanEngine):  # the return type is inferred: a module's cannot be written
+def import_runtime(engine: PlanEngine):  # noqa: ANN201, a module's type cannot be written: it is inferred
     """The engine's module. Raises NotAvailableError, with the command that installs it, when it is not here."""
     try:
         if engine == "tensorrt":
@@ -39,7 +39,7 @@ def import_runtime(engine: PlanEngine):  # the return type is inferred: a module
     return trt
 
 
-def make_logger(engine: PlanEngine):
+def make_logger(engine: PlanEngine):  # noqa: ANN201, its base class is only known where it is made
     """A logger for the runtime that keeps its last warnings and errors: `.lines`, and `.summary()` as one sentence.
 
     It must be kept for as long as what was made with it.

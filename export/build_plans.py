@@ -5,23 +5,25 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from engines.plans import PRODUCTS, SIDECAR, PlanEngine, PlanEntry, Plans, Target, fingerprint
 from engines.trt_runtime import capabilities as known_capabilities
 from engines.trt_runtime import find_device, import_runtime, is_out_of_memory
-from export.processes import WorkerFailedError, run_worker
+from export.plan_job import BuiltPlan, PlanJob, PlanOptions, PlanProfile
+from export.processes import OnPhase, WorkerFailedError, WorkerHooks, run_worker
 from mige_rt.atomic import atomic_folder
 from mige_rt.bundle import Manifest, check_files, file_entry, read_manifest
 from mige_rt.errors import InputError, NotAvailableError
-from mige_rt.graphs import GRAPHS, AxisRange, axis_size
+from mige_rt.graphs import GRAPHS, AxisRange, GraphName, axis_size
 
 # Two kinds of Ampere, Ada Lovelace, Blackwell. For Turing (7.5) it has no matrix products in float32 or bfloat16, and
 # every precision of ours has one somewhere.
 PORTABLE = ("8.0", "8.6", "8.9", "12.0")
-# optimization_level: the builder's default. tf32: fp32 is fp32 here; who wants speed exports fp16.
-OPTIONS = {"optimization_level": 3, "tf32": False}
+PLAN_OPTIONS = PlanOptions()
+OPTIONS = vars(PLAN_OPTIONS)  # as the plans' sidecar and fingerprint have them
 OnProgress = Callable[[str, int, int], None]  # what is being done, plans done, plans in all
 WORKER = (sys.executable, "-m", "export.plan_worker")
 
@@ -34,6 +36,50 @@ class _Gpu:
     capability: str
     uuid: str
     free: int
+
+
+@dataclass(frozen=True)
+class _Builder:
+    """Builds a bundle's plans for a target, on the GPU here if there is one."""
+
+    folder: Path
+    manifest: Manifest
+    target: Target
+    gpu: _Gpu | None
+
+    def build(
+        self, graph: GraphName, plan: Path, timing_cache: Path, on_phase: OnPhase = lambda phase: None
+    ) -> BuiltPlan:
+        """Write the file `plan` by `export.plan_worker`. Raises as `build` does."""
+        job = PlanJob(
+            engine=self.target.engine,
+            graph=graph,
+            onnx=(self.folder / self.manifest.graphs[graph].onnx.path).absolute(),
+            plan=plan.absolute(),
+            profile=profile(self.manifest, graph),
+            capabilities=self.target.capabilities,
+            workspace=None if self.gpu is None else self.gpu.free * 9 // 10,
+            gpu=None if self.gpu is None else self.gpu.uuid,
+            timing_cache=timing_cache.absolute(),
+            options=PLAN_OPTIONS,
+        )
+        hooks = WorkerHooks(on_phase, environment={"CUDA_VISIBLE_DEVICES": job.gpu} if job.gpu else None)
+        try:
+            return run_worker(WORKER, job, BuiltPlan, hooks)
+        except WorkerFailedError as error:
+            if error.code == -9 or is_out_of_memory(str(error)):
+                raise InputError(
+                    f"memory ran out while the plan of {graph} was built "
+                    f"({str(error) or 'the system ended the builder'}): end other programs that use the GPU or the "
+                    "memory, or export with smaller limits (--max-batch, --max-references, --sizes)"
+                ) from error
+            if error.explained:
+                raise InputError(
+                    f"the plan of {graph} could not be built with {PRODUCTS[job.engine]}: {error}"
+                ) from error
+            raise RuntimeError(
+                f"the builder of the plan of {graph} ended with exit code {error.code}: {error}"
+            ) from error
 
 
 def build(
@@ -54,6 +100,7 @@ def build(
     check_files(folder, manifest, everything=True)
     check_request(engine, manifest.precision, capabilities, device)
     target, gpu = _target(engine, capabilities, device)
+    builder = _Builder(folder, manifest, target, gpu)
     name = fingerprint(target, manifest.precision, manifest.ranges, OPTIONS)
     engines = folder / "engines"
     try:
@@ -61,22 +108,23 @@ def build(
     except OSError as error:
         raise InputError(f"{engines} cannot be made ({error}): give a bundle that can be written") from error
     with atomic_folder(engines / name, replace=True) as out:
-        entries = {}
+        timing_cache = engines / f"timing-{engine}-{target.version}.cache"
+        entries: dict[GraphName, PlanEntry] = {}
         for done, graph in enumerate(GRAPHS):
-            plan, cache = out / f"{graph}.plan", engines / f"timing-{engine}-{target.version}.cache"
-            job = _job(folder, manifest, graph, plan, target, gpu, cache)
-            result = _work(job, lambda phase, g=graph, d=done: _tell(on_progress, f"{g}: {phase}", d))
+            on_phase = partial(_report_phase, on_progress, graph, done)
+            built = builder.build(graph, out / f"{graph}.plan", timing_cache, on_phase)
             entries[graph] = PlanEntry(
                 file_entry(out, f"{graph}.plan"),
                 manifest.graphs[graph].onnx.sha256,
                 manifest.graphs[graph].weights.sha256,
-                result["seconds"],
-                result["peak_bytes"],
+                built.seconds,
+                built.peak_bytes,
             )
-        _tell(on_progress, "done", len(GRAPHS))
-        made = Plans(out, target, manifest.precision, manifest.ranges, OPTIONS, entries)
+        if on_progress is not None:
+            on_progress("done", len(GRAPHS), len(GRAPHS))
+        plans = Plans(out, target, manifest.precision, manifest.ranges, OPTIONS, entries)
         try:
-            (out / SIDECAR).write_text(json.dumps(made.to_json(), indent=1) + "\n", encoding="utf-8")
+            (out / SIDECAR).write_text(json.dumps(plans.to_json(), indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise InputError(f"{out / SIDECAR} cannot be written ({error}): make room on the disk") from error
     return engines / name
@@ -89,52 +137,32 @@ def check_request(engine: PlanEngine, precision: str, capabilities: Sequence[str
     _target(engine, capabilities, device)
 
 
-def rehearse_plan(folder: Path, graph: str, plan: Path) -> dict[str, Any]:
-    """Build one graph's plan for the portable set of TensorRT for RTX, as the file `plan`; returns {"seconds",
-    "peak_bytes"}. Raises as `build` does."""
-    manifest = read_manifest(folder)
+def rehearse_plan(folder: Path, graph: GraphName, plan: Path) -> BuiltPlan:
+    """Build one graph's plan for the portable set of TensorRT for RTX, as the file `plan`. Raises as `build` does."""
     target, gpu = _target("tensorrt-rtx", PORTABLE, "auto")
-    return _work(_job(folder, manifest, graph, plan, target, gpu, plan.with_suffix(".cache")), lambda phase: None)
+    return _Builder(folder, read_manifest(folder), target, gpu).build(graph, plan, plan.with_suffix(".cache"))
 
 
-def _job(
-    folder: Path, manifest: Manifest, graph: str, plan: Path, target: Target, gpu: _Gpu | None, timing_cache: Path
-) -> dict[str, Any]:
-    """What `export.plan_worker` is told."""
-    return {
-        "engine": target.engine,
-        "graph": graph,
-        "onnx": str((folder / manifest.graphs[graph].onnx.path).absolute()),
-        "plan": str(plan.absolute()),
-        "profile": profile(manifest, graph),
-        "capabilities": target.capabilities,
-        "workspace": None if gpu is None else gpu.free * 9 // 10,
-        "gpu": None if gpu is None else gpu.uuid,
-        "timing_cache": str(timing_cache.absolute()),
-        **OPTIONS,
-    }
-
-
-def profile(manifest: Manifest, graph: str) -> dict[str, tuple[list[int], list[int], list[int]]]:
+def profile(manifest: Manifest, graph: GraphName) -> PlanProfile:
     """The smallest, the usual and the largest shape of each of a graph's inputs."""
 
-    def shape(port: str, size: Callable[[AxisRange], int]) -> list[int]:
+    def shape(name: str, size: Callable[[AxisRange], int]) -> list[int]:
         sizes = {axis: size(span) for axis, span in manifest.ranges.items()}
-        return [axis_size(axis, sizes) for axis in manifest.graphs[graph].axes[port]]
+        return [axis_size(axis, sizes) for axis in manifest.graphs[graph].axes[name]]
 
     return {
-        port.name: (
-            shape(port.name, lambda span: span.min),
-            shape(port.name, lambda span: span.opt),
-            shape(port.name, lambda span: span.max),
+        spec.name: (
+            shape(spec.name, lambda span: span.min),
+            shape(spec.name, lambda span: span.opt),
+            shape(spec.name, lambda span: span.max),
         )
-        for port in GRAPHS[graph].inputs
+        for spec in GRAPHS[graph].inputs
     }
 
 
-def _tell(on_progress: OnProgress | None, what: str, done: int) -> None:
+def _report_phase(on_progress: OnProgress | None, graph: GraphName, done: int, phase: str) -> None:
     if on_progress is not None:
-        on_progress(what, done, len(GRAPHS))
+        on_progress(f"{graph}: {phase}", done, len(GRAPHS))
 
 
 def _target(engine: PlanEngine, capabilities: Sequence[str] | None, device: str) -> tuple[Target, _Gpu | None]:
@@ -179,23 +207,6 @@ def _find_gpu(engine: PlanEngine, device: str) -> _Gpu:
     index = find_device(engine, device)
     import torch
 
-    found = torch.cuda.get_device_properties(index)
+    properties = cast(Any, torch.cuda.get_device_properties(index))  # pyright: ignore[reportUnknownMemberType]
     free, _ = torch.cuda.mem_get_info(index)
-    return _Gpu(found.name, f"{found.major}.{found.minor}", f"GPU-{found.uuid}", free)
-
-
-def _work(job: dict[str, Any], on_phase: Callable[[str], None]) -> dict[str, Any]:
-    """Run `export.plan_worker`; its result. Raises as `build` does."""
-    what = f"the plan of {job['graph']}"
-    try:
-        return run_worker(WORKER, job, on_phase, {"CUDA_VISIBLE_DEVICES": job["gpu"]} if job["gpu"] else None)
-    except WorkerFailedError as error:
-        if error.code == -9 or is_out_of_memory(str(error)):
-            raise InputError(
-                f"memory ran out while {what} was built ({str(error) or 'the system ended the builder'}): end other "
-                "programs that use the GPU or the memory, or export with smaller limits (--max-batch, "
-                "--max-references, --sizes)"
-            ) from error
-        if error.said:
-            raise InputError(f"{what} could not be built with {PRODUCTS[job['engine']]}: {error}") from error
-        raise RuntimeError(f"the builder of {what} ended with exit code {error.code}: {error}") from error
+    return _Gpu(properties.name, f"{properties.major}.{properties.minor}", f"GPU-{properties.uuid}", free)

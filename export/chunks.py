@@ -3,95 +3,90 @@
 ONNX Runtime's CPU widens half-precision weights to float32 when it loads them: T5-XXL's take 19 GB.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
-import torch
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-Feed = Mapping[str, NDArray]
+from export.onnx_files import Session, load_proto, open_session
+from export.reference import Feed, Outputs
 
 CHUNK_BYTES = 1_500_000_000  # of a part's weights, as float32
-_FOLDER = "session.model_external_initializers_file_folder_path"  # where ONNX Runtime looks for a model of bytes
 
 
 @dataclass
 class Chunk:
     """Consecutive nodes, with the weights they read and the nodes that depend on weights alone."""
 
-    nodes: list[NodeProto] = field(default_factory=list)
-    constants: dict[str, None] = field(default_factory=dict)  # names that depend on weights alone, in a run's order
+    nodes: list[NodeProto] = field(default_factory=list[NodeProto])
+    constants: dict[str, None] = field(default_factory=dict[str, None])  # depend on weights alone, in a run's order
     bytes: int = 0
 
 
-def run_onnx(
-    path: Path, feeds: Sequence[Feed], limit: int | None = None, widen: bool = False
-) -> list[dict[str, NDArray]]:
-    """The outputs of an ONNX file for each of `feeds`, on the CPU.
+def run_onnx(path: Path, feeds: Sequence[Feed], limit: int | None = None, *, widen: bool = False) -> list[Outputs]:
+    """Run an ONNX file on the CPU.
 
-    limit: how many bytes of weights, counted as float32, are loaded at a time; None: all at once. widen: bfloat16, for
-    which ONNX Runtime's CPU has no kernels, is computed in float32. Raises NotImplementedError for a graph with
-    control flow that is to be run in parts.
+    Args:
+        path: the file; its weights are beside it.
+        feeds: its inputs, once for each run.
+        limit: how many bytes of weights, counted as float32, are loaded at a time; None: all at once.
+        widen: bfloat16, for which ONNX Runtime's CPU has no kernels, is computed in float32.
+
+    Returns:
+        The outputs of each run.
+
+    Raises:
+        NotImplementedError: a graph with control flow is to be run in parts.
     """
     if limit is None and not widen:
-        session = onnxruntime.InferenceSession(str(path), _options(), providers=["CPUExecutionProvider"])
+        session = open_session(path)
         return [_run(session, feed) for feed in feeds]
-    model = onnx.load(path, load_external_data=False)
+    model = load_proto(path)
     if widen:
         _widen(model)
-    parts = _Parts(model)
-    chunks = parts.divide(limit)
-    values = [dict(feed) for feed in feeds]
+    graph = DividedGraph(model)
+    chunks = graph.divide(limit)
+    output_names = [output.name for output in model.graph.output]
+    values: list[dict[str, NDArray[Any]]] = [dict(feed) for feed in feeds]
     for number, chunk in enumerate(chunks):
         read = {name for other in chunks[number + 1 :] for node in other.nodes for name in node.input}
-        later = {name for name in read if not parts.is_constant(name)} | {port.name for port in model.graph.output}
-        part = parts.model(chunk, values[0], later)
-        options = _options()
-        options.add_session_config_entry(_FOLDER, str(path.parent.absolute()))
-        session = onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        later = {name for name in read if not graph.is_constant(name)}.union(output_names)
+        part = graph.model(chunk, values[0], later)
+        session = open_session(part.SerializeToString(), path.parent)
         for held in values:
-            held.update(_run(session, {port.name: held[port.name] for port in session.get_inputs()}))
+            held.update(_run(session, {spec.name: held[spec.name] for spec in session.get_inputs()}))
             for name in held.keys() - later:
                 del held[name]
         del session
-    return [{output.name: held[output.name] for output in model.graph.output} for held in values]
+    return [{name: held[name] for name in output_names} for held in values]
 
 
-def _run(session: onnxruntime.InferenceSession, feed: Feed) -> dict[str, NDArray]:
-    names = [port.name for port in session.get_outputs()]
-    return {name: np.asarray(made) for name, made in zip(names, session.run(names, dict(feed)), strict=True)}
+def _run(session: Session, feed: Feed) -> Outputs:
+    names = [spec.name for spec in session.get_outputs()]
+    return {name: np.asarray(output) for name, output in zip(names, session.run(names, feed), strict=True)}
 
 
-def _options() -> onnxruntime.SessionOptions:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.enable_cpu_mem_arena = False  # which keeps the most that any run took
-    options.enable_mem_pattern = False  # which is made for runs of one shape
-    return options
-
-
-class _Parts:
-    """A graph and how its nodes and weights hang together."""
+class DividedGraph:
+    """A graph's nodes and weights, and how they depend on each other."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.source = model
-        self.weights = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.made_by: dict[str, NodeProto] = {}  # constants that are no weights themselves
+        self.weights: dict[str, TensorProto] = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.constant_nodes: dict[str, NodeProto] = {}  # by their outputs: constants that are no weights themselves
         self.live: list[NodeProto] = []
         for node in model.graph.node:  # in topological order, as ONNX wants it
             if all(self.is_constant(name) for name in node.input):
-                self.made_by |= dict.fromkeys(node.output, node)
+                self.constant_nodes |= dict.fromkeys(node.output, node)
             else:
                 self.live.append(node)
 
     def is_constant(self, name: str) -> bool:
-        return not name or name in self.weights or name in self.made_by
+        return not name or name in self.weights or name in self.constant_nodes
 
     def divide(self, limit: int | None) -> list[Chunk]:
         """The nodes in as few consecutive chunks as the limit allows; nodes that depend on weights alone, such as
@@ -116,43 +111,47 @@ class _Parts:
 
     def closure(self, node: NodeProto) -> dict[str, None]:
         """The constants that a node needs, each behind those it is made of."""
-        found: dict[str, None] = {}
+        constants: dict[str, None] = {}
         for name in node.input:
             if name and self.is_constant(name):
-                found |= self._with(name)
-        return found
+                constants |= self._with(name)
+        return constants
 
     def _with(self, name: str) -> dict[str, None]:
-        return {**(self.closure(self.made_by[name]) if name in self.made_by else {}), name: None}
+        return {**(self.closure(self.constant_nodes[name]) if name in self.constant_nodes else {}), name: None}
 
     def size(self, name: str) -> int:
         return 4 * int(np.prod(self.weights[name].dims, dtype=np.int64)) if name in self.weights else 0
 
     def model(self, chunk: Chunk, values: Feed, wanted: set[str]) -> onnx.ModelProto:
-        """A chunk as a model of its own; `values` has arrays of the types that come in, `wanted` names what is to
-        come out if it is made here."""
-        makers = {self.made_by[name].output[0]: self.made_by[name] for name in chunk.constants if name in self.made_by}
-        nodes = [*makers.values(), *chunk.nodes]
-        made = {name for node in nodes for name in node.output}
+        """A chunk as a model of its own; `values` has arrays of the types that come in, `wanted` names the outputs
+        that it gives if it computes them."""
+        constant_nodes = {
+            self.constant_nodes[name].output[0]: self.constant_nodes[name]
+            for name in chunk.constants
+            if name in self.constant_nodes
+        }
+        nodes = [*constant_nodes.values(), *chunk.nodes]
+        computed = {name for node in nodes for name in node.output}
         read = dict.fromkeys(name for node in chunk.nodes for name in node.input)
         inputs = [
             helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(values[name].dtype), None)
             for name in read
-            if name and name not in made and name not in chunk.constants
+            if name and name not in computed and name not in chunk.constants
         ]
-        outputs = [helper.make_empty_tensor_value_info(name) for name in made if name in wanted]
+        outputs = [helper.make_empty_tensor_value_info(name) for name in computed if name in wanted]
         weights = [self.weights[name] for name in chunk.constants if name in self.weights]
         graph = helper.make_graph(nodes, "part", inputs, outputs, weights)
-        made_model = helper.make_model(graph, opset_imports=self.source.opset_import, functions=self.source.functions)
-        made_model.ir_version = self.source.ir_version
-        return made_model
+        part = helper.make_model(graph, opset_imports=self.source.opset_import, functions=self.source.functions)
+        part.ir_version = self.source.ir_version
+        return part
 
 
 def _widen(model: onnx.ModelProto) -> None:
     """Replace bfloat16 by float32 throughout: in weights, which are cast when they are loaded, constants and casts."""
     graph = model.graph
     del graph.value_info[:]
-    casts = []
+    casts: list[NodeProto] = []
     for tensor in graph.initializer:
         if tensor.data_type == TensorProto.BFLOAT16:
             wide, tensor.name = tensor.name, f"{tensor.name}.bfloat16"

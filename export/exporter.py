@@ -3,38 +3,26 @@
 import errno
 import json
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from export.context import ExportJob
 from export.precision import TABLES, check_precision
-from export.processes import WorkerFailedError, run_worker
+from export.processes import WorkerFailedError, WorkerHooks, run_worker
+from export.results import Check, GraphResult, PipelineResult, worst_check
 from mige_rt.atomic import atomic_folder
-from mige_rt.bundle import (
-    DEFAULT_MODEL,
-    MANIFEST,
-    REPORT,
-    SCHEMA,
-    TOKENIZER_FILE,
-    GraphEntry,
-    Manifest,
-    file_entry,
-    is_bundle,
-    read_config,
-    read_source,
-)
+from mige_rt.bundle import DEFAULT_MODEL, MANIFEST, REPORT, SCHEMA, TOKENIZER_FILE, GraphEntry, Manifest, file_entry
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
-from mige_rt.graphs import GRAPHS, AxisRange, resolved_axes
-from trainer.checkpoints.model_folder import convert
+from mige_rt.graphs import GRAPHS, AxisRange, GraphName, resolved_axes
+from trainer.checkpoints.open_checkpoint import CheckpointLocation, open_checkpoint
 
 SCHEDULER = "dpm_solver_pp_2m"  # mige_rt.scheduler
 SMALL = 200_000_000  # parameters up to which every shape is validated, and two graphs are exported at a time
@@ -42,23 +30,66 @@ SMALL = 200_000_000  # parameters up to which every shape is validated, and two 
 WORKER = (sys.executable, "-m", "export.worker")
 
 OnProgress = Callable[[str, int, int], None]  # what is being done, jobs done, jobs in all
+Result = TypeVar("Result", GraphResult, PipelineResult)
 
 
 @dataclass(frozen=True)
 class ExportLimits:
-    """What the graphs are made for. sizes: the smallest and the largest side in pixels; None: the trained size."""
+    """What the graphs are made for.
 
-    batch: int = 4  # pictures made at once
-    references: int = 4  # pictures that a prompt refers to
+    Attributes:
+        batch: images made at once.
+        references: images that a prompt refers to.
+        sizes: the smallest and the largest side in pixels; None: the trained size.
+    """
+
+    batch: int = 4
+    references: int = 4
     sizes: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
+class ExportOptions:
+    """How a checkpoint is exported.
+
+    Attributes:
+        vae: the folder of a published checkpoint's VAE, by default `sd-vae-ft-ema` beside it.
+        tokenizer: the folder of T5's tokenizer, by default `t5-v1_1-xxl` beside a published checkpoint.
+        config: the sizes of a checkpoint in the published layout that has none of the published ones.
+        validate: compare every graph with PyTorch.
+        rehearsal: treat the model as a large one whatever its size, and keep a graph that fails its validation.
+    """
+
+    vae: Path | None = None
+    tokenizer: Path | None = None
+    config: ModelConfig | None = None
+    validate: bool = True
+    rehearsal: bool = False
+
+
+@dataclass(frozen=True)
 class ExportResult:
-    """What was made: the manifest, and the report with the measurements, as in the bundle's report.json."""
+    """What was made.
+
+    Attributes:
+        manifest: the bundle's.
+        graphs: what the export and the validation of each graph gave.
+        pipeline: the validation of the whole; None: a large model, or not validated.
+    """
 
     manifest: Manifest
-    report: dict[str, Any]
+    graphs: Mapping[GraphName, GraphResult]
+    pipeline: PipelineResult | None
+
+    def report(self) -> dict[str, Any]:
+        """What the bundle's report.json holds."""
+        content: dict[str, Any] = {"graphs": {graph: _as_json(result) for graph, result in self.graphs.items()}}
+        return content if self.pipeline is None else content | {"pipeline": _as_json(self.pipeline)}
+
+
+def _as_json(result: GraphResult | PipelineResult) -> dict[str, Any]:
+    content = asdict(result)
+    return {key: content[key] for key in content if content[key] is not None or key == "peak_bytes"}
 
 
 def axis_ranges(config: ModelConfig, limits: ExportLimits) -> dict[str, AxisRange]:
@@ -71,15 +102,15 @@ def axis_ranges(config: ModelConfig, limits: ExportLimits) -> dict[str, AxisRang
     factor, trained = config.vae.factor, config.size // config.vae.factor
     h = AxisRange(low // factor, min(max(trained, low // factor), high // factor), high // factor)
     encoded = AxisRange(min(h.min, trained), trained, max(h.max, trained))
-    pictures = limits.batch * limits.references
-    if pictures > 63:
+    images = limits.batch * limits.references
+    if images > 63:
         raise InputError(
-            f"{limits.batch} pictures at once with {limits.references} references each are {pictures} pictures; the "
-            "VAE takes at most 63"
+            f"{limits.batch} images at once with {limits.references} references each are {images} images; the VAE "
+            "takes at most 63"
         )
     return {
-        "N": AxisRange(1, 1, pictures),
-        "M": AxisRange(1, 1, pictures),
+        "N": AxisRange(1, 1, images),
+        "M": AxisRange(1, 1, images),
         "B": AxisRange(1, 1, limits.batch),
         "R": AxisRange(1, 2, 3 * limits.batch),  # at most three guidance branches
         "L": AxisRange(1, min(config.max_tokens, 32 + config.qformer.queries), config.max_tokens),
@@ -90,36 +121,19 @@ def axis_ranges(config: ModelConfig, limits: ExportLimits) -> dict[str, AxisRang
     }
 
 
-@contextmanager
-def open_checkpoint(ckpt: str, vae: Path | None, tokenizer: Path | None, beside: Path) -> Iterator[Path]:
-    """A model folder or a bundle: the shipped one for `tiny`, the given one, or one made for the time being, beside
-    `beside`, of published weights, which are downloaded if ckpt is the name of a repository on the Hugging Face hub.
-
-    Raises InputError when there is no such checkpoint.
-    """
+def locate_checkpoint(ckpt: str, options: ExportOptions = ExportOptions()) -> CheckpointLocation:
+    """Where the weights are: the shipped bundle for `tiny`, the path given, or the folder that a repository of the
+    Hugging Face hub is downloaded to. Raises InputError when it is neither a path nor a repository."""
     path = Path(ckpt)
     if ckpt == "tiny" and not path.exists():
-        yield DEFAULT_MODEL
-    elif is_bundle(path) or _is_model_folder(path):
-        yield path
-    elif path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", ckpt):
-        with tempfile.TemporaryDirectory(prefix=f"{beside.name}.converted-", dir=beside.absolute().parent) as scratch:
-            convert(path, Path(scratch) / "model", vae, tokenizer)
-            yield Path(scratch) / "model"
-    else:
-        with open_checkpoint(_download(ckpt), vae, tokenizer, beside) as folder:
-            yield folder
-
-
-def _is_model_folder(path: Path) -> bool:
-    try:
-        return "schema" in json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+        path = DEFAULT_MODEL
+    elif not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", ckpt):
+        path = Path(_download(ckpt))
+    return CheckpointLocation(path.absolute(), options.vae, options.tokenizer, options.config)
 
 
 def _download(name: str) -> str:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]: untyped arguments
 
     try:
         return snapshot_download(name)
@@ -133,35 +147,50 @@ def _download(name: str) -> str:
 def export_bundle(
     ckpt: str,
     out: Path,
-    precision: str,
+    precision: str = "fp32",
     limits: ExportLimits = ExportLimits(),
-    vae: Path | None = None,
-    tokenizer: Path | None = None,
-    validate: bool = True,
-    rehearsal: bool = False,
+    *,
+    options: ExportOptions = ExportOptions(),
     on_progress: OnProgress | None = None,
 ) -> ExportResult:
-    """Write the bundle `out`: six graphs in `precision`, each validated against PyTorch, tokenizer, manifest, report.
+    """Write the bundle `out`: six graphs, each validated against PyTorch, tokenizer, manifest, and report.
 
-    ckpt: see `open_checkpoint`. rehearsal: treat the model as a large one whatever its size, and keep a graph that
-    fails its validation.
-    Raises InputError, with nothing left at `out`, when the input cannot be used, a graph fails its validation, or the
-    disk is full; RuntimeError when a graph's process ends otherwise.
+    Published weights are read where they are; no copy of them is written but the bundle's own.
+
+    Args:
+        ckpt: `tiny`, a model folder, a bundle, the published model.pth or a folder with it, or a repository on the
+            Hugging Face hub.
+        out: the folder to make.
+        precision: fp32, fp16, bf16 or int8.
+        limits: what the graphs are made for.
+        options: how they are exported.
+        on_progress: is told what is being done, how many jobs are done, and how many there are.
+
+    Raises:
+        InputError: the input cannot be used, a graph fails its validation, or the disk is full. Nothing is left at
+            `out`.
+        RuntimeError: a graph's process ends otherwise.
     """
     checked = check_precision(precision)
-    with _disk_errors(out), atomic_folder(out) as folder, open_checkpoint(ckpt, vae, tokenizer, out) as model:
-        config = read_config(model)
+    with _disk_errors(out), atomic_folder(out) as folder:
+        location = locate_checkpoint(ckpt, options)
+        checkpoint = open_checkpoint(location)
+        config = checkpoint.config
         ranges = axis_ranges(config, limits)
-        jobs = _Jobs(model, folder, checked, ranges, validate, rehearsal, on_progress)
+        small = checkpoint.stored_bytes < 2 * SMALL and not options.rehearsal  # two bytes a parameter
         (folder / "onnx").mkdir()
         (folder / TOKENIZER_FILE).parent.mkdir()
-        shutil.copyfile(model / TOKENIZER_FILE, folder / TOKENIZER_FILE)
-        graphs = jobs.graphs()
+        checkpoint.save_tokenizer(folder / TOKENIZER_FILE)
+        source = checkpoint.source
+        del checkpoint  # whose memory the workers may need
+        job = ExportJob(None, location, folder, checked, ranges, options.validate, small)
+        jobs = _Jobs(job, accept_failures=options.rehearsal, on_progress=on_progress)
+        graphs = jobs.run_graphs()
         axes = resolved_axes(config)
         manifest = Manifest(
             schema=SCHEMA,
             model=config,
-            source=read_source(model),
+            source=source,
             precision=checked,
             validated=False,
             scheduler=SCHEDULER,
@@ -172,25 +201,23 @@ def export_bundle(
                     file_entry(folder, f"onnx/{graph}.safetensors"),
                     axes[graph],
                     TABLES[checked][graph],
-                    result["parameters"],
+                    result.parameters,
                 )
                 for graph, result in graphs.items()
             },
             tokenizer=file_entry(folder, TOKENIZER_FILE),
             versions={name: version(name) for name in ("mige-rt", "onnx", "onnxruntime", "onnxscript", "torch")},
         )
-        _write(folder / MANIFEST, manifest.to_json())
-        report: dict[str, Any] = {"graphs": graphs}
-        if validate and jobs.small:
-            report["pipeline"] = jobs.run("pipeline")
-        _write(folder / REPORT, report)
-        manifest = replace(manifest, validated=validate)
-        _write(folder / MANIFEST, manifest.to_json())
-    return ExportResult(manifest, report)
+        _write(folder / MANIFEST, manifest.to_json())  # which the pipeline's engine reads
+        pipeline = jobs.run_pipeline() if options.validate and small else None
+        result = ExportResult(replace(manifest, validated=options.validate), graphs, pipeline)
+        _write(folder / REPORT, result.report())
+        _write(folder / MANIFEST, result.manifest.to_json())
+    return result
 
 
 @contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
+def _disk_errors(out: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:
@@ -203,41 +230,31 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _require_good(graph: str, checks: list[dict[str, Any]]) -> None:
-    if bad := [check for check in checks if not check["ok"]]:
-        worst = max(bad, key=lambda check: check["rms"] / check["limit"])
-        sizes = ", ".join(f"{axis} {size}" for axis, size in worst["shape"].items())
+def _require_good(graph: str, checks: list[Check]) -> None:
+    if failed := [check for check in checks if not check.ok]:
+        worst = worst_check(failed)
+        sizes = ", ".join(f"{axis} {size}" for axis, size in worst.shape.items())
         raise InputError(
-            f"{graph} is not what PyTorch computes: {len(bad)} of {len(checks)} comparisons failed, the worst in "
-            f"{worst['output']} at {sizes} with {worst['inputs']} inputs, a relative RMS error of {worst['rms']:.1e} "
-            f"where {worst['limit']:.0e} is allowed. Nothing was written; --no-validate writes the bundle all the same"
+            f"{graph} is not what PyTorch computes: {len(failed)} of {len(checks)} comparisons failed, the worst in "
+            f"{worst.output} at {sizes} with {worst.inputs} inputs, a relative RMS error of {worst.rms:.1e} "
+            f"where {worst.limit:.0e} is allowed. Nothing was written; --no-validate writes the bundle all the same"
         )
 
 
 class _Jobs:
     """Runs `export.worker` once for each graph."""
 
-    def __init__(
-        self,
-        model: Path,
-        folder: Path,
-        precision: str,
-        ranges: dict[str, AxisRange],
-        validate: bool,
-        rehearsal: bool,
-        on_progress: OnProgress | None,
-    ) -> None:
-        self.model, self.folder, self.precision, self.ranges = model, folder, precision, ranges
-        self.validate, self.rehearsal, self.on_progress = validate, rehearsal, on_progress
-        stored = sum(path.stat().st_size for path in model.rglob("*.safetensors"))
-        self.small = stored < 2 * SMALL and not rehearsal  # two bytes a parameter
+    def __init__(self, job: ExportJob, *, accept_failures: bool, on_progress: OnProgress | None) -> None:
+        self.job, self.accept_failures, self.on_progress = job, accept_failures, on_progress
         self.processes: list[subprocess.Popen[str]] = []
         self.done = 0
 
-    def graphs(self) -> dict[str, dict[str, Any]]:
+    def run_graphs(self) -> dict[GraphName, GraphResult]:
         """Export every graph; those of a small model two at a time. One that fails ends the others."""
-        with ThreadPoolExecutor(2 if self.small else 1) as pool:
-            futures = {pool.submit(self.run, graph): graph for graph in GRAPHS}
+        with ThreadPoolExecutor(2 if self.job.small else 1) as pool:
+            futures = {
+                pool.submit(self._run, graph, replace(self.job, graph=graph), GraphResult): graph for graph in GRAPHS
+            }
             try:
                 results = {futures[future]: future.result() for future in as_completed(futures)}
             except BaseException:
@@ -247,31 +264,27 @@ class _Jobs:
                 raise
         return {graph: results[graph] for graph in GRAPHS}
 
-    def run(self, graph: str) -> dict[str, Any]:
+    def run_pipeline(self) -> PipelineResult:
+        """Validate the six graphs together."""
+        return self._run("pipeline", self.job, PipelineResult)
+
+    def _run(self, name: str, job: ExportJob, result_type: type[Result]) -> Result:
         """The worker's result. Raises InputError with its sentence, RuntimeError when it ended without one."""
-        job = {
-            "graph": graph,
-            "model": str(self.model.absolute()),
-            "folder": str(self.folder),
-            "precision": self.precision,
-            "ranges": {axis: vars(span) for axis, span in self.ranges.items()},
-            "validate": self.validate,
-            "small": self.small,
-        }
+        hooks = WorkerHooks(on_phase=lambda phase: self._report(name, phase), on_start=self.processes.append)
         try:
-            result = run_worker(WORKER, job, lambda phase: self._tell(graph, phase), started=self.processes.append)
+            result = run_worker(WORKER, job, result_type, hooks)
         except WorkerFailedError as error:
-            if error.said:
-                raise InputError(f"{graph}: {error}") from error
-            why = str(error) or (
+            if error.explained:
+                raise InputError(f"{name}: {error}") from error
+            reason = str(error) or (
                 "it was killed, most likely since memory ran out" if error.code == -9 else "it was ended"
             )
-            raise RuntimeError(f"the export of {graph} ended with exit code {error.code}: {why}") from error
-        if not self.rehearsal:
-            _require_good(graph, result.get("checks", []))
+            raise RuntimeError(f"the export of {name} ended with exit code {error.code}: {reason}") from error
+        if not self.accept_failures:
+            _require_good(name, result.checks or [])
         self.done += 1
         return result
 
-    def _tell(self, graph: str, phase: str) -> None:
+    def _report(self, name: str, phase: str) -> None:
         if self.on_progress is not None:
-            self.on_progress(f"{graph}: {phase}", self.done, len(GRAPHS) + 1)
+            self.on_progress(f"{name}: {phase}", self.done, len(GRAPHS) + 1)

@@ -1,4 +1,4 @@
-"""One PyTorch graph to one ONNX file, whose weights lie in a safetensors file beside it.
+"""One PyTorch graph to one ONNX file, whose weights are in a safetensors file beside it.
 
 The graph is traced on the meta device, where weights take no memory, and the weights are copied one by one from the
 checkpoint. They keep the type they are stored in where that loses nothing (an fp32 graph of a bf16 checkpoint holds
@@ -10,22 +10,26 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import torch
 from onnxscript import optimizer
-from torch import Tensor
+from torch import Tensor, nn
 
+from export.context import ExportTarget
+from export.onnx_files import check_file, save_ir
 from export.precision import PreciseGraph
-from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
-from mige_rt.graphs import GRAPHS, AxisRange, axis_size, resolved_axes, split_axis
+from mige_rt.graphs import GRAPHS, GraphName, axis_size, resolved_axes, split_axis
 
-OPSET = 20  # of ONNX; what was found to convert T5 with float32 parts, and the VAE
+Layout = tuple[torch.dtype, tuple[int, ...]]  # a weight's type and shape in its file
+Place = tuple[int, int]  # its offset in the file and its bytes
+
+OPSET = 20  # of ONNX; the one that converts T5 with float32 parts, and the VAE
 ALIGNMENT = 64  # bytes, of the first weight in its file
 INLINE = 1024  # bytes of a quantised graph's constants that stay in the graph
 _MOST = {"N": 4096, "M": 63, "B": 63, "R": 4096}  # diffusers' VAE branches at 64 pictures
@@ -50,54 +54,54 @@ _ONNX = {
 }
 
 
-def export_graph(
-    graph: str,
-    module: torch.nn.Module,
-    stored: Callable[[str], Tensor],
-    precision: Any,
-    config: ModelConfig,
-    ranges: Mapping[str, AxisRange],
-    onnx_path: Path,
-    weights_path: Path,
-) -> int:
-    """Write a graph's two files; returns how many numbers its weights hold.
+def export_graph(graph: GraphName, module: nn.Module, stored: Callable[[str], Tensor], target: ExportTarget) -> int:
+    """Write a graph's two files.
 
-    module is the graph's, on the meta device, and is changed; stored(name) gives one of its weights as the checkpoint
-    has it; ranges are those of the bundle. Raises InputError when a file cannot be written.
+    Args:
+        graph: its name.
+        module: the graph's, on the meta device; it is changed.
+        stored: gives one of its weights as the checkpoint has it.
+        target: what is made of it.
+
+    Returns:
+        How many numbers the weights hold.
+
+    Raises:
+        InputError: a file cannot be written.
     """
-    precise = PreciseGraph(graph, module, precision).eval()
-    model = _trace(graph, precise, config, ranges)
+    onnx_path, weights_path = target.onnx_path(graph), target.weights_path(graph)
+    model = _trace(graph, PreciseGraph(graph, module, target.precision).eval(), target)
     _optimise(model)
     strip(model)
-    wanted = {name: tensor.dtype for name, tensor in module.state_dict().items()}
-    aliases = {name.removeprefix("module."): value for name, value in model.graph.initializers.items()}
-    kept: dict[str, torch.dtype] = {}
-    for name in dict.fromkeys([*(n for n in wanted if n in aliases), *_unseen(module, set(aliases))]):
+    weights = module.state_dict()
+    graph_values = {name.removeprefix("module."): value for name, value in model.graph.initializers.items()}
+    names = [*(name for name in weights if name in graph_values), *_unused(module, set(graph_values))]
+    layout: dict[str, Layout] = {}
+    for name in dict.fromkeys(names):
         # Widening is lossless, so it waits until the weights are loaded; narrowing is done here.
-        own = stored(name).dtype
-        narrow = wanted[name] == torch.float32 and own.is_floating_point and precision != "int8"
-        kept[name] = own if narrow else wanted[name]
+        wanted, given = weights[name].dtype, stored(name).dtype
+        as_stored = wanted == torch.float32 and given.is_floating_point and target.precision != "int8"
+        layout[name] = (given if as_stored else wanted, tuple(weights[name].shape))
     try:
-        shapes = {name: tuple(module.state_dict()[name].shape) for name in kept}
-        places = _write_file(weights_path, {name: (kept[name], shapes[name]) for name in kept}, stored)
-        for name, value in aliases.items():
+        places = _write_file(weights_path, layout, stored)
+        for name, value in graph_values.items():
             if name in places:
-                tensor = _in_file(name, kept[name], value.shape, weights_path, places[name])
-                _point_to_file(model, value, wanted[name], kept[name], tensor)
-        ir.save(model, onnx_path)
+                tensor = _in_file(name, layout[name], weights_path, places[name])
+                _point_to_file(model, value, tensor, _ONNX[weights[name].dtype])
+        save_ir(model, onnx_path)
     except OSError as error:
         raise InputError(f"{onnx_path.parent} cannot be written ({error}): make room, or give another path") from error
-    onnx.checker.check_model(str(onnx_path))
-    return sum(math.prod(shape) for shape in shapes.values())
+    check_file(onnx_path)
+    return sum(math.prod(shape) for _, shape in layout.values())
 
 
-def _trace(graph: str, precise: PreciseGraph, config: ModelConfig, ranges: Mapping[str, AxisRange]) -> ir.Model:
+def _trace(graph: GraphName, precise: PreciseGraph, target: ExportTarget) -> ir.Model:
     """The graph with named axes; the weights are still without values."""
-    axes = resolved_axes(config)[graph]
+    config, axes = target.config, resolved_axes(target.config)[graph]
     # Two axes of one length would be taken for the same, so all differ; their limits are checked where graphs are run.
     sizes: dict[str, int] = {}
     dims: dict[str, Any] = {}
-    for number, (axis, span) in enumerate(ranges.items()):
+    for number, (axis, span) in enumerate(target.ranges.items()):
         if span.min == span.max:
             sizes[axis] = span.min
         elif axis in ("h", "w", "eh", "ew"):
@@ -105,40 +109,51 @@ def _trace(graph: str, precise: PreciseGraph, config: ModelConfig, ranges: Mappi
             sizes[axis], dims[axis] = (5 + number) * patch, patch * torch.export.Dim(f"{axis}_cells", min=1)
         else:
             sizes[axis], dims[axis] = 3 + number, torch.export.Dim(axis, min=1, max=_MOST.get(axis, config.max_tokens))
-    inputs, shapes = [], []
-    for port in GRAPHS[graph].inputs:
-        own = axes[port.name]
-        inputs.append(torch.zeros([axis_size(axis, sizes) for axis in own], dtype=_TYPES[port.dtype], device="meta"))
-        shape: dict[int, Any] = {}
-        for index, axis in enumerate(own):
+    inputs: list[Tensor] = []
+    dynamic_shapes: list[dict[int, Any]] = []
+    for spec in GRAPHS[graph].inputs:
+        shape = [axis_size(axis, sizes) for axis in axes[spec.name]]
+        inputs.append(torch.zeros(shape, dtype=_TYPES[spec.dtype], device="meta"))
+        dynamic: dict[int, Any] = {}
+        for index, axis in enumerate(axes[spec.name]):
             if isinstance(axis, str):
                 factor, name = split_axis(axis)
                 if name in dims:
-                    shape[index] = factor * dims[name] if factor > 1 else dims[name]
-        shapes.append(shape)
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # of torchvision, which we do without
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                precise,
-                tuple(inputs),
-                input_names=[port.name for port in GRAPHS[graph].inputs],
-                output_names=[port.name for port in GRAPHS[graph].outputs],
-                dynamic_shapes=(tuple(shapes),),
-                opset_version=OPSET,
-                dynamo=True,
-                optimize=False,
-                verbose=False,
-            )
-    finally:
-        logger.setLevel(level)
+                    dynamic[index] = factor * dims[name] if factor > 1 else dims[name]
+        dynamic_shapes.append(dynamic)
+    # Of torchvision, which we do without.
+    with _errors_alone("torch.onnx"), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(  # pyright: ignore[reportUnknownMemberType]: untyped defaults
+            precise,
+            tuple(inputs),
+            input_names=[spec.name for spec in GRAPHS[graph].inputs],
+            output_names=[spec.name for spec in GRAPHS[graph].outputs],
+            dynamic_shapes=(tuple(dynamic_shapes),),
+            opset_version=OPSET,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+        )
     assert program is not None
-    for value in (*program.model.graph.inputs, *program.model.graph.outputs):
+    model: ir.Model = program.model
+    for value in (*model.graph.inputs, *model.graph.outputs):
         value.shape = ir.Shape([_axis(axis, sizes, dims) for axis in axes[str(value.name)]])
-    return program.model
+    return model
+
+
+@contextmanager
+def _errors_alone(*names: str) -> Generator[None]:
+    """Let these loggers report errors and nothing less."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _axis(axis: int | str, sizes: Mapping[str, int], dims: Mapping[str, Any]) -> int | str:
@@ -148,22 +163,15 @@ def _axis(axis: int | str, sizes: Mapping[str, int], dims: Mapping[str, Any]) ->
 
 def _optimise(model: ir.Model) -> None:
     """Fold what does not depend on inputs or weights; weights are kept as they are, to be found again by name."""
-    weights = {name: value for name, value in model.graph.initializers.items() if name.startswith("module.")}
-    for value in weights.values():
-        value.const_value = None
-    quiet = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript")]
-    levels = [logger.level for logger in quiet]
-    try:
-        for logger in quiet:
-            logger.setLevel(logging.ERROR)
+    for name, value in model.graph.initializers.items():
+        if name.startswith("module."):
+            value.const_value = None
+    with _errors_alone("onnx_ir", "onnxscript"):
         optimizer.optimize_ir(model)
-    finally:
-        for logger, level in zip(quiet, levels, strict=True):
-            logger.setLevel(level)
 
 
 def strip(model: ir.Model) -> None:
-    """Take out what tells of this machine: where the code lies, and stack traces."""
+    """Take out what tells of this machine: the code's paths, and stack traces."""
     model.producer_name, model.producer_version, model.doc_string = "mige-rt", None, None
     model.metadata_props.clear()
     for part in (model.graph, *model.graph.all_nodes()):
@@ -175,37 +183,34 @@ def strip(model: ir.Model) -> None:
         value.doc_string = None
 
 
-def _unseen(module: torch.nn.Module, seen: set[str]) -> list[str]:
+def _unused(module: nn.Module, used: set[str]) -> list[str]:
     """Weights that the graph does not use and no other name of which it uses, kept for PyTorch's sake."""
-    by_identity: dict[int, list[str]] = {}
+    aliases: dict[int, list[str]] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
-        by_identity.setdefault(id(tensor), []).append(name)
-    return [names[0] for names in by_identity.values() if not seen.intersection(names)]
+        aliases.setdefault(id(tensor), []).append(name)
+    return [names[0] for names in aliases.values() if not used.intersection(names)]
 
 
-def _write_file(
-    path: Path, kept: Mapping[str, tuple[torch.dtype, Sequence[int]]], values: Callable[[str], Tensor]
-) -> dict[str, tuple[int, int]]:
-    """Write a safetensors file, a weight at a time, of kept's types and shapes; returns each one's offset in the file
-    and its bytes.
+def _write_file(path: Path, layout: Mapping[str, Layout], values: Callable[[str], Tensor]) -> dict[str, Place]:
+    """Write a safetensors file of this layout, a weight at a time; returns each one's place in it.
 
     The format: eight bytes of header length, a JSON header, then the weights without gaps (huggingface/safetensors).
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     # The largest types first, as the library itself orders them: so every weight is aligned to its type.
-    names = sorted(kept, key=lambda name: -kept[name][0].itemsize)
+    names = sorted(layout, key=lambda name: -layout[name][0].itemsize)
     for name in names:
-        dtype, shape = kept[name]
+        dtype, shape = layout[name]
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _STORED[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
-    places = {}
+    places: dict[str, Place] = {}
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            tensor = values(name).to(kept[name][0]).contiguous()
+            tensor = values(name).to(layout[name][0]).contiguous()
             places[name] = (file.tell(), tensor.nbytes)
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
@@ -213,38 +218,38 @@ def _write_file(
     return places
 
 
-def _in_file(name: str, dtype: torch.dtype, shape: Any, path: Path, place: tuple[int, int]) -> ir.ExternalTensor:
-    offset, length = place
-    return ir.ExternalTensor(path.name, offset, length, _ONNX[dtype], shape=shape, name=name, base_dir=str(path.parent))
+def _in_file(name: str, layout: Layout, path: Path, place: Place) -> ir.ExternalTensor:
+    dtype, shape = layout
+    return ir.ExternalTensor(
+        path.name, *place, _ONNX[dtype], shape=ir.Shape(shape), name=name, base_dir=str(path.parent)
+    )
 
 
-def _point_to_file(
-    model: ir.Model, value: ir.Value, wanted: torch.dtype, kept: torch.dtype, tensor: ir.ExternalTensor
-) -> None:
+def _point_to_file(model: ir.Model, value: ir.Value, tensor: ir.ExternalTensor, wanted: ir.DataType) -> None:
     """Let an initializer read its values from the weights' file, and widen them if they are kept narrower."""
     name = str(tensor.name)
     del model.graph.initializers[str(value.name)]
-    if kept == wanted:
+    if tensor.dtype == wanted:
         value.name, value.const_value = name, tensor
         model.graph.initializers.add(value)
         return
-    narrow = ir.Value(name=name, shape=value.shape, type=ir.TensorType(_ONNX[kept]), const_value=tensor)
+    narrow = ir.Value(name=name, shape=value.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     model.graph.initializers.add(narrow)
-    cast = ir.node("Cast", [narrow], {"to": _ONNX[wanted]}, name=f"widen {name}")
-    cast.outputs[0].name, cast.outputs[0].shape = f"{name}.wide", value.shape
-    cast.outputs[0].type = ir.TensorType(_ONNX[wanted])
-    ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+    cast = ir.node("Cast", [narrow], {"to": wanted}, name=f"widen {name}")
+    wide = cast.outputs[0]
+    wide.name, wide.shape, wide.type = f"{name}.wide", value.shape, ir.TensorType(wanted)
+    ir.convenience.replace_all_uses_with(value, wide)
     model.graph.insert_before(model.graph[0], cast)
 
 
 def write_weights(model: ir.Model, path: Path) -> None:
     """Move a graph's large initializers, which have values, to a safetensors file, and let it read them from there."""
     large = {
-        name: torch.from_numpy(value.const_value.numpy().copy())
+        name: torch.as_tensor(value.const_value.numpy().copy())
         for name, value in model.graph.initializers.items()
         if value.const_value is not None and value.const_value.nbytes > INLINE
     }
-    places = _write_file(path, {n: (tensor.dtype, tensor.shape) for n, tensor in large.items()}, large.__getitem__)
-    for name, tensor in large.items():
-        value = model.graph.initializers[name]
-        value.const_value = _in_file(name, tensor.dtype, value.shape, path, places[name])
+    layout: dict[str, Layout] = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in large.items()}
+    places = _write_file(path, layout, large.__getitem__)
+    for name in large:
+        model.graph.initializers[name].const_value = _in_file(name, layout[name], path, places[name])

@@ -1,32 +1,32 @@
 """What exported graphs are tried with: shapes from the smallest to the largest, filled with random tensors, and with
 what the samples that come with the project give when the graphs before have run on them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from export.reference import run_reference
-from mige_rt.bundle import TOKENIZER_FILE, read_config
+from export.reference import Feed, run_reference
 from mige_rt.config import ModelConfig
-from mige_rt.graphs import GRAPHS, AxisRange, axis_size, resolved_axes, split_axis
+from mige_rt.graphs import GRAPHS, AxisRange, GraphName, axis_size, resolved_axes, split_axis
 from mige_rt.instruction import compose_prompt
 from mige_rt.preprocessing import vae_pixels, vit_pixels
-from mige_rt.prompt_tokens import collate, tokenize_prompt
+from mige_rt.prompt_tokens import TokenizedPrompt, collate, tokenize_prompt
 from mige_rt.requests import ResolvedRequest, read_requests
 from mige_rt.scheduler import ALPHAS, SIGMAS, draw_noise
-from mige_rt.tokenizer import load_tokenizer
+from mige_rt.tokenizer import Tokenize
+from trainer.checkpoints.weights import Checkpoint
 
-SAMPLES = Path(__file__).parent / "samples"  # requests.jsonl and its pictures
+SAMPLES = Path(__file__).parent / "samples"  # requests.jsonl and its images
 TIMESTEP = 600  # at which the real latents are noisy
-SMALL_LENGTH = 48  # tokens of the larger of two small shapes: words and a part of a picture
+SMALL_LENGTH = 48  # tokens of the larger of two small shapes: words and a part of an image
 
-Sizes = dict[str, int]
-Feed = dict[str, NDArray]
+Sizes = dict[str, int]  # of the named axes
 
 
 def sample_requests() -> list[ResolvedRequest]:
@@ -34,187 +34,214 @@ def sample_requests() -> list[ResolvedRequest]:
     return list(read_requests(SAMPLES / "requests.jsonl").values())
 
 
-def shapes_of(graph: str, config: ModelConfig, ranges: Mapping[str, AxisRange], small: bool) -> dict[str, Sizes]:
+def shapes_of(
+    graph: GraphName, config: ModelConfig, ranges: Mapping[str, AxisRange], *, small: bool
+) -> dict[str, Sizes]:
     """The shapes that a graph is tried at, by what they are called; each is given by its named axes' sizes.
 
     Without `small` two: the smallest, and the next above it in every axis, but for text, which has SMALL_LENGTH
     tokens. Equal shapes are left out.
     """
     axes = resolved_axes(config)[graph]
-    names = dict.fromkeys(split_axis(axis)[1] for port in axes.values() for axis in port if isinstance(axis, str))
+    names = dict.fromkeys(split_axis(axis)[1] for spec in axes.values() for axis in spec if isinstance(axis, str))
     spans = {name: ranges[name] for name in names}
     steps = {name: config.dit.patch if name in ("h", "w", "eh", "ew") else 1 for name in names}
 
     def within(name: str, size: int) -> int:
-        return min(size // steps[name] * steps[name], spans[name].max)
+        return max(spans[name].min, min(size // steps[name] * steps[name], spans[name].max))
 
     smallest = {name: span.min for name, span in spans.items()}
     if small:
-        # A third and two thirds of the way: rows and columns differ.
+        # A third and two thirds of the way: height and width differ.
         shares = {name: (1 + number % 2) / 3 for number, name in enumerate(names)}
-        found = {
+        shapes = {
             "min": smallest,
             "opt": {name: span.opt for name, span in spans.items()},
             "max": {name: span.max for name, span in spans.items()},
             "between": {
-                name: max(span.min, within(name, span.min + round((span.max - span.min) * shares[name])))
+                name: within(name, span.min + round((span.max - span.min) * shares[name]))
                 for name, span in spans.items()
             },
         }
     else:
         above = {n: SMALL_LENGTH if n == "L" else span.min + steps[n] for n, span in spans.items()}
-        found = {
-            "min": smallest,
-            "next": {n: max(span.min, within(n, above[n])) for n, span in spans.items()},
-        }
-    return {what: sizes for i, (what, sizes) in enumerate(found.items()) if sizes not in list(found.values())[:i]}
+        shapes = {"min": smallest, "next": {n: within(n, above[n]) for n in spans}}
+    return {name: sizes for i, (name, sizes) in enumerate(shapes.items()) if sizes not in list(shapes.values())[:i]}
 
 
-def random_feed(graph: str, config: ModelConfig, sizes: Sizes, seed: int = 0) -> Feed:
+def random_feed(graph: GraphName, config: ModelConfig, sizes: Sizes, seed: int = 0) -> Feed:
     """Random tensors of the graph's types and about the sizes of real ones: normal numbers, latents as large as the
     VAE's, pixels from -1 to 1, timesteps with fractions, and masks that keep the first token."""
     rng = np.random.default_rng(seed)
     axes = resolved_axes(config)[graph]
-    feed: Feed = {}
-    for port in GRAPHS[graph].inputs:
-        shape = [axis_size(axis, sizes) for axis in axes[port.name]]
-        if port.name == "token_ids":
-            feed[port.name] = rng.integers(0, config.text.vocabulary, shape)
-        elif port.name == "slot_index":
-            rows = sizes["N"] * config.qformer.queries
-            feed[port.name] = rng.integers(-rows, rows, shape).clip(-1)
-        elif port.name == "text_mask":
-            feed[port.name] = rng.random(shape) < 0.8
-            feed[port.name][:, 0] = True
-        elif port.dtype == "bool":
-            feed[port.name] = rng.random(shape) < 0.5
-        elif port.name == "pixels_vae":
-            feed[port.name] = rng.uniform(-1, 1, shape).astype(np.float32)
-        elif port.name == "timestep":
-            feed[port.name] = rng.uniform(0, 999, shape).astype(np.float32)
+    feed: dict[str, NDArray[Any]] = {}
+    for spec in GRAPHS[graph].inputs:
+        shape = [axis_size(axis, sizes) for axis in axes[spec.name]]
+        if spec.name == "token_ids":
+            feed[spec.name] = rng.integers(0, config.text.vocabulary, shape)
+        elif spec.name == "slot_index":
+            tokens = sizes["N"] * config.qformer.queries
+            feed[spec.name] = rng.integers(-tokens, tokens, shape).clip(-1)
+        elif spec.name == "text_mask":
+            feed[spec.name] = rng.random(shape) < 0.8
+            feed[spec.name][:, 0] = True
+        elif spec.dtype == "bool":
+            feed[spec.name] = rng.random(shape) < 0.5
+        elif spec.name == "pixels_vae":
+            feed[spec.name] = rng.uniform(-1, 1, shape).astype(np.float32)
+        elif spec.name == "timestep":
+            feed[spec.name] = rng.uniform(0, 999, shape).astype(np.float32)
         else:
             # What the VAE gives and takes is unscaled.
-            unscaled = port.name == "ref_latents" or graph == "vae_decoder"
+            unscaled = spec.name == "ref_latents" or graph == "vae_decoder"
             scale = np.float32(1 / config.vae.scale if unscaled else 1)
-            feed[port.name] = scale * rng.standard_normal(shape, dtype=np.float32)
+            feed[spec.name] = scale * rng.standard_normal(shape, dtype=np.float32)
     return feed
 
 
-class RealInputs:
-    """The samples' pictures and prompts, prepared as the pipeline does, in any shape.
+LatentShape = tuple[int, int, int]  # how many images, and their latents' height and width
 
-    Pictures beyond the samples' are turned and mirrored ones; a prompt too short for L tokens is repeated, one too
-    long cut. What graphs hand to each other comes from the model's own modules in float32.
+
+class RealInputs:
+    """The samples' images and prompts, prepared as the pipeline does, in any shape.
+
+    Images beyond the samples' are turned and mirrored ones; a prompt too short for L tokens is repeated, one too long
+    cut. What graphs hand to each other comes from the model's own modules in float32, each of which is loaded once.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """folder: a model folder or a bundle."""
-        self.folder, self.config = folder, read_config(folder)
-        self.tokenize = load_tokenizer(folder / TOKENIZER_FILE)
+    def __init__(self, checkpoint: Checkpoint, tokenize: Tokenize) -> None:
+        self.checkpoint, self.config, self.tokenize = checkpoint, checkpoint.config, tokenize
         self.requests = sample_requests()
 
-    def feeds(self, graph: str, shapes: Sequence[Sizes]) -> list[Feed]:
+    def feeds(self, graph: GraphName, shapes: Sequence[Sizes]) -> list[Feed]:
         """What the graph is given, once for each shape."""
-        return getattr(self, f"_{graph}")(shapes)
-
-    @cached_property
-    def _pictures(self) -> list[Image.Image]:
-        found = [picture for request in self.requests for picture in (*request.images, request.source)]
-        return list({picture.tobytes(): picture for picture in found if picture is not None}.values())
-
-    def _picture(self, number: int) -> Image.Image:
-        turn, index = divmod(number, len(self._pictures))
-        picture = self._pictures[index].rotate(90 * (turn // 2))
-        return ImageOps.mirror(picture) if turn % 2 else picture
-
-    def _pixels(self, count: int, h: int, w: int) -> NDArray[np.float32]:
-        """[count,3,f*h,f*w]"""
-        factor = self.config.vae.factor
-        return np.stack([vae_pixels(self._picture(i), w * factor, h * factor, "crop") for i in range(count)])
-
-    def _latents(self, counts: Sequence[tuple[int, int, int]]) -> list[NDArray]:
-        """Unscaled, [count,c,h,w], for each (count, h, w); pictures pass one at a time, which is all the same to a VAE
-        and needs the least memory."""
-        feeds = [{"pixels_vae": pixels[None]} for count in counts for pixels in self._pixels(*count)]
-        made = iter(run_reference(self.folder, "vae_encoder", feeds))
-        return [np.concatenate([next(made)["latent_mean"] for _ in range(count)]) for count, _, _ in counts]
+        feeds: dict[GraphName, Callable[[Sequence[Sizes]], list[Feed]]] = {
+            "vae_encoder": self._vae_encoder,
+            "image_encoder": self._image_encoder,
+            "text_encoder": self._text_encoder,
+            "conditioner": self._conditioner,
+            "denoiser": self._denoiser,
+            "vae_decoder": self._vae_decoder,
+        }
+        return feeds[graph](shapes)
 
     def _vae_encoder(self, shapes: Sequence[Sizes]) -> list[Feed]:
         return [{"pixels_vae": self._pixels(sizes["M"], sizes["eh"], sizes["ew"])} for sizes in shapes]
 
     def _vae_decoder(self, shapes: Sequence[Sizes]) -> list[Feed]:
-        return [{"latents": made} for made in self._latents([(s["B"], s["h"], s["w"]) for s in shapes])]
+        return [{"latents": latents} for latents in self._latents([(s["B"], s["h"], s["w"]) for s in shapes])]
 
     def _image_encoder(self, shapes: Sequence[Sizes]) -> list[Feed]:
-        side = self.config.dit.trained_grid * self.config.dit.patch
-        latents = self._latents([(sizes["N"], side, side) for sizes in shapes])
-        return [
-            {
-                "pixels_vit": np.stack(
-                    [vit_pixels(self._picture(i), self.config.vision.side) for i in range(sizes["N"])]
-                ),
-                "ref_latents": made,
-            }
-            for sizes, made in zip(shapes, latents, strict=True)
-        ]
+        return self._references(shapes, self._latents(self._reference_shapes(shapes)))
 
     def _text_encoder(self, shapes: Sequence[Sizes]) -> list[Feed]:
-        tokens = run_reference(self.folder, "image_encoder", self._image_encoder(shapes))
-        return [{**self._words(sizes), **made} for sizes, made in zip(shapes, tokens, strict=True)]
+        return self._prompts(shapes, self._image_encoder(shapes))
+
+    def _conditioner(self, shapes: Sequence[Sizes]) -> list[Feed]:
+        prompts = self._text_encoder(_samples(shapes))
+        return [{name: feed[name] for name in ("text_states", "has_text")} for feed in self._texts(shapes, prompts)]
+
+    def _denoiser(self, shapes: Sequence[Sizes]) -> list[Feed]:
+        samples = _samples(shapes)
+        source_shapes = [(ceil(sizes["R"] / 2), sizes["h"], sizes["w"]) for sizes in shapes]
+        latents = self._latents([*self._reference_shapes(samples), *source_shapes])
+        references, sources = latents[: len(shapes)], latents[len(shapes) :]
+        texts = self._texts(shapes, self._prompts(samples, self._references(samples, references)))
+        cross_kv = run_reference(self.checkpoint, "conditioner", [_only(feed, "conditioner") for feed in texts])
+        return [
+            {**cached, **self._noisy(sizes["R"], text, clean)}
+            for sizes, text, cached, clean in zip(shapes, texts, cross_kv, sources, strict=True)
+        ]
+
+    def _reference_shapes(self, shapes: Sequence[Sizes]) -> list[LatentShape]:
+        side = self.config.dit.trained_grid * self.config.dit.patch
+        return [(sizes["N"], side, side) for sizes in shapes]
+
+    def _references(self, shapes: Sequence[Sizes], latents: Sequence[NDArray[Any]]) -> list[Feed]:
+        """pixels_vit and ref_latents."""
+        side = self.config.vision.side
+        return [
+            {"pixels_vit": np.stack([vit_pixels(self._image(i), side) for i in range(sizes["N"])]), "ref_latents": refs}
+            for sizes, refs in zip(shapes, latents, strict=True)
+        ]
+
+    def _prompts(self, shapes: Sequence[Sizes], references: Sequence[Feed]) -> list[Feed]:
+        """The text encoder's inputs."""
+        image_tokens = run_reference(self.checkpoint, "image_encoder", references)
+        return [{**self._words(sizes), **tokens} for sizes, tokens in zip(shapes, image_tokens, strict=True)]
 
     def _words(self, sizes: Sizes) -> Feed:
         """token_ids, slot_index, text_mask [B,L]; the first prompt has L tokens, the others may have fewer."""
-        config, encoded, used = self.config, [], 0
-        for row in range(sizes["B"]):
-            request = self.requests[row % len(self.requests)]
+        queries, first_image = self.config.qformer.queries, 0
+        prompts: list[TokenizedPrompt] = []
+        for number in range(sizes["B"]):
+            request = self.requests[number % len(self.requests)]
             text, images = compose_prompt(request.task, request.prompt), len(request.images)
-            if row == 0:
+            if number == 0:
                 repeats = 1 + sizes["L"] // len(self.tokenize(text))
                 text, images = " ".join([text] * repeats), images * repeats
-            slots = [(used + k) % sizes["N"] for k in range(images)]
-            used += images
-            encoded.append(tokenize_prompt(text, slots, self.tokenize, config.qformer.queries, sizes["L"]))
-        token_ids, slot_index, text_mask = collate(encoded)
+            slots = [(first_image + k) % sizes["N"] for k in range(images)]
+            first_image += images
+            prompts.append(tokenize_prompt(text, slots, self.tokenize, queries, sizes["L"]))
+        token_ids, slot_index, text_mask = collate(prompts)
         return {"token_ids": token_ids, "slot_index": slot_index, "text_mask": text_mask}
 
-    def _conditioner(self, shapes: Sequence[Sizes]) -> list[Feed]:
-        return [{name: feed[name] for name in ("text_states", "has_text")} for feed in self._conditions(shapes)]
-
-    def _conditions(self, shapes: Sequence[Sizes]) -> list[Feed]:
+    def _texts(self, shapes: Sequence[Sizes], prompts: Sequence[Feed]) -> list[Feed]:
         """text_states [R,L,D], has_text [R], text_mask [R,L], as guidance arranges them: two branches, the first
-        without text; one row alone sees its text."""
-        samples = [{"B": ceil(sizes["R"] / 2), "N": 2, "L": sizes["L"]} for sizes in shapes]
-        encoded = self._text_encoder(samples)
-        made = run_reference(self.folder, "text_encoder", encoded)
-        found = []
-        for sizes, feed, output in zip(shapes, encoded, made, strict=True):
-            rows = np.arange(sizes["R"]) % len(feed["text_mask"])
-            has_text = np.arange(sizes["R"]) >= sizes["R"] - len(feed["text_mask"])
-            found.append(
+        without text; a batch of one sees its text."""
+        encoded = run_reference(self.checkpoint, "text_encoder", prompts)
+        feeds: list[Feed] = []
+        for sizes, prompt, output in zip(shapes, prompts, encoded, strict=True):
+            count, batch = len(prompt["text_mask"]), np.arange(sizes["R"])
+            feeds.append(
                 {
-                    "text_states": output["text_states"][rows],
-                    "has_text": has_text,
-                    "text_mask": feed["text_mask"][rows],
+                    "text_states": output["text_states"][batch % count],
+                    "has_text": batch >= sizes["R"] - count,
+                    "text_mask": prompt["text_mask"][batch % count],
                 }
             )
-        return found
+        return feeds
 
-    def _denoiser(self, shapes: Sequence[Sizes]) -> list[Feed]:
-        conditions = self._conditions(shapes)
-        made = run_reference(self.folder, "conditioner", conditions)
-        latents = self._latents([(ceil(sizes["R"] / 2), sizes["h"], sizes["w"]) for sizes in shapes])
-        found = []
-        for sizes, words, keys, clean in zip(shapes, conditions, made, latents, strict=True):
-            rows = np.arange(sizes["R"]) % len(clean)
-            source = (clean * self.config.vae.scale)[rows]
-            noise = draw_noise(range(len(clean)), clean.shape[1:])[rows]
-            found.append(
-                {
-                    "latents": np.float32(ALPHAS[TIMESTEP]) * source + np.float32(SIGMAS[TIMESTEP]) * noise,
-                    "source": source * words["has_text"][:, None, None, None],
-                    "timestep": np.full(sizes["R"], TIMESTEP, np.float32),
-                    "text_mask": words["text_mask"],
-                    **keys,
-                }
-            )
-        return found
+    def _noisy(self, batch: int, text: Feed, clean: NDArray[Any]) -> Feed:
+        """The rest of the denoiser's inputs, from unscaled latents without noise."""
+        samples = np.arange(batch) % len(clean)
+        source = (clean * self.config.vae.scale)[samples]
+        noise = draw_noise(range(len(clean)), clean.shape[1:])[samples]
+        return {
+            "latents": np.float32(ALPHAS[TIMESTEP]) * source + np.float32(SIGMAS[TIMESTEP]) * noise,
+            "source": source * text["has_text"][:, None, None, None],
+            "timestep": np.full(batch, TIMESTEP, np.float32),
+            "text_mask": text["text_mask"],
+        }
+
+    def _latents(self, shapes: Sequence[LatentShape]) -> list[NDArray[Any]]:
+        """Unscaled, [count,c,h,w], for each (count, h, w); images pass one at a time, which is all the same to a VAE
+        and needs the least memory."""
+        feeds = [{"pixels_vae": pixels[None]} for shape in shapes for pixels in self._pixels(*shape)]
+        outputs = iter(run_reference(self.checkpoint, "vae_encoder", feeds))
+        return [np.concatenate([next(outputs)["latent_mean"] for _ in range(count)]) for count, _, _ in shapes]
+
+    def _pixels(self, count: int, h: int, w: int) -> NDArray[np.float32]:
+        """[count,3,f*h,f*w]"""
+        factor = self.config.vae.factor
+        return np.stack([vae_pixels(self._image(i), w * factor, h * factor, "crop") for i in range(count)])
+
+    def _image(self, number: int) -> Image.Image:
+        turn, index = divmod(number, len(self._images))
+        image = self._images[index].rotate(90 * (turn // 2))
+        return ImageOps.mirror(image) if turn % 2 else image
+
+    @cached_property
+    def _images(self) -> list[Image.Image]:
+        images = [image for request in self.requests for image in (*request.images, request.source)]
+        return list({image.tobytes(): image for image in images if image is not None}.values())
+
+
+def _samples(shapes: Sequence[Sizes]) -> list[Sizes]:
+    """The text encoder's sizes behind a batch of R: two guidance branches a sample, and two images."""
+    return [{"B": ceil(sizes["R"] / 2), "N": 2, "L": sizes["L"]} for sizes in shapes]
+
+
+def _only(feed: Feed, graph: GraphName) -> Feed:
+    """What the graph takes of a feed."""
+    return {spec.name: feed[spec.name] for spec in GRAPHS[graph].inputs}

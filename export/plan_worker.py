@@ -1,16 +1,18 @@
 """Builds one plan in a process of its own, so that a builder that dies or fills the memory takes nothing with it.
 
-See `export.processes`; the result is {"seconds": ..., "peak_bytes": ...}.
+See `export.processes`.
 """
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsInt
+from typing import TYPE_CHECKING, Any, SupportsInt, cast
 
 from engines.trt_runtime import import_runtime, make_logger
 from export.memory import peak_bytes
-from export.processes import serve
+from export.plan_job import BuiltPlan, PlanJob
+from export.processes import OnPhase, serve
 
 if TYPE_CHECKING:
     from tensorrt_rtx import IBuilderConfig
@@ -20,32 +22,32 @@ class BuildError(Exception):
     """The plan cannot be built; the message has the builder's words."""
 
 
-def make_monitor(trt: Any, say: Any) -> Any:
-    """The builder's progress, said at most ten times a second."""
+def make_monitor(trt: Any, on_phase: OnPhase) -> Any:
+    """The builder's progress, reported at most ten times a second."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
-            super().__init__()  # pybind11 wants it
+            super().__init__()  # pyright: ignore[reportUnknownMemberType]: pybind11 wants the call
             self.steps: dict[str, int] = {}
-            self.said = 0.0
+            self.reported = 0.0
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: SupportsInt) -> None:
             self.steps[phase_name] = int(num_steps)
-            self._say(phase_name)
+            self._report(phase_name)
 
         def step_complete(self, phase_name: str, step: SupportsInt) -> bool:
-            """False stops the builder: nobody listens any more."""
-            return self._say(f"{phase_name} {int(step) + 1}/{self.steps.get(phase_name, '?')}")
+            """False stops the builder: nobody reads its reports any more."""
+            return self._report(f"{phase_name} {int(step) + 1}/{self.steps.get(phase_name, '?')}")
 
         def phase_finish(self, phase_name: str) -> None:
             self.steps.pop(phase_name, None)
 
-        def _say(self, phase: str) -> bool:
-            if time.monotonic() - self.said < 0.1:
+        def _report(self, phase: str) -> bool:
+            if time.monotonic() - self.reported < 0.1:
                 return True
-            self.said = time.monotonic()
+            self.reported = time.monotonic()
             try:
-                say(phase=phase)
+                on_phase(phase)
             except OSError:
                 return False
             return True
@@ -53,55 +55,56 @@ def make_monitor(trt: Any, say: Any) -> Any:
     return Monitor()
 
 
-def work(job: dict[str, Any], say: Any) -> dict[str, Any]:
+def work(job: PlanJob, on_phase: OnPhase) -> BuiltPlan:
     """Write the plan that a job of `export.build_plans` asks for.
 
     Raises BuildError, or OSError when there is no room.
     """
     started = time.monotonic()
-    trt, logger = import_runtime(job["engine"]), make_logger(job["engine"])
+    trt, logger = import_runtime(job.engine), make_logger(job.engine)
     builder = trt.Builder(logger)
     # Strongly typed, so that the graph's types decide: networks are of no other kind since TensorRT 11.
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, logger)
-    say(phase="reading the graph")
-    if not parser.parse_from_file(job["onnx"]):
+    on_phase("reading the graph")
+    if not parser.parse_from_file(str(job.onnx)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         raise BuildError("; ".join(f"{error.node_name()}: {error.desc()}" for error in errors[:3]) or logger.summary())
 
     config = builder.create_builder_config()
-    monitor = make_monitor(trt, say)
+    monitor = make_monitor(trt, on_phase)
     config.progress_monitor = monitor
-    config.builder_optimization_level = job["optimization_level"]
-    if not job["tf32"]:
+    config.builder_optimization_level = job.options.optimization_level
+    if not job.options.tf32:
         config.clear_flag(trt.BuilderFlag.TF32)
-    if job["workspace"] is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job["workspace"])
+    if job.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace)
     # The workspace is then sized by the shapes that run, not by the largest. By name, since previews come and go.
-    if feature := trt.PreviewFeature.__members__.get("RUNTIME_ACTIVATION_RESIZE_10_10"):
+    previews = cast(dict[str, Any], trt.PreviewFeature.__members__)  # pyright: ignore[reportUnknownMemberType]
+    if feature := previews.get("RUNTIME_ACTIVATION_RESIZE_10_10"):
         config.set_preview_feature(feature, True)
     ranges = builder.create_optimization_profile()
     for i in range(network.num_inputs):
         name = network.get_input(i).name
-        ranges.set_shape(name, *job["profile"][name])
+        ranges.set_shape(name, *(trt.Dims(shape) for shape in job.profile[name]))
     if config.add_optimization_profile(ranges) < 0:
-        raise BuildError(f"the ranges {job['profile']} are not possible: {logger.summary()}")
-    if job["engine"] == "tensorrt-rtx":
-        _for_rtx(trt, config, job["capabilities"])
+        raise BuildError(f"the ranges {job.profile} are not possible: {logger.summary()}")
+    if job.engine == "tensorrt-rtx":
+        _for_rtx(trt, config, job.capabilities)
     else:
-        _read_timings(config, Path(job["timing_cache"]))
+        _read_timings(config, job.timing_cache)
 
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise BuildError(logger.summary())
-    say(phase="writing the plan")
-    Path(job["plan"]).write_bytes(plan)
-    if job["engine"] == "tensorrt":
-        _write_timings(config, Path(job["timing_cache"]))
-    return {"seconds": round(time.monotonic() - started, 1), "peak_bytes": peak_bytes()}
+    on_phase("writing the plan")
+    job.plan.write_bytes(plan)
+    if job.engine == "tensorrt":
+        _write_timings(config, job.timing_cache)
+    return BuiltPlan(round(time.monotonic() - started, 1), peak_bytes())
 
 
-def _for_rtx(trt: Any, config: "IBuilderConfig", capabilities: list[str]) -> None:
+def _for_rtx(trt: Any, config: "IBuilderConfig", capabilities: Sequence[str]) -> None:
     """What TensorRT for RTX alone has: GPUs that are not here, and a promise that running allocates nothing by itself,
     without which a CUDA graph cannot be captured."""
     config.num_compute_capabilities = len(capabilities)
@@ -127,7 +130,7 @@ def _write_timings(config: "IBuilderConfig", path: Path) -> None:
 
 
 def main() -> None:
-    serve(work, (BuildError, MemoryError))
+    serve(work, PlanJob, (BuildError, MemoryError))
 
 
 if __name__ == "__main__":

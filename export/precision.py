@@ -12,7 +12,7 @@ from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
 
 from mige_rt.config import Precision
 from mige_rt.errors import InputError
-from mige_rt.graphs import GRAPHS
+from mige_rt.graphs import GRAPHS, GraphName
 
 _HALF = {"matrix products and convolutions": "float16", "norms": "float32", "softmax": "float32"}
 _BRAIN = {"matrix products and convolutions": "bfloat16", "norms": "float32", "softmax": "float32"}
@@ -24,20 +24,35 @@ _INT8 = {
     "softmax": "float32",
 }
 
+
+def _for_all(layers: dict[str, str], residual: str) -> dict[GraphName, dict[str, str]]:
+    return {graph: {**layers, "residual": residual} for graph in GRAPHS}
+
+
 # Per graph and kind of layer, what computes in what; the borders of every graph are float32. T5's residual passes
-# 65,504 on some prompts (export of T5 v1.1 in half precision, transformers' `_keep_in_fp32_modules`), hence its row.
-TABLES: dict[str, dict[str, dict[str, str]]] = {
-    "fp32": {graph: {**_FULL, "residual": "float32"} for graph in GRAPHS},
-    "fp16": {graph: {**_HALF, "residual": "float16"} for graph in GRAPHS}
-    | {"text_encoder": {**_HALF, "feed-forward's product and wo": "float32", "residual": "float32"}},
-    "bf16": {graph: {**_BRAIN, "residual": "bfloat16"} for graph in GRAPHS},
+# 65,504 on some prompts (export of T5 v1.1 in half precision, transformers' `_keep_in_fp32_modules`), hence its entry.
+TABLES: dict[Precision, dict[GraphName, dict[str, str]]] = {
+    "fp32": _for_all(_FULL, "float32"),
+    "fp16": {
+        **_for_all(_HALF, "float16"),
+        "text_encoder": {**_HALF, "feed-forward's product and wo": "float32", "residual": "float32"},
+    },
+    "bf16": _for_all(_BRAIN, "bfloat16"),
     # Convolutions gain nothing from dynamic quantisation, so the VAE stays as it is. The inputs of T5's wo have
     # outliers that one scale for all of them cannot hold beside the rest.
-    "int8": {graph: {**_INT8, "residual": "float32"} for graph in GRAPHS}
-    | {"text_encoder": {**_INT8, "feed-forward's wo": "float32", "residual": "float32"}}
-    | {graph: {**_FULL, "residual": "float32"} for graph in ("vae_encoder", "vae_decoder")},
+    "int8": {
+        **_for_all(_INT8, "float32"),
+        "text_encoder": {**_INT8, "feed-forward's wo": "float32", "residual": "float32"},
+        "vae_encoder": {**_FULL, "residual": "float32"},
+        "vae_decoder": {**_FULL, "residual": "float32"},
+    },
 }
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
+_DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int8": torch.float32,
+}
 _INNER = {"image_tokens", "text_states", "cross_kv"}  # inputs that the modules want in their own precision
 
 
@@ -45,14 +60,18 @@ def check_precision(precision: str) -> Precision:
     """Raises InputError when it is none of fp32, fp16, bf16, int8."""
     if precision not in TABLES:
         raise InputError(f"there is no precision {precision!r}; expected one of {', '.join(get_args(Precision))}")
-    return precision  # pyright: ignore[reportReturnType]
+    return precision
 
 
 class WideAccumulation(TorchFunctionMode):
     """Attention written out, and norms and softmax of half-precision tensors computed in float32."""
 
     def __torch_function__(
-        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
@@ -81,8 +100,8 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """torch's scaled_dot_product_attention without its rows that see nothing, which would need NaNs replaced: every
-    mask of ours keeps a token. The mask is bool, true where a token is seen."""
+    """torch's scaled_dot_product_attention without the case of a query that may attend to nothing, which would need
+    NaNs replaced: every mask of ours keeps a token. The mask is bool, true where a token is attended to."""
     if is_causal or enable_gqa or dropout_p:
         raise NotImplementedError("causal, grouped or dropped-out attention, which no module of ours has")
     scores = (q * (scale if scale is not None else q.shape[-1] ** -0.5)) @ k.transpose(-2, -1)
@@ -94,10 +113,10 @@ def _attention(
 class PreciseGraph(nn.Module):
     """A graph's module in one precision: float32 at its borders, WideAccumulation inside."""
 
-    def __init__(self, graph: str, module: nn.Module, precision: Precision) -> None:
+    def __init__(self, graph: GraphName, module: nn.Module, precision: Precision) -> None:
         """Changes the parameters' types in place."""
         super().__init__()
-        self.ports, self.dtype = GRAPHS[graph].inputs, _DTYPES[precision]
+        self.specs, self.dtype = GRAPHS[graph].inputs, _DTYPES[precision]
         self.module = module.to(self.dtype)
         if precision == "fp16":
             for part in module.modules():
@@ -108,7 +127,7 @@ class PreciseGraph(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The graph's inputs and outputs in the order of GRAPHS."""
-        given = [x.to(self.dtype) if port.name in _INNER else x for port, x in zip(self.ports, inputs, strict=True)]
+        typed = [x.to(self.dtype) if spec.name in _INNER else x for spec, x in zip(self.specs, inputs, strict=True)]
         with WideAccumulation():
-            outputs = self.module(*given)
+            outputs: Tensor | tuple[Tensor, ...] = self.module(*typed)
         return tuple(x.float() for x in (outputs if isinstance(outputs, tuple) else (outputs,)))

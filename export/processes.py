@@ -1,7 +1,8 @@
 """Work done in a process of its own, so that its memory is given back and its death takes nothing with it.
 
 The process gets a job as JSON on stdin and writes JSON lines: {"phase": what is being done}, at last one of
-{"result": ...} and {"error": in words}. It dies with its parent, where the system can do that.
+{"result": ...} and {"error": in words}. It dies with its parent, where the system can do that. Jobs and results are
+dataclasses.
 """
 
 import contextlib
@@ -13,26 +14,44 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from typing import IO, Any
+from dataclasses import dataclass
+from typing import IO, Any, TypeVar
+
+from pydantic import TypeAdapter
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+OnPhase = Callable[[str], None]  # what a worker is doing
 
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG, of Linux's prctl
 
 
 class WorkerFailedError(Exception):
-    """A worker ended without a result. said: whether it said why itself; code: its exit code."""
+    """A worker ended without a result. explained: whether it gave the reason itself; code: its exit code."""
 
-    def __init__(self, why: str, said: bool, code: int) -> None:
-        super().__init__(why)
-        self.said, self.code = said, code
+    def __init__(self, reason: str, explained: bool, code: int) -> None:
+        super().__init__(reason)
+        self.explained, self.code = explained, code
+
+
+@dataclass(frozen=True)
+class WorkerHooks:
+    """What a worker's parent does besides.
+
+    Attributes:
+        on_phase: is told what the worker is doing.
+        on_start: is given the process.
+        environment: variables that the worker has besides its parent's.
+    """
+
+    on_phase: OnPhase = lambda phase: None
+    on_start: Callable[[subprocess.Popen[str]], None] = lambda process: None
+    environment: Mapping[str, str] | None = None
 
 
 def run_worker(
-    command: Sequence[str],
-    job: Mapping[str, Any],
-    on_phase: Callable[[str], None],
-    environment: Mapping[str, str] | None = None,
-    started: Callable[[subprocess.Popen[str]], None] = lambda process: None,
-) -> dict[str, Any]:
+    command: Sequence[str], job: object, result_type: type[Result], hooks: WorkerHooks = WorkerHooks()
+) -> Result:
     """The result of a worker, which is killed if anything goes wrong here. Raises WorkerFailedError."""
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
@@ -42,28 +61,33 @@ def run_worker(
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, **(hooks.environment or {})},
         ) as process,
     ):
-        started(process)
+        hooks.on_start(process)
         assert process.stdin is not None and process.stdout is not None
         try:
             with contextlib.suppress(BrokenPipeError):  # it ended before it read the job: its log says why
-                process.stdin.write(json.dumps(job))
+                process.stdin.write(json.dumps(to_json(job)))
                 process.stdin.close()
-            last = _follow(process.stdout, on_phase)
+            last = _follow(process.stdout, hooks.on_phase)
         except BaseException:
             process.kill()
             raise
         code = process.wait()
         log.seek(0)
         if "result" in last:
-            return last["result"]
-        # Its last words in one line, since they become part of a sentence.
+            return TypeAdapter(result_type).validate_python(last["result"])
+        # The end of its log in one line, since it becomes part of a sentence.
         raise WorkerFailedError(last.get("error") or " ".join(log.read()[-2000:].split()), "error" in last, code)
 
 
-def _follow(lines: IO[str], on_phase: Callable[[str], None]) -> dict[str, Any]:
+def to_json(value: object) -> Any:
+    """A dataclass as plain data."""
+    return TypeAdapter(type(value)).dump_python(value, mode="json")
+
+
+def _follow(lines: IO[str], on_phase: OnPhase) -> dict[str, Any]:
     """Pass on what a worker is doing until its last line, which is returned; {} when it ended without one."""
     for text in lines:
         line = json.loads(text)
@@ -73,20 +97,21 @@ def _follow(lines: IO[str], on_phase: Callable[[str], None]) -> dict[str, Any]:
     return {}
 
 
-def serve(work: Callable[[dict[str, Any], Callable[[str], None]], Any], expected: tuple[type[Exception], ...]) -> None:
-    """The worker's side: do the job on stdin by work(job, on_phase). Exceptions of the types `expected` are said in
-    their own words, and those of the disk in plain ones. Whatever a library prints goes to stderr."""
+def serve(work: Callable[[Job, OnPhase], object], job_type: type[Job], expected: tuple[type[Exception], ...]) -> None:
+    """The worker's side: do the job on stdin by work(job, on_phase). Exceptions of the types `expected` are reported
+    with their own messages, and those of the disk in plain words. Whatever a library prints goes to stderr."""
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
-    def say(**line: Any) -> None:
+    def write(**line: Any) -> None:
         print(json.dumps(line), file=lines, flush=True)
 
     try:
-        say(result=work(json.load(sys.stdin), lambda phase: say(phase=phase)))
+        job = TypeAdapter(job_type).validate_python(json.load(sys.stdin))
+        write(result=to_json(work(job, lambda phase: write(phase=phase))))
     except expected as error:
-        say(error=str(error) or repr(error))
+        write(error=str(error) or repr(error))
     except OSError as error:
-        say(error=f"a file cannot be read or written ({error}): make room on the disk, or give another path")
+        write(error=f"a file cannot be read or written ({error}): make room on the disk, or give another path")

@@ -5,22 +5,29 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization import (  # pyright: ignore[reportMissingTypeStubs]
+    QuantType,
+    quantize_dynamic,  # pyright: ignore[reportUnknownVariableType]
+)
 
+from export.context import ExportTarget
 from export.graphs import strip, write_weights
+from export.onnx_files import load_ir, save_ir
 from export.precision import TABLES
+from mige_rt.graphs import GraphName
 
 
-def quantise(graph: str, onnx_path: Path, weights_path: Path) -> None:
+def quantise(graph: GraphName, target: ExportTarget) -> None:
     """Replace a float32 graph's two files by quantised ones; a graph that its precision's table leaves alone stays."""
     if "int8" not in str(TABLES["int8"][graph]):
         return
+    onnx_path, weights_path = target.onnx_path(graph), target.weights_path(graph)
     with tempfile.TemporaryDirectory(dir=onnx_path.parent) as scratch:
         folded, path = Path(scratch) / "folded.onnx", Path(scratch) / "quantised.onnx"
-        model = ir.load(onnx_path)
+        model = load_ir(onnx_path)
         _fold_transposes(model)
         exact = [str(node.name) for node in model.graph if node.op_type == "MatMul" and _is_wo(node)]
-        ir.save(model, folded, external_data="folded.data")
+        save_ir(model, folded, external_data="folded.data")
         del model
         quantize_dynamic(
             folded,
@@ -32,11 +39,11 @@ def quantise(graph: str, onnx_path: Path, weights_path: Path) -> None:
             weight_type=QuantType.QInt8,
             use_external_data_format=True,
         )
-        model = ir.load(path)
+        model = load_ir(path)
         strip(model)
         model.opset_imports.pop("ai.onnx.ml", None)
         write_weights(model, weights_path)
-        ir.save(model, onnx_path)
+        save_ir(model, onnx_path)
 
 
 def _is_wo(node: ir.Node) -> bool:

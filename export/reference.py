@@ -1,34 +1,41 @@
 """The reference that exported graphs are compared with: the model's own modules, computed in float32."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mige_rt.graphs import GRAPHS
-from trainer.checkpoints.model_folder import load_model
+from mige_rt.graphs import GRAPHS, GraphName
+from trainer.checkpoints.weights import Checkpoint
 
-Feed = Mapping[str, NDArray]
+Feed = Mapping[str, NDArray[Any]]  # a graph's inputs by name
+Outputs = dict[str, NDArray[Any]]  # and its outputs
 
 
-def run_reference(folder: Path, graph: str, feeds: Sequence[Feed]) -> list[dict[str, NDArray]]:
-    """A graph's outputs for each of `feeds`, in float32, from a model folder's or a bundle's weights.
+def run_reference(checkpoint: Checkpoint, graph: GraphName, feeds: Sequence[Feed]) -> list[Outputs]:
+    """A graph's outputs for each of `feeds`, in float32, from a checkpoint's weights.
 
-    The weights stay mapped from their files in the type they are stored in, and are widened a block at a time.
+    The weights stay mapped from their files in the type they are stored in, are widened a block at a time, and take no
+    memory afterwards.
     """
-    module: nn.Module = getattr(load_model(folder, dtype=None, only=[graph]), graph)
+    module = checkpoint.load([graph]).graph(graph)
     widen_by_block(module)
-    return [run_module(graph, module, feed) for feed in feeds]
+    outputs = [run_module(graph, module, feed) for feed in feeds]
+    del module
+    checkpoint.release_pages()
+    return outputs
 
 
-@torch.no_grad()
-def run_module(graph: str, module: nn.Module, feed: Feed) -> dict[str, NDArray]:
+def run_module(graph: GraphName, module: nn.Module, feed: Feed) -> Outputs:
     """A graph's outputs by its module."""
-    outputs = module(*(torch.from_numpy(feed[port.name]) for port in GRAPHS[graph].inputs))
+    with torch.no_grad():
+        outputs: Tensor | tuple[Tensor, ...] = module(
+            *(torch.as_tensor(feed[spec.name]) for spec in GRAPHS[graph].inputs)
+        )
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return {port.name: output.numpy() for port, output in zip(GRAPHS[graph].outputs, outputs, strict=True)}
+    return {spec.name: output.numpy() for spec, output in zip(GRAPHS[graph].outputs, outputs, strict=True)}
 
 
 def widen_by_block(module: nn.Module) -> None:
@@ -45,18 +52,26 @@ def widen_by_block(module: nn.Module) -> None:
             tensor.data = tensor.data.float()
     for block in blocks:
         stored = [(tensor, tensor.data) for tensor in _floats(block) if tensor.dtype != torch.float32]
+        _put_zeros(stored)
+        block.register_forward_pre_hook(_hook(_widen, stored))
+        block.register_forward_hook(_hook(_put_zeros, stored))
 
-        def widen(*_: object, stored: list[tuple[Tensor, Tensor]] = stored) -> None:
-            for tensor, data in stored:
-                tensor.data = data.float()
 
-        def put_back(*_: object, stored: list[tuple[Tensor, Tensor]] = stored) -> None:
-            for tensor, data in stored:
-                tensor.data = torch.zeros(()).expand(data.shape)
+Stored = list[tuple[Tensor, Tensor]]  # a block's weights, each with its data as stored
 
-        put_back()
-        block.register_forward_pre_hook(widen)
-        block.register_forward_hook(put_back)
+
+def _widen(weights: Stored) -> None:
+    for tensor, data in weights:
+        tensor.data = data.float()
+
+
+def _put_zeros(weights: Stored) -> None:
+    for tensor, data in weights:
+        tensor.data = torch.zeros(()).expand(data.shape)
+
+
+def _hook(change: Callable[[Stored], None], weights: Stored) -> Callable[..., None]:
+    return lambda *_: change(weights)
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:

@@ -11,6 +11,8 @@ import os
 import platform
 import tempfile
 import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -18,20 +20,23 @@ from typing import Any
 import click
 import torch
 from rich.console import Console
+from tabulate import tabulate
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from export.build_plans import rehearse_plan
-from export.exporter import ExportLimits, ExportResult, export_bundle
+from export.exporter import ExportLimits, ExportOptions, ExportResult, export_bundle
+from export.results import worst_check
 from mige_rt.atomic import atomic_folder
-from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE
+from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, Manifest
 from mige_rt.config import PRESETS, ModelConfig
 from mige_rt.errors import InputError
-from trainer.checkpoints.convert_published import our_shapes
-from trainer.checkpoints.model_folder import write_model_folder
+from mige_rt.graphs import GRAPHS, GraphName
+from trainer.checkpoints.model_folder import ModelContent, write_model_folder
+from trainer.checkpoints.weights import our_shapes
 from trainer.model.vae import make_vae
 
-BLOCK = 4_194_301  # numbers drawn once and repeated; a prime, so that rows differ
+BLOCK = 4_194_301  # numbers drawn once and repeated; a prime, so that no two weights begin alike
 
 
 def made_up(name: str, shape: tuple[int, ...], block: Tensor) -> Tensor:
@@ -56,66 +61,136 @@ def make_model(config: ModelConfig, out: Path) -> None:
     shapes = our_shapes(config)
     block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0))
     with atomic_folder(out) as folder:
-        write_model_folder(
-            folder,
-            config,
-            {name: 2 * math.prod(shape) for name, shape in shapes.items()},
-            lambda name: made_up(name, shapes[name], block),
-            make_vae(config.vae).state_dict(),
-            Tokenizer.from_file(str(DEFAULT_MODEL / TOKENIZER_FILE)),
-            "made up",
-            None,
+        content = ModelContent(
+            config=config,
+            source="made up",
+            tokenizer=Tokenizer.from_file(str(DEFAULT_MODEL / TOKENIZER_FILE)),
+            sizes={name: 2 * math.prod(shape) for name, shape in shapes.items()},
+            tensor=lambda name: made_up(name, shapes[name], block),
+            vae=make_vae(config.vae).state_dict(),
         )
+        write_model_folder(folder, content)
 
 
-def _plans(bundle: Path, exported: ExportResult, scratch: Path) -> dict[str, dict[str, Any]]:
-    """Per graph what building its plan for TensorRT for RTX took, or why it was not tried: the builder's memory for the
-    denoiser, which comes first, tells what the others need."""
-    plans: dict[str, dict[str, Any]] = {}
-    a_byte, memory = 0.0, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    entries = exported.manifest.graphs
-    for graph in sorted(entries, key=lambda name: name != "denoiser"):
-        needed = a_byte * entries[graph].weights.bytes
-        if needed > 0.8 * memory:
-            plans[graph] = {"not_tried": f"not tried: needs about {needed / 1e9:.0f} GB of memory"}
+@dataclass(frozen=True)
+class PlanAttempt:
+    """What building a graph's plan for TensorRT for RTX took, or why there is none: a sentence."""
+
+    seconds: float | None = None
+    peak_bytes: int | None = None
+    bytes: int | None = None
+    missing: str | None = None
+
+
+def _build_plans(bundle: Path, manifest: Manifest, scratch: Path) -> dict[GraphName, PlanAttempt]:
+    """The plans that fit into the memory: the builder's memory for the denoiser, which comes first, tells what the
+    others need."""
+    attempts: dict[GraphName, PlanAttempt] = {}
+    per_byte, memory = 0.0, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for graph in sorted(GRAPHS, key=lambda name: name != "denoiser"):
+        weights = manifest.graphs[graph].weights.bytes
+        if per_byte * weights > 0.8 * memory:
+            needed = per_byte * weights / 1e9
+            attempts[graph] = PlanAttempt(missing=f"not tried: needs about {needed:.0f} GB of memory")
             continue
         path = scratch / f"{graph}.plan"
         try:
-            plans[graph] = rehearse_plan(bundle, graph, path) | {"bytes": path.stat().st_size}
+            built = rehearse_plan(bundle, graph, path)
         except (InputError, RuntimeError) as error:
-            plans[graph] = {"failed": f"failed: {error}"}
+            attempts[graph] = PlanAttempt(missing=f"failed: {error}")
             continue
-        a_byte = a_byte or (plans[graph]["peak_bytes"] or 0) / entries[graph].weights.bytes
-    return plans
+        attempts[graph] = PlanAttempt(built.seconds, built.peak_bytes, path.stat().st_size)
+        per_byte = per_byte or (built.peak_bytes or 0) / weights
+    return attempts
 
 
-def markdown(content: dict[str, Any]) -> str:
+@dataclass(frozen=True)
+class Rehearsal:
+    """A full-size export: what it ran on, and what each graph took."""
+
+    command: str
+    date: str
+    machine: str
+    result: ExportResult
+    plans: Mapping[GraphName, PlanAttempt]
+
+    @property
+    def parameters(self) -> int:
+        return sum(graph.parameters for graph in self.result.graphs.values())
+
+    def file_bytes(self, graph: GraphName) -> int:
+        """The size of a graph's two files."""
+        entry = self.result.manifest.graphs[graph]
+        return entry.onnx.bytes + entry.weights.bytes
+
+    def to_json(self) -> dict[str, Any]:
+        graphs = self.result.report()["graphs"]
+        return {
+            "precision": self.result.manifest.precision,
+            "command": self.command,
+            "date": self.date,
+            "machine": self.machine,
+            "versions": self.result.manifest.versions,
+            "parameters": self.parameters,
+            "graphs": {graph: graphs[graph] | {"bytes": self.file_bytes(graph)} for graph in self.result.graphs},
+            "plans": {graph: _without_none(asdict(attempt)) for graph, attempt in self.plans.items()},
+        }
+
+
+def _without_none(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if value is not None}
+
+
+_COLUMNS = {  # header -> alignment
+    "graph": "left",
+    "parameters": "right",
+    "GB": "right",
+    "export, s": "right",
+    "check, s": "right",
+    "memory, GB": "right",
+    "error": "right",
+    "limit": "right",
+    "plan": "left",
+    "its memory, GB": "right",
+}
+
+
+def markdown(rehearsal: Rehearsal) -> str:
     """The table of a rehearsal, with its command and machine."""
-    lines = [
-        f"# Full-size export in {content['precision']}",
-        "",
-        f"`{content['command']}`, {content['date']}: {content['machine']}. Made-up weights of the published sizes, "
-        f"{content['parameters'] / 1e9:.2f} billion parameters, kept in bfloat16. Each graph in a process of its own; "
+    lines: list[list[str]] = []
+    for name, graph in rehearsal.result.graphs.items():
+        worst, plan = worst_check(graph.checks or []), rehearsal.plans[name]
+        built = f"{plan.seconds:.0f} s, {(plan.bytes or 0) / 1e9:.2f} GB" if plan.seconds is not None else plan.missing
+        lines.append(
+            [
+                name,
+                f"{graph.parameters:,}",
+                f"{rehearsal.file_bytes(name) / 1e9:.2f}",
+                f"{graph.seconds:.0f}",
+                f"{graph.validation_seconds or 0:.0f}",
+                f"{(graph.peak_bytes or 0) / 1e9:.1f}",
+                f"{worst.rms:.1e}",
+                f"{worst.limit:.0e}",
+                built or "",
+                f"{plan.peak_bytes / 1e9:.1f}" if plan.peak_bytes else "",
+            ]
+        )
+    table = tabulate(
+        lines,
+        headers=list(_COLUMNS),
+        tablefmt="pipe",
+        colalign=list(_COLUMNS.values()),
+        disable_numparse=True,
+    )
+    return (
+        f"# Full-size export in {rehearsal.result.manifest.precision}\n\n"
+        f"`{rehearsal.command}`, {rehearsal.date}: {rehearsal.machine}. Made-up weights of the published sizes, "
+        f"{rehearsal.parameters / 1e9:.2f} billion parameters, kept in bfloat16. Each graph in a process of its own; "
         "`error` is the worst relative RMS error against PyTorch in float32 over two small shapes with random inputs, "
         "one of them with real ones as well; `memory` is the most that the process had resident, mapped files "
-        "included. The last two columns: its plan for TensorRT for RTX (compute capabilities 8.0, 8.6, 8.9, 12.0).",
-        "",
-        "| graph | parameters | GB | export, s | check, s | memory, GB | error | limit | plan | its memory, GB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
-    ]
-    for name, graph in content["graphs"].items():
-        plan = content["plans"][name]
-        built = (
-            f"{plan['seconds']:.0f} s, {plan['bytes'] / 1e9:.2f} GB" if "seconds" in plan else " ".join(plan.values())
-        )
-        memory = f"{plan['peak_bytes'] / 1e9:.1f}" if plan.get("peak_bytes") else ""
-        worst = max(graph["checks"], key=lambda check: check["rms"] / check["limit"])
-        lines.append(
-            f"| {name} | {graph['parameters']:,} | {graph['bytes'] / 1e9:.2f} | {graph['seconds']:.0f} | "
-            f"{graph['validation_seconds']:.0f} | {graph['peak_bytes'] / 1e9:.1f} | {worst['rms']:.1e} | "
-            f"{worst['limit']:.0e} | {built} | {memory} |"
-        )
-    return "\n".join(lines) + "\n"
+        "included. The last two columns: its plan for TensorRT for RTX (compute capabilities 8.0, 8.6, 8.9, 12.0).\n\n"
+        f"{table}\n"
+    )
 
 
 @click.command(help=__doc__)
@@ -125,12 +200,12 @@ def markdown(content: dict[str, Any]) -> str:
 @click.option("--scratch", type=click.Path(path_type=Path), help="where the disk has room  [default: the system's]")
 def main(precision: str, out: Path, preset: str, scratch: Path | None) -> None:
     console = Console(stderr=True)
-    said = ""
+    last = ""
 
-    def say(what: str, done: int, total: int) -> None:
-        nonlocal said
-        if what != said:
-            said = what
+    def on_progress(what: str, done: int, total: int) -> None:
+        nonlocal last
+        if what != last:
+            last = what
             console.log(what)
 
     try:
@@ -138,31 +213,30 @@ def main(precision: str, out: Path, preset: str, scratch: Path | None) -> None:
             folder = Path(name)
             console.log(f"making a model of the sizes {preset}")
             make_model(PRESETS[preset], folder / "model")
-            exported = export_bundle(
-                str(folder / "model"), folder / "bundle", precision, ExportLimits(1, 4), rehearsal=True, on_progress=say
+            result = export_bundle(
+                str(folder / "model"),
+                folder / "bundle",
+                precision,
+                ExportLimits(1, 4),
+                options=ExportOptions(rehearsal=True),
+                on_progress=on_progress,
             )
             console.log("plans")
-            plans = _plans(folder / "bundle", exported, folder)
+            plans = _build_plans(folder / "bundle", result.manifest, folder)
     except InputError as error:
         raise click.UsageError(str(error)) from error
-    entries = exported.manifest.graphs
-    content = {
-        "precision": precision,
-        "command": f"python -m export.rehearse --precision {precision}",
-        "date": date.today().isoformat(),
-        "machine": _machine(),
-        "versions": exported.manifest.versions,
-        "parameters": sum(entry.parameters for entry in entries.values()),
-        "graphs": {
-            graph: {**result, "bytes": entries[graph].onnx.bytes + entries[graph].weights.bytes}
-            for graph, result in exported.report["graphs"].items()
-        },
-        "plans": plans,
-    }
+    rehearsal = Rehearsal(
+        command=f"python -m export.rehearse --precision {precision}",
+        date=date.today().isoformat(),
+        machine=_machine(),
+        result=result,
+        plans=plans,
+    )
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"rehearsal-{precision}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    (out / f"rehearsal-{precision}.md").write_text(markdown(content), encoding="utf-8")
-    click.echo(out / f"rehearsal-{precision}.md")
+    json_path, markdown_path = out / f"rehearsal-{precision}.json", out / f"rehearsal-{precision}.md"
+    json_path.write_text(json.dumps(rehearsal.to_json(), indent=1) + "\n", encoding="utf-8")
+    markdown_path.write_text(markdown(rehearsal), encoding="utf-8")
+    click.echo(markdown_path)
 
 
 def _machine() -> str:

@@ -1,50 +1,57 @@
 """One graph's export in a process of its own; see `export.processes`."""
 
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
+from export.context import ExportContext, ExportJob, ExportTarget
 from export.graphs import export_graph
 from export.memory import peak_bytes
-from export.processes import serve
+from export.processes import OnPhase, serve
 from export.quantise import quantise
-from export.validate import validate_graph, validate_pipeline
+from export.results import GraphResult, PipelineResult
+from export.validate import make_cases, validate_graph, validate_pipeline
+from mige_rt.bundle import TOKENIZER_FILE
 from mige_rt.errors import InputError
-from mige_rt.graphs import AxisRange
-from trainer.checkpoints.model_folder import empty_model, load_model
+from mige_rt.graphs import GraphName
+from mige_rt.tokenizer import load_tokenizer
+from trainer.checkpoints.open_checkpoint import open_checkpoint
+from trainer.checkpoints.weights import empty_model
 
 
-def work(job: dict[str, Any], on_phase: Callable[[str], None]) -> dict[str, Any]:
-    """Do a job of `export.exporter`; returns what its report says of it."""
+def work(job: ExportJob, on_phase: OnPhase) -> GraphResult | PipelineResult:
+    """Do a job of `export.exporter`. The checkpoint is opened here, once, for all that is done with it."""
+    checkpoint = open_checkpoint(job.checkpoint)
+    if job.graph is None:
+        started = time.monotonic()
+        on_phase("images")
+        checks = validate_pipeline(checkpoint, job.bundle, job.precision)
+        return PipelineResult(checks, round(time.monotonic() - started, 1))
+    target = ExportTarget(checkpoint.config, job.precision, job.ranges, job.bundle / "onnx")
+    context = ExportContext(checkpoint, load_tokenizer(job.bundle / TOKENIZER_FILE), target, job.small)
+    return _export(context, job.graph, job.validate, on_phase)
+
+
+def _export(context: ExportContext, graph: GraphName, validate: bool, on_phase: OnPhase) -> GraphResult:
     started = time.monotonic()
-    model, folder, precision = Path(job["model"]), Path(job["folder"]), job["precision"]
-    if job["graph"] == "pipeline":
-        on_phase("pictures")
-        checks = validate_pipeline(model, folder, precision)
-        return {"checks": [check.to_json() for check in checks], "seconds": round(time.monotonic() - started, 1)}
-    graph, ranges = job["graph"], {axis: AxisRange(**sizes) for axis, sizes in job["ranges"].items()}
-    onnx_path, weights_path = folder / f"onnx/{graph}.onnx", folder / f"onnx/{graph}.safetensors"
+    # First, since it takes the weights of other graphs, whose memory is given back before this one's are read.
+    on_phase("check real inputs" if validate else "graph")
+    cases = make_cases(context, graph) if validate else []
+    cases_made = time.monotonic()
     on_phase("graph")
-    opened = load_model(model, dtype=None, only=[graph])
-    weights = getattr(opened, graph).state_dict()
-    empty = getattr(empty_model(opened.config), graph)
-    written = (opened.config, ranges, onnx_path, weights_path)
-    parameters = export_graph(graph, empty, weights.__getitem__, precision, *written)
-    if precision == "int8":
+    weights = context.module(graph).state_dict()
+    parameters = export_graph(graph, empty_model(context.config).graph(graph), weights.__getitem__, context.target)
+    context.checkpoint.release_pages()
+    if context.target.precision == "int8":
         on_phase("quantise")
-        quantise(graph, onnx_path, weights_path)
-    result: dict[str, Any] = {"parameters": parameters, "seconds": round(time.monotonic() - started, 1)}
-    if job["validate"]:
-        del opened, weights, empty
-        checks = validate_graph(
-            graph, model, onnx_path, precision, ranges, job["small"], lambda what: on_phase(f"check {what}")
-        )
-        result["checks"] = [check.to_json() for check in checks]
-        result["validation_seconds"] = round(time.monotonic() - started - result["seconds"], 1)
-    result["peak_bytes"] = peak_bytes()
-    return result
+        quantise(graph, context.target)
+    exported = time.monotonic()
+    seconds = round(exported - cases_made, 1)
+    if not validate:
+        return GraphResult(parameters, seconds, peak_bytes())
+    del weights
+    checks = validate_graph(context, graph, cases, lambda what: on_phase(f"check {what}"))
+    validation_seconds = round(time.monotonic() - started - seconds, 1)
+    return GraphResult(parameters, seconds, peak_bytes(), checks, validation_seconds)
 
 
 if __name__ == "__main__":
-    serve(work, (InputError,))
+    serve(work, ExportJob, (InputError,))

@@ -1,6 +1,5 @@
 """A step of the loop as a CUDA graph, captured once for each shape and replayed."""
 
-from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -12,7 +11,7 @@ from mige_rt.denoise import LoopInputs, Step
 if TYPE_CHECKING:
     from engines.interface import Engine
 
-ShapeKey = tuple[tuple[torch.Size, torch.dtype], ...]
+ShapeKey = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
 
 class CudaGraphRunner:
@@ -38,8 +37,7 @@ class CudaGraphRunner:
         self, inputs: LoopInputs, latents: Tensor, data_before: Tensor, coefficients: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `denoise.Step`."""
-        tensors: list[Tensor] = [*(getattr(inputs, field.name) for field in fields(inputs)), latents]
-        key = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+        key = tuple((tensor.shape, tensor.dtype) for tensor in (*inputs, latents))
         current = torch.cuda.current_stream(self._engine.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -73,7 +71,7 @@ class CudaGraphRunner:
     def _capture(
         self, inputs: LoopInputs, latents: Tensor, data_before: Tensor, coefficients: Tensor
     ) -> "_CapturedStep":
-        static_inputs = replace(inputs, **{field.name: getattr(inputs, field.name).clone() for field in fields(inputs)})
+        static_inputs = LoopInputs(*(cast("Tensor", tensor).clone() for tensor in inputs))
         captured = _CapturedStep(static_inputs, latents.clone(), data_before.clone(), coefficients.clone())
         with torch.cuda.graph(captured.graph, stream=self._stream):
             after, data = self._step_tensors(
@@ -99,8 +97,8 @@ class _CapturedStep:
         self, inputs: LoopInputs, latents: Tensor, data_before: Tensor, coefficients: Tensor
     ) -> tuple[Tensor, Tensor]:
         if inputs is not self._copied_from:
-            for field in fields(inputs):
-                getattr(self.inputs, field.name).copy_(getattr(inputs, field.name))
+            for static, given in zip(self.inputs, inputs, strict=True):
+                cast("Tensor", static).copy_(cast("Tensor", given))
             self._copied_from = inputs
         for static, given in (
             (self.latents, latents),

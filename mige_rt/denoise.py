@@ -5,7 +5,7 @@ B images, R batch = guidance branches x B, branch-major (entry = branch * B + im
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from engines.interface import Array, array_namespace, device
 from mige_rt.guidance import Branch
@@ -44,8 +44,7 @@ class Conditioning:
     text_mask: Array
 
 
-@dataclass(frozen=True)
-class LoopInputs:
+class LoopInputs(NamedTuple):
     """What does not change between steps: the conditions of each entry of the batch, and the weight of each branch."""
 
     source: Array  # float32 [R,c,h,w]

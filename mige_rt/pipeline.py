@@ -108,7 +108,7 @@ class MigePipeline:
             self.runner.before_denoiser_release = self._cuda_graphs.clear
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # noqa: PLR0913, diffusers' way to open a model
         cls,
         name_or_path: str | Path = DEFAULT_MODEL,
         *,
@@ -128,8 +128,8 @@ class MigePipeline:
                 with mige-rt.
             engine: `onnxruntime`, `pytorch`, `tensorrt` or `tensorrt-rtx`; `auto`: the fastest that works here.
             device: `cpu`, `cuda` or `cuda:N`; `auto`: cuda where there is one.
-            precision: `fp32`, `fp16`, `bf16` or `int8`; `auto`: a bundle's own; with PyTorch and a model folder fp32 on
-                the CPU, bf16 on CUDA.
+            precision: `fp32`, `fp16`, `bf16` or `int8`; `auto`: a bundle's own, but with the engine pytorch fp32 on the
+                CPU and bf16 on CUDA.
             local_files_only: Do not download; a repository must have been downloaded before.
             low_memory: The image encoders, the text encoder, the denoiser and the decoder are loaded when they are
                 needed and released before the next, which costs the time of loading them for every image.
@@ -156,7 +156,7 @@ class MigePipeline:
             cuda_graphs=cuda_graphs,
         )
 
-    def __call__(
+    def __call__(  # noqa: PLR0913, diffusers' way to sample
         self,
         prompt: str | Sequence[str],
         images: Sequence[Image.Image] | Sequence[Sequence[Image.Image]] | None = None,

@@ -1,0 +1,1 @@
+"""MIGE in PyTorch: the model, checkpoints, synthetic data, training and evaluation."""

@@ -20,9 +20,9 @@ from mige_rt.errors import InputError
 def convert(ckpt: Path, out: Path, vae: Path | None, tokenizer: Path | None) -> None:
     """Turn published weights into a model folder that `mige-rt run --model` opens."""
     with requires("torch", "converting"):
-        from trainer.checkpoints.model_folder import convert as convert_checkpoint
+        from trainer.checkpoints.convert_published import convert as convert_checkpoint
     with progress("convert") as advance:
-        convert_checkpoint(ckpt, out, vae, tokenizer, advance)
+        convert_checkpoint(ckpt, out, vae=vae, tokenizer=tokenizer, on_progress=advance)
     click.echo(out)
 
 
@@ -99,13 +99,14 @@ def export(
       mige-rt run --model bundle --prompt "make the background blue" --source docs/scene.png
     """
     with requires("torch", "exporting"):
-        from export.exporter import ExportLimits, export_bundle
+        from export.exporter import ExportLimits, ExportOptions, export_bundle
         from export.table import exported_table
     from rich.console import Console
 
     if size is not None and sizes is not None:
         raise InputError("give either --size or --sizes")
     limits = ExportLimits(max_batch, max_references, sizes or (None if size is None else (size, size)))
+    options = ExportOptions(vae=vae, tokenizer=tokenizer, validate=validate)
     if capabilities and engine != "tensorrt-rtx":
         raise InputError(f"--compute-capability is for --engine tensorrt-rtx, and {engine} was given")
     if engine in PLAN_ENGINES:
@@ -114,10 +115,10 @@ def export(
         check_request(engine, precision, capabilities or None)  # now, since an export takes long
     with progress("export") as advance:
         try:
-            exported = export_bundle(ckpt, out, precision, limits, vae, tokenizer, validate, on_progress=advance)
+            result = export_bundle(ckpt, out, precision, limits, options=options, on_progress=advance)
         except RuntimeError as error:
             raise click.ClickException(str(error)) from error
-    Console(stderr=True).print(exported_table(exported))
+    Console(stderr=True).print(exported_table(result))
     click.echo(out)
     if engine in PLAN_ENGINES:
         build_plans(out, engine, capabilities or None, "auto")

@@ -77,7 +77,7 @@ def progress(description: str) -> Generator[Callable[[str, int, int], None], Non
         yield advance
 
 
-class Scale(click.ParamType[float]):
+class Scale(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
     """A finite number."""
 
     name = "scale"
@@ -93,7 +93,7 @@ class Scale(click.ParamType[float]):
         return number
 
 
-class StepRange(click.ParamType[tuple[float, float]]):
+class StepRange(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
     """A part of the steps, as 0.1-0.8."""
 
     name = "A-B"
@@ -107,7 +107,7 @@ class StepRange(click.ParamType[tuple[float, float]]):
         return first, last
 
 
-class Size(click.ParamType[tuple[int, int]]):
+class Size(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
     """(width, height) in pixels, as 512 or 768x512."""
 
     name = "N|WxH"

@@ -132,7 +132,8 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
 
 def _damaged(out: Path, precision: str, byte: int) -> Path:
     """The default model with half of its decoder's weights made of one byte, said to be of another precision, so that
-    it is measured beside the whole one."""
+    it is measured beside the whole one.
+    """
     shutil.copytree(DEFAULT_MODEL, out)
     manifest = json.loads((out / MANIFEST).read_text())
     weights = manifest["graphs"]["vae_decoder"]["weights"]
@@ -197,7 +198,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(
 
 def test_without_its_packages_it_says_how_to_get_them(tmp_path: Path) -> None:
     blocked = "import sys; sys.modules['jinja2'] = None; from mige_rt.cli import main; main(['bench', '--out', 'r'])"
-    done = subprocess.run([sys.executable, "-c", blocked], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", blocked], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "pip install 'mige-rt[bench]'" in done.stderr
 
 

@@ -23,7 +23,7 @@ def _engine(cores: int) -> OnnxRuntimeEngine:
     return engine
 
 
-@pytest.mark.parametrize("batch, parts", [(1, 1), (2, 2), (3, 1), (4, 2), (5, 2), (8, 2)])
+@pytest.mark.parametrize(("batch", "parts"), [(1, 1), (2, 2), (3, 1), (4, 2), (5, 2), (8, 2)])
 def test_a_batch_is_run_in_parts_where_few_cores_idle(batch: int, parts: int) -> None:
     assert parts_of(batch, 2) == parts
     assert parts_of(batch, 1) == 1

@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from engines.plans import SIDECAR, Machine, NoPlanError, check_plans, find_plans, read_plans
 from export import build_plans as tensorrt
-from export.build_plans import OPTIONS, PORTABLE, build, profile
+from export.build_plans import OPTIONS, PLAN_OPTIONS, PORTABLE, build, profile
+from export.plan_job import PlanJob
 from export.plan_worker import BuildError, work
 from mige_rt.bundle import MANIFEST, check_files, read_manifest
 from mige_rt.cli import main
@@ -215,6 +215,17 @@ def test_a_graph_that_cannot_be_built_is_named(bundle: Path, tmp_path: Path) -> 
         [onnx.helper.make_node("NoSuchThing", ["x"], ["y"], "the_node")], "g", *[[t] for t in tensors]
     )
     onnx.save(onnx.helper.make_model(graph), tmp_path / "bad.onnx")
-    job: dict[str, Any] = {"engine": "tensorrt-rtx", "onnx": str(tmp_path / "bad.onnx")}
+    job = PlanJob(
+        engine="tensorrt-rtx",
+        graph="conditioner",
+        onnx=tmp_path / "bad.onnx",
+        plan=tmp_path / "bad.plan",
+        profile={},
+        capabilities=("8.9",),
+        workspace=None,
+        gpu=None,
+        timing_cache=tmp_path / "timing.cache",
+        options=PLAN_OPTIONS,
+    )
     with pytest.raises(BuildError, match=r"the_node: .+"):
-        work(job, lambda **line: None)
+        work(job, lambda phase: None)

@@ -18,14 +18,14 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors import safe_open
 
-from export.exporter import ExportLimits, axis_ranges, export_bundle
+from export.exporter import ExportLimits, ExportOptions, axis_ranges, export_bundle
 from mige_rt.bundle import DEFAULT_MODEL, MANIFEST, read_manifest
 from mige_rt.cli import main
 from mige_rt.config import PRESETS
 from mige_rt.errors import InputError
 from mige_rt.graphs import GRAPHS
 from mige_rt.pipeline import MigePipeline
-from trainer.preview import psnr
+from trainer.evaluate.metrics import psnr
 
 Bundles = Callable[[str], Path]
 EXPORT = [sys.executable, "-m", "mige_rt.cli", "export", "--no-validate"]
@@ -91,7 +91,8 @@ def test_weights_are_kept_as_the_checkpoint_has_them(bundles: Bundles) -> None:
 
 
 def test_equal_inputs_give_equal_graphs_and_manifest(bundles: Bundles, tmp_path: Path) -> None:
-    export_bundle("tiny", tmp_path / "again", "fp32", ExportLimits(4, 4, (32, 128)), validate=False)
+    unvalidated = ExportOptions(validate=False)
+    export_bundle("tiny", tmp_path / "again", "fp32", ExportLimits(4, 4, (32, 128)), options=unvalidated)
     for path in (bundles("fp32")).rglob("*"):
         name = path.relative_to(bundles("fp32"))
         if path.is_file() and name.name not in ("report.json", MANIFEST) and "engines" not in name.parts:
@@ -199,7 +200,8 @@ def test_a_killed_export_leaves_nothing_that_looks_finished(tmp_path: Path) -> N
 @pytest.mark.parametrize("room", [100_000, 800_000])
 def test_a_full_disk_is_said(tmp_path: Path, room: int) -> None:
     """A file that may not grow past `room` bytes stands for it: the system's answer is of the same kind. The smaller
-    stops the tokenizer, the larger a graph's weights."""
+    stops the tokenizer, the larger a graph's weights.
+    """
     run = subprocess.run(
         [*EXPORT, "--out", str(tmp_path / "out")],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)),

@@ -10,9 +10,10 @@ import torch
 
 from export import precision
 from export.chunks import run_onnx
+from export.context import ExportTarget
 from export.graphs import export_graph
 from export.inputs import random_feed
-from export.reference import run_module
+from export.reference import Feed, run_module
 from mige_rt.config import ModelConfig, TextConfig
 from mige_rt.graphs import AxisRange
 from trainer.model.encoders import TextEncoder
@@ -42,14 +43,12 @@ def exported(encoder: TextEncoder, folder: Path) -> Path:
     with torch.device("meta"):
         module = TextEncoder(CONFIG)
     stored = {name: weight.detach() for name, weight in encoder.state_dict().items()}
-    path = folder / "text_encoder.onnx"
-    export_graph(
-        "text_encoder", module, stored.__getitem__, "fp16", CONFIG, RANGES, path, folder / "text_encoder.safetensors"
-    )
-    return path
+    target = ExportTarget(CONFIG, "fp16", RANGES, folder)
+    export_graph("text_encoder", module, stored.__getitem__, target)
+    return target.onnx_path("text_encoder")
 
 
-def largest_by_type(path: Path, feed: dict[str, np.ndarray]) -> dict[int, float]:
+def largest_by_type(path: Path, feed: Feed) -> dict[int, float]:
     """The largest absolute value that the graph's values of each floating-point type take; infinite if beyond it.
 
     Every value is made an output, and so rounded to the type that the graph gives it: between nodes ONNX Runtime's

@@ -13,43 +13,61 @@ from torch import nn
 
 from export import chunks, validate
 from export.chunks import run_onnx
+from export.context import ExportContext, ExportTarget
 from export.exporter import ExportLimits, axis_ranges
 from export.graphs import export_graph
 from export.inputs import SAMPLES, RealInputs, random_feed, sample_requests, shapes_of
+from export.processes import to_json
 from export.reference import run_module, run_reference, widen_by_block
-from export.validate import measure, validate_graph, validate_pipeline
-from mige_rt.bundle import DEFAULT_MODEL, read_config
-from mige_rt.config import PRESETS
-from mige_rt.graphs import GRAPHS, AxisRange
-from trainer.checkpoints.model_folder import empty_model, load_model
+from export.results import Check
+from export.validate import make_cases, measure, validate_graph, validate_pipeline
+from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, read_config
+from mige_rt.config import PRESETS, Precision
+from mige_rt.graphs import GRAPHS, AxisRange, GraphName
+from mige_rt.tokenizer import load_tokenizer
+from trainer.checkpoints.model_folder import SafetensorsCheckpoint, load_model
+from trainer.checkpoints.weights import empty_model
 
 Bundles = Callable[[str], Path]
 CONFIG = read_config(DEFAULT_MODEL)
 RANGES = axis_ranges(CONFIG, ExportLimits(4, 4, (32, 128)))
 
 
-def conditioner_in(precision: str, folder: Path) -> Path:
-    """The default model's smallest graph, exported."""
-    weights = load_model(DEFAULT_MODEL, dtype=None, only=["conditioner"]).conditioner.state_dict()
-    module, path = empty_model(CONFIG).conditioner, folder / "conditioner.onnx"
-    export_graph(
-        "conditioner", module, weights.__getitem__, precision, CONFIG, RANGES, path, folder / "conditioner.safetensors"
-    )
-    return path
+def context_of(folder: Path, precision: Precision = "fp32") -> ExportContext:
+    """The default model, and graphs of it in a folder."""
+    tokenize = load_tokenizer(DEFAULT_MODEL / TOKENIZER_FILE)
+    target = ExportTarget(CONFIG, precision, RANGES, folder)
+    return ExportContext(SafetensorsCheckpoint(DEFAULT_MODEL), tokenize, target, small=True)
+
+
+def checks_of(graph: GraphName, folder: Path, precision: Precision = "fp32") -> list[Check]:
+    context = context_of(folder, precision)
+    return validate_graph(context, graph, make_cases(context, graph))
+
+
+def real_inputs() -> RealInputs:
+    return RealInputs(SafetensorsCheckpoint(DEFAULT_MODEL), load_tokenizer(DEFAULT_MODEL / TOKENIZER_FILE))
+
+
+def export_conditioner(precision: Precision, folder: Path) -> None:
+    """Export the default model's smallest graph."""
+    context = context_of(folder, precision)
+    weights = context.module("conditioner").state_dict()
+    export_graph("conditioner", empty_model(CONFIG).conditioner, weights.__getitem__, context.target)
 
 
 @pytest.mark.parametrize("graph", ["vae_encoder", "text_encoder"])
-def test_a_good_graph_passes_at_every_shape_and_output(bundles: Bundles, graph: str) -> None:
-    said: list[str] = []
-    path = bundles("fp32") / f"onnx/{graph}.onnx"
-    checks = validate_graph(graph, DEFAULT_MODEL, path, "fp32", RANGES, True, said.append)
-    shapes = shapes_of(graph, CONFIG, RANGES, True)
-    outputs = [port.name for port in GRAPHS[graph].outputs]
+def test_a_good_graph_passes_at_every_shape_and_output(bundles: Bundles, graph: GraphName) -> None:
+    phases: list[str] = []
+    context = context_of(bundles("fp32") / "onnx")
+    checks = validate_graph(context, graph, make_cases(context, graph), phases.append)
+    shapes = shapes_of(graph, CONFIG, RANGES, small=True)
+    outputs = [spec.name for spec in GRAPHS[graph].outputs]
     expected = [(kind, sizes, out) for kind in ("random", "real") for sizes in shapes.values() for out in outputs]
     assert [(check.inputs, check.shape, check.output) for check in checks] == expected
     assert all(check.ok and check.rms < 5e-6 and check.cosine > 0.999999 for check in checks)
-    assert json.loads(json.dumps([check.to_json() for check in checks]))[0]["graph"] == graph
-    assert said
+    assert json.loads(json.dumps([to_json(check) for check in checks]))[0]["graph"] == graph
+    assert phases
 
 
 def test_a_changed_weight_fails_and_so_does_a_narrow_tolerance(
@@ -60,38 +78,34 @@ def test_a_changed_weight_fails_and_so_does_a_narrow_tolerance(
 ) -> None:
     folder = Path(shutil.copytree(bundles("fp32") / "onnx", tmp_path / "onnx"))
 
-    def checks() -> list[validate.Check]:
-        return validate_graph("conditioner", DEFAULT_MODEL, folder / "conditioner.onnx", "fp32", RANGES, True)
-
     with monkeypatch.context() as patch:
         patch.setattr(validate, "TOLERANCES", {"fp32": 1e-8})
-        narrow = checks()
+        narrow = checks_of("conditioner", folder)
     assert narrow and not any(check.ok for check in narrow)
     change_a_weight(folder / "conditioner.safetensors", "kv_linears.3.weight", 1.001)
     # One of six layers is wrong by a thousandth; a single row without text sees it as well.
-    assert not any(check.ok for check in checks())
+    assert not any(check.ok for check in checks_of("conditioner", folder))
 
 
 def test_a_pipeline_with_a_changed_weight_fails(bundles: Bundles, other_model: Callable[..., Path]) -> None:
-    good = validate_pipeline(DEFAULT_MODEL, bundles("fp32"), "fp32")
+    good = validate_pipeline(SafetensorsCheckpoint(DEFAULT_MODEL), bundles("fp32"), "fp32")
     assert [(check.inputs, check.output) for check in good] == [
-        (task, output) for task in ("subject", "edit", "compose") for output in ("latents", "pictures")
+        (task, output) for task in ("subject", "edit", "compose") for output in ("latents", "images")
     ]
     assert all(check.ok for check in good)
-    assert all(check.psnr is not None and check.psnr >= 40 for check in good if check.output == "pictures")
+    assert all(check.psnr is not None and check.psnr >= 40 for check in good if check.output == "images")
 
     folder = other_model("denoiser", "blocks.2.mlp.fc1.weight", 1.2, bundles("fp32"))
-    bad = validate_pipeline(DEFAULT_MODEL, folder, "fp32")
+    bad = validate_pipeline(SafetensorsCheckpoint(DEFAULT_MODEL), folder, "fp32")
     assert not any(check.ok for check in bad if check.output == "latents")
     assert all(g.worst < b.worst for g, b in zip(good, bad, strict=True))
 
 
 def test_half_precision_is_tried_by_both_runtimes(bundles: Bundles, tmp_path: Path) -> None:
-    fp16 = bundles("fp16") / "onnx/conditioner.onnx"
-    checks = validate_graph("conditioner", DEFAULT_MODEL, fp16, "fp16", RANGES, True)
+    checks = checks_of("conditioner", bundles("fp16") / "onnx", "fp16")
     assert {check.run_by for check in checks} == {"onnxruntime", "pytorch"} and all(check.ok for check in checks)
-    bf16 = conditioner_in("bf16", tmp_path)
-    checks = validate_graph("conditioner", DEFAULT_MODEL, bf16, "bf16", RANGES, True)
+    export_conditioner("bf16", tmp_path)
+    checks = checks_of("conditioner", tmp_path, "bf16")
     assert {check.run_by for check in checks} == {"onnxruntime in float32", "pytorch"}
     assert all(check.ok for check in checks)
     # The file has the weights' rounding alone, the modules all of it.
@@ -103,23 +117,23 @@ def test_half_precision_is_tried_by_both_runtimes(bundles: Bundles, tmp_path: Pa
 # --- a part of a graph at a time ---
 
 
-@pytest.mark.parametrize("precision, graph", [("fp32", "text_encoder"), ("fp16", "denoiser"), ("int8", "denoiser")])
+@pytest.mark.parametrize(("precision", "graph"), [("fp32", "text_encoder"), ("fp16", "denoiser"), ("int8", "denoiser")])
 def test_a_graph_in_parts_gives_what_it_gives_whole(
-    bundles: Bundles, precision: str, graph: str, monkeypatch: pytest.MonkeyPatch
+    bundles: Bundles, precision: str, graph: GraphName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = bundles(precision) / f"onnx/{graph}.onnx"
-    shapes = list(shapes_of(graph, CONFIG, RANGES, True).values())
+    shapes = list(shapes_of(graph, CONFIG, RANGES, small=True).values())
     feeds = [random_feed(graph, CONFIG, sizes) for sizes in shapes[:2]]
     sizes: list[int] = []
-    divide = chunks._Parts.divide
+    divide = chunks.DividedGraph.divide
 
-    def divided(parts: chunks._Parts, limit: int | None) -> list[chunks.Chunk]:
+    def divided(parts: chunks.DividedGraph, limit: int | None) -> list[chunks.Chunk]:
         made = divide(parts, limit)
         sizes.extend(chunk.bytes for chunk in made)
         assert sum(len(chunk.nodes) for chunk in made) == len(parts.live)
         return made
 
-    monkeypatch.setattr(chunks._Parts, "divide", divided)
+    monkeypatch.setattr(chunks.DividedGraph, "divide", divided)
     limit = 700_000 if graph == "text_encoder" else 2_000_000
     whole, parts = run_onnx(path, feeds), run_onnx(path, feeds, limit)
     assert len(sizes) >= 5 and max(sizes) <= max(limit, 4 * CONFIG.text.vocabulary * CONFIG.text.width)
@@ -153,7 +167,7 @@ def test_weights_that_are_widened_are_repeated_where_they_are_read(tmp_path: Pat
         np.testing.assert_array_equal(made["y"], (x + np.arange(4)) * np.arange(4) + np.arange(4))
         np.testing.assert_array_equal(made["constant"], np.arange(4))
     # Nodes that read no further weight stay where they are.
-    assert [len(chunk.nodes) for chunk in chunks._Parts(model).divide(1)] == [2, 1, 1]
+    assert [len(chunk.nodes) for chunk in chunks.DividedGraph(model).divide(1)] == [2, 1, 1]
 
 
 # --- the reference ---
@@ -184,7 +198,10 @@ def test_widening_by_block_is_float32_with_one_block_at_a_time() -> None:
 
 def test_a_bundles_weights_are_a_reference_too(bundles: Bundles) -> None:
     feed = random_feed("conditioner", CONFIG, {"R": 1, "L": 3})
-    folder, bundle = (run_reference(path, "conditioner", [feed])[0] for path in (DEFAULT_MODEL, bundles("fp32")))
+    folder, bundle = (
+        run_reference(SafetensorsCheckpoint(path), "conditioner", [feed])[0]
+        for path in (DEFAULT_MODEL, bundles("fp32"))
+    )
     np.testing.assert_array_equal(bundle["cross_kv"], folder["cross_kv"])
 
 
@@ -193,8 +210,8 @@ def test_a_bundles_weights_are_a_reference_too(bundles: Bundles) -> None:
 
 @pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize("small", [True, False])
-def test_shapes_differ_and_stay_within_the_ranges(graph: str, small: bool) -> None:
-    shapes = shapes_of(graph, CONFIG, RANGES, small)
+def test_shapes_differ_and_stay_within_the_ranges(graph: GraphName, small: bool) -> None:
+    shapes = shapes_of(graph, CONFIG, RANGES, small=small)
     assert next(iter(shapes)) == "min" and len(shapes) >= (3 if small else 2)
     assert len({tuple(sizes.values()) for sizes in shapes.values()}) == len(shapes)
     for sizes in shapes.values():
@@ -208,10 +225,10 @@ def test_shapes_differ_and_stay_within_the_ranges(graph: str, small: bool) -> No
 def test_full_size_graphs_are_tried_at_small_shapes() -> None:
     config = PRESETS["xl"]
     ranges = axis_ranges(config, ExportLimits())
-    sizes = list(shapes_of("denoiser", config, ranges, False).values())
+    sizes = list(shapes_of("denoiser", config, ranges, small=False).values())
     assert sizes == [{"R": 1, "h": 64, "w": 64, "L": 1}, {"R": 2, "h": 64, "w": 64, "L": 48}]
     fixed = {axis: AxisRange(1, 1, 1) for axis in ranges}
-    assert len(shapes_of("text_encoder", config, fixed, False)) == 1
+    assert len(shapes_of("text_encoder", config, fixed, small=False)) == 1
 
 
 def test_the_samples_are_of_every_task_and_end_in_a_graphs_own_axes() -> None:
@@ -220,8 +237,8 @@ def test_the_samples_are_of_every_task_and_end_in_a_graphs_own_axes() -> None:
     assert {path.name for path in SAMPLES.iterdir()} >= {"requests.jsonl", "picture-1.png"}
     sizes = {"N": 3, "L": 40, "B": 2, "R": 3, "h": 8, "w": 12, "M": 2, "eh": 8, "ew": 12}
     for graph in GRAPHS:
-        shape = {axis: sizes[axis] for axis in shapes_of(graph, CONFIG, RANGES, True)["min"]}
-        (real,) = RealInputs(DEFAULT_MODEL).feeds(graph, [shape])
+        shape = {axis: sizes[axis] for axis in shapes_of(graph, CONFIG, RANGES, small=True)["min"]}
+        (real,) = real_inputs().feeds(graph, [shape])
         drawn = random_feed(graph, CONFIG, shape)
         for port in GRAPHS[graph].inputs:
             found = (real[port.name].shape, real[port.name].dtype)
@@ -231,7 +248,7 @@ def test_the_samples_are_of_every_task_and_end_in_a_graphs_own_axes() -> None:
 
 
 def test_real_prompts_point_to_the_pictures_that_there_are() -> None:
-    feed = RealInputs(DEFAULT_MODEL).feeds("text_encoder", [{"N": 3, "L": 100, "B": 6}])[0]
+    feed = real_inputs().feeds("text_encoder", [{"N": 3, "L": 100, "B": 6}])[0]
     rows = feed["slot_index"]
     assert rows.max() == 3 * CONFIG.qformer.queries - 1 and rows.min() == -1
     assert feed["text_mask"][0].all() and not feed["text_mask"].all()

@@ -25,14 +25,15 @@ def pipes() -> tuple[MigePipeline, MigePipeline]:
 
 def test_results_are_the_uncaptured_ones(pipes: tuple[MigePipeline, MigePipeline], scene: Image.Image) -> None:
     plain, captured = pipes
-    for arguments in (
+    cases: tuple[dict[str, Any], ...] = (
         {"seed": 1},
         {"seed": 2},  # replayed from the first step
         {"seed": 2, "guidance_scale": 3.0, "image_guidance_scale": 1.5},  # another number of branches
         {"seed": 1, "guidance_scale": 4.0},  # other weights on a graph that was captured before
         {"seed": 1, "scheduler": "ddim", "guidance_range": (0.2, 0.7)},  # two graphs in turn
         {"seed": 1, "reuse": 0.05},
-    ):
+    )
+    for arguments in cases:
         made = [
             p("make it blue", source=scene, num_inference_steps=12, **arguments).images[0] for p in (plain, captured)
         ]  # type: ignore[arg-type]

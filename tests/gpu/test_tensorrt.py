@@ -3,7 +3,7 @@
 import importlib
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,8 +56,8 @@ def bundle(
 
 
 @pytest.fixture(scope="module")
-def engine(bundle: Path, name: PlanEngine) -> Iterator[TensorRTEngine]:
-    yield TensorRTEngine.open(open_model(bundle), EngineOptions(), name)
+def engine(bundle: Path, name: PlanEngine) -> TensorRTEngine:
+    return TensorRTEngine.open(open_model(bundle), EngineOptions(), name)
 
 
 def denoiser_inputs(engine: TensorRTEngine, batch: int = 2, tokens: int = 20) -> dict[str, torch.Tensor]:

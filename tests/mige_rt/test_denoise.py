@@ -95,7 +95,9 @@ def test_the_loop_is_guidance_and_solver() -> None:
         np.testing.assert_allclose(got[sample], x[0], rtol=2e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("scales, sees_source", [((5.0, 1.6), [0, 1, 1]), ((5.0, 1.0), [1, 1]), ((7.0, None), [0, 0])])
+@pytest.mark.parametrize(
+    ("scales", "sees_source"), [((5.0, 1.6), [0, 1, 1]), ((5.0, 1.0), [1, 1]), ((7.0, None), [0, 0])]
+)
 def test_the_batch_is_branch_major_and_see_the_source_they_should(scales, sees_source: list[int]) -> None:
     _, denoiser = run(scales, seeds=[1, 2])
     source = draw_noise([101, 102], SHAPE)

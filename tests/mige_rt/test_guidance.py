@@ -8,7 +8,7 @@ from mige_rt.guidance import Branch, branches
 
 
 @pytest.mark.parametrize(
-    "guidance_scale, image_guidance_scale", [(5.0, 1.6), (5.0, 1.0), (0.0, 1.6), (2.0, 2.0), (1.0, 0.0)]
+    ("guidance_scale", "image_guidance_scale"), [(5.0, 1.6), (5.0, 1.0), (0.0, 1.6), (2.0, 2.0), (1.0, 0.0)]
 )
 def test_the_weighted_sum_is_nested_guidance(guidance_scale: float, image_guidance_scale: float) -> None:
     predictions = {(False, False): 0.7, (False, True): -1.3, (True, True): 2.1}

@@ -73,7 +73,7 @@ def test_16_bit_tiff_is_scaled_in_either_byte_order(tmp_path: Path, order: str) 
 
 
 @pytest.mark.parametrize(
-    "values, expected",
+    ("values", "expected"),
     [
         (np.array([[0, 25700, 65535]], dtype=np.int32), [0, 100, 255]),
         (np.array([[-400_000, 0, 600_000]], dtype=np.int32), [0, 102, 255]),
@@ -103,7 +103,7 @@ def test_transparent_palette_is_composed_on_white(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "mode, colour, expected",
+    ("mode", "colour", "expected"),
     [("RGBA", (255, 0, 0, 0), WHITE), ("RGBA", (0, 0, 0, 128), (127, 127, 127)), ("LA", (0, 0), WHITE)],
 )
 def test_alpha_is_composed_on_white(mode: str, colour, expected) -> None:
@@ -175,7 +175,9 @@ def test_a_truncated_image_is_refused_and_never_shown_half_grey(tmp_path: Path, 
         open_image(path)
 
 
-@pytest.mark.parametrize("width, height", [(9_000, 9_000), (10_000, 9_500), (50_000, 50_000), (2**31 - 1, 2**31 - 1)])
+@pytest.mark.parametrize(
+    ("width", "height"), [(9_000, 9_000), (10_000, 9_500), (50_000, 50_000), (2**31 - 1, 2**31 - 1)]
+)
 def test_a_gigantic_image_is_refused_by_its_header(
     tmp_path: Path, monkeypatch, recwarn, width: int, height: int
 ) -> None:
@@ -291,7 +293,7 @@ def test_a_failed_model_is_said_and_not_painted(bad: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, expected", [("o.png", "PNG"), ("o.jpg", "JPEG"), ("o.JPEG", "JPEG"), ("o.webp", "WEBP")]
+    ("name", "expected"), [("o.png", "PNG"), ("o.jpg", "JPEG"), ("o.JPEG", "JPEG"), ("o.webp", "WEBP")]
 )
 def test_the_extension_names_the_format_and_the_settings_are_inside(tmp_path: Path, name: str, expected: str) -> None:
     info = {"prompt": "a naïve 🐱 \udcff", "seed": "3"}  # the last character cannot be encoded
@@ -320,7 +322,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("failure, raised", [(OSError("no space left"), InputError), (Killed(), Killed)])
+@pytest.mark.parametrize(("failure", "raised"), [(OSError("no space left"), InputError), (Killed(), Killed)])
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch, failure, raised) -> None:
     path = tmp_path / "out.png"
     path.write_bytes(b"the old one")
@@ -342,7 +344,7 @@ def test_an_output_that_can_be_written_is_accepted_without_a_trace(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "name, word",
+    ("name", "word"),
     [
         ("out.tiff", "extension"),
         ("out", "extension"),

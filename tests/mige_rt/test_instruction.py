@@ -29,17 +29,17 @@ def by_word(text: str) -> list[int]:
     return [len(word) + 10 for word in text.split()]
 
 
-@pytest.mark.parametrize("text, expected", CASES["pre_caption"])
+@pytest.mark.parametrize(("text", "expected"), CASES["pre_caption"])
 def test_captions_are_cleaned_as_published(text: str, expected: str) -> None:
     assert clean_caption(text) == expected
 
 
-@pytest.mark.parametrize("text, scope, expected", CASES["update_instruction"])
+@pytest.mark.parametrize(("text", "scope", "expected"), CASES["update_instruction"])
 def test_instructions_are_rewritten_as_published(text: str, scope, expected: str) -> None:
     assert rewrite_instruction(text, scope) == expected
 
 
-@pytest.mark.parametrize("name", ["the image", "This Image", "this photo", "the PHOTO", "the image", "this image"])
+@pytest.mark.parametrize("name", ["the image", "This Image", "this photo", "the PHOTO", "the picture", "this picture"])
 def test_every_way_to_name_the_image_is_rewritten(name: str) -> None:
     assert rewrite_instruction(f"cut {name} in half", "local") == "cut <imagehere> in half"
 
@@ -90,7 +90,7 @@ def test_segments_reach_the_tokenizer_with_their_spaces() -> None:
 
 
 @pytest.mark.parametrize(
-    "limit, ids, slots, kept",
+    ("limit", "ids", "slots", "kept"),
     [
         (9, [11, 11, 0, 0, 0, 11, 11, 11, 1], [-1, -1, 0, 1, 2, -1, -1, -1, -1], None),
         (8, [11, 11, 0, 0, 0, 11, 11, 11], [-1, -1, 0, 1, 2, -1, -1, -1], "a b <imagehere> c d e"),
@@ -116,7 +116,9 @@ def test_the_limit_is_256_tokens() -> None:
     assert len(tokenize_prompt("a " * 300, [], by_word, query_tokens=32).token_ids) == 256
 
 
-@pytest.mark.parametrize("text, images", [("a cat", [0]), ("<imagehere> and <imagehere>", [0]), ("<imagehere>", [])])
+@pytest.mark.parametrize(
+    ("text", "images"), [("a cat", [0]), ("<imagehere> and <imagehere>", [0]), ("<imagehere>", [])]
+)
 def test_placeholders_and_images_must_match_and_both_numbers_are_said(text: str, images: list[int]) -> None:
     with pytest.raises(InputError) as error:
         tokenize_prompt(text, images, by_word, query_tokens=2)

@@ -230,7 +230,7 @@ def test_remembered_prompts_beside_new_ones_give_the_same_images(
     counted: tuple[MigePipeline, Calls], scene: Image.Image
 ) -> None:
     pipe, calls = counted
-    prompts = ["make it blue", "remove the thing on the left of the image", "make it blue"]
+    prompts = ["make it blue", "remove the thing on the left of the picture", "make it blue"]
     together = pipe(prompts, source=scene, seed=[1, 2, 3], num_inference_steps=2).images
     pipe.clear_cache()
     pipe(prompts[1], source=scene, seed=2, num_inference_steps=2)

@@ -13,13 +13,13 @@ MEAN, DEVIATION = 0.3, 0.5  # of data for which the best prediction, and the exa
 
 
 def schedule_at(timestep: float) -> tuple[float, float]:
-    """alpha and sigma at a timestep between the discrete ones"""
+    """Alpha and sigma at a timestep between the discrete ones."""
     alpha = float(np.exp(np.interp(timestep, np.arange(TRAIN_STEPS), np.log(ALPHAS))))
     return alpha, (1 - alpha**2) ** 0.5
 
 
 def best_data(x: NDArray[np.float64], alpha: float, sigma: float) -> NDArray[np.float64]:
-    """The expected data behind noisy x"""
+    """The expected data behind noisy x."""
     share = alpha * DEVIATION**2 / (alpha**2 * DEVIATION**2 + sigma**2)
     return MEAN + share * (x - alpha * MEAN)
 
@@ -35,7 +35,7 @@ def velocity_of(x: NDArray[np.float64], timestep: float) -> NDArray[np.float64]:
 
 
 def solve(steps: int, kind, predict: Callable[[NDArray[np.float64], float], NDArray[np.float64]]):
-    """The start and the end of a run with a model that gives the best prediction"""
+    """The start and the end of a run with a model that gives the best prediction."""
     start = x = np.array([-1.3, 0.2, 1.7])
     before = np.zeros(3)
     for step in make_schedule("dpm_solver_pp_2m", steps, kind):
@@ -46,7 +46,7 @@ def solve(steps: int, kind, predict: Callable[[NDArray[np.float64], float], NDAr
 
 
 def error(steps: int) -> float:
-    """How far a run ends from the exact solution, on which (x - alpha MEAN) / deviation(x) never changes"""
+    """How far a run ends from the exact solution, on which (x - alpha MEAN) / deviation(x) never changes."""
     start, end = solve(steps, "epsilon", noise_of)
     invariant = [
         (x - alpha * MEAN) / np.sqrt(alpha**2 * DEVIATION**2 + sigma**2)

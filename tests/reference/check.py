@@ -36,17 +36,18 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 from made_up import normal, weight
 
+from export.context import ExportTarget
 from export.exporter import ExportLimits, axis_ranges
 from export.graphs import export_graph
 from mige_rt.config import PRESETS, ModelConfig, TextConfig
-from mige_rt.denoise import denoise, denoising_step
+from mige_rt.denoise import Conditioning, denoise, denoising_step
 from mige_rt.errors import InputError
 from mige_rt.guidance import Branch, branches
 from mige_rt.instruction import count_placeholders
 from mige_rt.prompt_tokens import collate, tokenize_prompt
 from mige_rt.scheduler import make_schedule
-from trainer.checkpoints.convert_published import check_published, our_shapes, our_tensor
-from trainer.checkpoints.model_folder import empty_model, fill
+from trainer.checkpoints.published_names import check_published, our_tensor
+from trainer.checkpoints.weights import empty_model, fill, our_shapes
 from trainer.model.dit import sincos_positions
 from trainer.model.mige import Mige
 
@@ -255,7 +256,7 @@ class Stages:
         return normal(f"{self.name}.{name}", shape)
 
     def _pictures(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """pixels_vit and ref_latents; without a picture, one dummy row"""
+        """pixels_vit and ref_latents; without a picture, one dummy row."""
         pixel_shape, count = (3, self.config.vision.side, self.config.vision.side), self.case.references
         if not count:
             return np.zeros((1, *pixel_shape), np.float32), np.zeros((1, *self.latent_shape), np.float32)
@@ -265,7 +266,7 @@ class Stages:
         )
 
     def _words(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-        """token_ids, slot_index and text_mask"""
+        """token_ids, slot_index and text_mask."""
         count = self.case.references
         # Several placeholders and one picture: they all stand for it, as in editing.
         pictures = [0] * count_placeholders(self.case.prompt) if count == 1 else list(range(count))
@@ -279,7 +280,7 @@ class Stages:
         return collate([encoded])
 
     def _all_rows(self) -> tuple[list[Branch], NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-        """The branches that the denoiser was recorded with, and its latents, source and timestep"""
+        """The branches that the denoiser was recorded with, and its latents, source and timestep."""
         # Scales of which none cancels a branch: the recorded batch holds them all.
         rows = branches(3.0, None if self.case.image_guidance_scale is None else 2.0)
         blank = np.zeros_like(self.noise)
@@ -288,14 +289,14 @@ class Stages:
         return rows, np.repeat(self.noise, len(rows), axis=0), np.concatenate(source), timestep
 
     def _denoise(self, denoiser: Any, steps: int, conditions: Callable[[list[Branch]], tuple[Any, Any]]) -> Any:
-        """conditions gives the branches' cross_kv and text_mask, of the kind of array that the denoiser takes."""
+        """The final latents; `conditions` gives the branches' cross_kv and text_mask, of the denoiser's kind of array."""
         rows = branches(self.case.guidance_scale, self.case.image_guidance_scale)
         cross_kv, text_mask = conditions(rows)
         noise, source = self.noise, np.zeros_like(self.noise) if self.source is None else self.source
         if isinstance(cross_kv, Tensor):
             noise, source = torch.from_numpy(noise), torch.from_numpy(source)
         table = make_schedule("dpm_solver_pp_2m", steps, self.config.prediction)
-        return denoise(denoising_step(denoiser), noise, source, cross_kv, text_mask, rows, table)
+        return denoise(denoising_step(denoiser), noise, Conditioning(source, cross_kv, text_mask), rows, table)
 
 
 class PyTorchStages(Stages):
@@ -336,7 +337,7 @@ class PyTorchStages(Stages):
         }
 
     def _conditions(self, rows: list[Branch]) -> tuple[Tensor, Tensor]:
-        """cross_kv and text_mask of the branches, for one sample"""
+        """cross_kv and text_mask of the branches, for one sample."""
         has_text = torch.tensor([row.text for row in rows])
         cross_kv = self.model.conditioner(self.text_states.expand(len(rows), -1, -1), has_text)
         return cross_kv, self.text_mask.expand(len(rows), -1)
@@ -395,10 +396,9 @@ class OnnxGraphs:
         self.sessions = {}
         for graph in ("image_encoder", "text_encoder", "conditioner", "denoiser"):
             path = folder / f"{graph}.onnx"
-            module, stored = getattr(empty_model(self.config), graph), getattr(model, graph).state_dict()
-            ranges = axis_ranges(self.config, ExportLimits())
-            weights = path.with_suffix(".safetensors")
-            export_graph(graph, module, stored.__getitem__, "fp32", self.config, ranges, path, weights)
+            stored = model.graph(graph).state_dict()
+            target = ExportTarget(self.config, "fp32", axis_ranges(self.config, ExportLimits()), folder)
+            export_graph(graph, empty_model(self.config).graph(graph), stored.__getitem__, target)
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3  # errors
             self.sessions[graph] = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

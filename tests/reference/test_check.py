@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import check
 import made_up
 
-from trainer.checkpoints.convert_published import optional_shapes, published_shapes
+from trainer.checkpoints.published_names import optional_shapes, published_shapes
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "reference"
 ENCODING = ["ln_vision", "qformer", "ffm", "proj", "length", "mixed", "t5"]
@@ -119,7 +119,7 @@ def test_the_first_channels_of_what_was_recorded() -> None:
     assert not recorded.compare(values).agrees
 
 
-@pytest.mark.parametrize("stage, limit", [("proj", 1e-5), ("dit", 1e-5), ("sample4", 1e-4)])
+@pytest.mark.parametrize(("stage", "limit"), [("proj", 1e-5), ("dit", 1e-5), ("sample4", 1e-4)])
 def test_differences_up_to_the_limit_agree(stage: str, limit: float) -> None:
     values = made_up.normal(stage, (2, 32, 8))
     recorded = check.Recorded("case", stage, values.ravel()[::7], 7, values.shape)
@@ -145,7 +145,7 @@ def test_a_case_without_pictures_has_empty_stages_of_them() -> None:
 
 
 @pytest.mark.parametrize(
-    "break_it, said",
+    ("break_it", "said"),
     [
         (lambda folder: (folder / "golden.npz").unlink(), "golden.npz"),
         (lambda folder: (folder / "golden.npz").write_bytes(b"PK\3\4 cut off"), "golden"),

@@ -14,6 +14,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
+from mige_rt.bundle import read_config
 from mige_rt.config import (
     PRESETS,
     DiTConfig,
@@ -28,18 +29,22 @@ from mige_rt.graphs import GRAPHS
 from mige_rt.tokenizer import load_tokenizer
 from trainer.checkpoints import model_folder as checkpoint
 from trainer.checkpoints.convert_published import (
+    convert,
+    read_checkpoint,
+    read_tokenizer,
+    read_vae_config,
+    read_vae_weights,
+)
+from trainer.checkpoints.model_folder import load_model, save_model
+from trainer.checkpoints.published_names import (
     T5_EMBEDDINGS,
     check_published,
-    distinct_tensors,
     optional_shapes,
     our_tensor,
     published_name,
     published_shapes,
-    read_checkpoint,
-    read_tokenizer,
-    read_vae,
 )
-from trainer.checkpoints.model_folder import convert, load_model, read_config, save_model
+from trainer.checkpoints.weights import distinct_tensors
 from trainer.model.mige import Mige
 from trainer.model.vae import make_vae
 from trainer.tokenizer import from_spiece
@@ -127,14 +132,14 @@ def refused_state(edit: Edit) -> str:
 # --- the published names ---
 
 
-@pytest.mark.parametrize("preset, file, count", [("xl", "published", 1451), ("reduced", "reduced", 172)])
+@pytest.mark.parametrize(("preset", "file", "count"), [("xl", "published", 1451), ("reduced", "reduced", 172)])
 def test_the_published_keys_are_exactly_those_our_modules_need(preset: str, file: str, count: int) -> None:
     expected = {**published_shapes(PRESETS[preset]), **optional_shapes(PRESETS[preset])}
     assert expected == {key: tuple(shape) for key, shape in keys(file).items()}
     assert len(expected) == count
 
 
-@pytest.mark.parametrize("preset, file", [("xl", "published"), ("reduced", "reduced")])
+@pytest.mark.parametrize(("preset", "file"), [("xl", "published"), ("reduced", "reduced")])
 def test_published_keys_fill_all_of_our_weights_but_the_vaes(preset: str, file: str) -> None:
     state = {key: torch.empty(shape, device="meta") for key, shape in keys(file).items()}
     with torch.device("meta"):
@@ -148,7 +153,7 @@ def test_published_keys_fill_all_of_our_weights_but_the_vaes(preset: str, file: 
 
 
 @pytest.mark.parametrize(
-    "ours, published",
+    ("ours", "published"),
     [
         ("image_encoder.vision.encoder.layers.7.self_attn.projection.bias", "visual_encoder.blocks.7.attn.proj.bias"),
         ("image_encoder.vision.encoder.layers.7.layer_norm2.weight", "visual_encoder.blocks.7.norm2.weight"),
@@ -181,7 +186,7 @@ def test_the_vits_attention_bias_is_that_of_q_nothing_for_k_and_that_of_v() -> N
     assert torch.equal(v, state["visual_encoder.blocks.1.attn.v_bias"])
 
 
-@pytest.mark.parametrize("preset, file", [("xl", "published"), ("reduced", "reduced")])
+@pytest.mark.parametrize(("preset", "file"), [("xl", "published"), ("reduced", "reduced")])
 def test_the_size_is_told_from_the_keys(preset: str, file: str) -> None:
     assert check_published(hollow_state(keys(file)), "model.pth") == PRESETS[preset]
 
@@ -238,7 +243,7 @@ def test_the_two_embeddings_must_agree() -> None:
     assert "two tables of T5's embedding that differ" in message
 
 
-@pytest.mark.parametrize("value, kind", [(3, "int"), (torch.zeros(32, dtype=torch.int8), "torch.int8")])
+@pytest.mark.parametrize(("value", "kind"), [(3, "int"), (torch.zeros(32, dtype=torch.int8), "torch.int8")])
 def test_entries_that_are_no_weights_are_named(value: Any, kind: str) -> None:
     assert f"t5_proj.bias ({kind})" in refused_state(lambda state: state.update({"t5_proj.bias": value}))
 
@@ -302,7 +307,7 @@ def test_several_checkpoints(snapshot: Path) -> None:
     assert "(a.pth, b.pth)" in refusal(lambda: convert(snapshot, snapshot / "out", config=SMALL))
 
 
-@pytest.mark.parametrize("name, option", [("sd-vae-ft-ema", "--vae"), ("t5-v1_1-xxl", "--tokenizer")])
+@pytest.mark.parametrize(("name", "option"), [("sd-vae-ft-ema", "--vae"), ("t5-v1_1-xxl", "--tokenizer")])
 def test_a_folder_missing_beside_the_checkpoint(snapshot: Path, name: str, option: str) -> None:
     shutil.rmtree(snapshot / name)
     message = refusal(lambda: convert(snapshot / "model.pth", snapshot / "out", config=SMALL))
@@ -416,7 +421,7 @@ def test_a_full_disk_is_found_before_anything_is_written(
 
 
 @pytest.mark.parametrize(
-    "error, raised", [(OSError("disk on fire"), InputError), (KeyboardInterrupt(), KeyboardInterrupt)]
+    ("error", "raised"), [(OSError("disk on fire"), InputError), (KeyboardInterrupt(), KeyboardInterrupt)]
 )
 def test_a_failure_midway_leaves_nothing(original: Path, tmp_path: Path, error: Any, raised: type[Exception]) -> None:
     def fail(component: str, done: int, total: int) -> None:
@@ -432,7 +437,7 @@ def test_a_failure_midway_leaves_nothing(original: Path, tmp_path: Path, error: 
 STALLED = """
 import json, sys, time
 from pathlib import Path
-from trainer.checkpoints.model_folder import convert
+from trainer.checkpoints.convert_published import convert
 from mige_rt.config import ModelConfig
 def stall(component, done, total):
     if component == "vae":
@@ -474,8 +479,8 @@ def test_an_old_vae(tmp_path: Path, suffix: str) -> None:
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
     path = tmp_path / f"diffusion_pytorch_model.{suffix}"
     save_file(state, path, {"format": "pt"}) if suffix == "safetensors" else torch.save(state, path)
-    config, weights = read_vae(tmp_path)
-    assert config == SMALL.vae
+    weights = read_vae_weights(tmp_path)
+    assert read_vae_config(tmp_path) == SMALL.vae
     assert {value.dtype for value in weights.values()} == {torch.float32}
     assert all(torch.equal(weights[key].half(), value.half()) for key, value in vae.state_dict().items())
 
@@ -484,7 +489,7 @@ def test_pickled_code_in_a_vae_is_refused_and_not_run(tmp_path: Path) -> None:
     vae = save_vae(tmp_path)
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
     torch.save({**vae.state_dict(), "more": Touch(tmp_path / "ran")}, tmp_path / "diffusion_pytorch_model.bin")
-    assert "cannot be read" in refusal(lambda: read_vae(tmp_path))
+    assert "cannot be read" in refusal(lambda: read_vae_weights(tmp_path))
     assert not (tmp_path / "ran").exists()
 
 
@@ -492,7 +497,7 @@ def test_a_truncated_vae(tmp_path: Path) -> None:
     save_vae(tmp_path)
     path = tmp_path / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    assert "cannot be read" in refusal(lambda: read_vae(tmp_path))
+    assert "cannot be read" in refusal(lambda: read_vae_weights(tmp_path))
 
 
 def test_a_vae_without_some_of_its_weights(tmp_path: Path) -> None:
@@ -503,18 +508,18 @@ def test_a_vae_without_some_of_its_weights(tmp_path: Path) -> None:
     weights = load_file(path)
     del weights["quant_conv.bias"]
     save_file(weights, path, {"format": "pt"})
-    assert "quant_conv.bias" in refusal(lambda: read_vae(tmp_path))
+    assert "quant_conv.bias" in refusal(lambda: read_vae_weights(tmp_path))
 
 
 def test_a_vae_of_another_kind(tmp_path: Path) -> None:
     save_vae(tmp_path)
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"silu"', '"gelu"'))
-    assert "act_fn is 'gelu'" in refusal(lambda: read_vae(tmp_path))
+    assert "act_fn is 'gelu'" in refusal(lambda: read_vae_config(tmp_path))
     (tmp_path / "config.json").write_text('{"_class_name": "VQModel"}')
-    assert "describes VQModel" in refusal(lambda: read_vae(tmp_path))
+    assert "describes VQModel" in refusal(lambda: read_vae_config(tmp_path))
     (tmp_path / "config.json").unlink()
-    assert f"no VAE in {tmp_path}" in refusal(lambda: read_vae(tmp_path))
+    assert f"no VAE in {tmp_path}" in refusal(lambda: read_vae_config(tmp_path))
 
 
 @pytest.mark.parametrize("change", [{"channels": 8}, {"scale": 0.13}, {"widths": (8, 8, 16)}])
@@ -609,7 +614,7 @@ def test_shards_of_two_models(model_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content, said",
+    ("content", "said"),
     [
         ({"schema": 99, "model": {}}, "has schema 99"),
         ({"schema": 1, "model": {"name": "x"}}, "missing config.vision"),

@@ -22,7 +22,7 @@ NUMBER = 40
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the command makes."""
     out = tmp_path_factory.mktemp("written") / "samples"
-    arguments = ["--world", str(ASSETS), "--out", str(out), "--samples", str(NUMBER), "--seed", "4"]
+    arguments = ["--assets", str(ASSETS), "--out", str(out), "--samples", str(NUMBER), "--seed", "4"]
     result = CliRunner().invoke(manifest.main, arguments)
     assert result.exit_code == 0, result.output
     assert result.output.strip() == str(out / "manifest.jsonl")
@@ -79,7 +79,7 @@ def test_the_engine_runs_a_manifest(written: Path, tmp_path: Path) -> None:
 
 def test_held_out_things_come_when_asked_for(tmp_path: Path) -> None:
     out = tmp_path / "held-out"
-    arguments = ["--world", str(ASSETS), "--out", str(out), "--samples", "5", "--held-out", "--side", "32"]
+    arguments = ["--assets", str(ASSETS), "--out", str(out), "--samples", "5", "--held-out", "--side", "32"]
     assert CliRunner().invoke(manifest.main, arguments).exit_code == 0
     for line in _lines(out):
         assert line.truth is not None and line.target is not None
@@ -104,14 +104,14 @@ def test_a_manifest_is_written_whole_or_not_at_all(
     [
         (["--out", "{there}"], "exists already"),
         (["--out", "{new}", "--photos"], r"no photos"),
-        (["--world", "{there}", "--out", "{new}"], "emoji.json"),
+        (["--assets", "{there}", "--out", "{new}"], "emoji.json"),
     ],
 )
 def test_a_wrong_folder_is_refused(tmp_path: Path, arguments: list[str], message: str) -> None:
     there = tmp_path / "there"
     there.mkdir()
     given = [a.format(there=there, new=tmp_path / "new") for a in arguments]
-    result = CliRunner().invoke(manifest.main, ["--samples", "1", "--world", str(ASSETS), *given])
+    result = CliRunner().invoke(manifest.main, ["--samples", "1", "--assets", str(ASSETS), *given])
     assert result.exit_code == 2 and message in result.output
     assert list(tmp_path.rglob("*")) == [there]
 

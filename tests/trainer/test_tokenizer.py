@@ -27,7 +27,7 @@ def trained() -> Tokenizer:
     return train_tokenizer(TEXTS, 400)
 
 
-@pytest.mark.parametrize("text, ids, pieces", SEGMENTS)
+@pytest.mark.parametrize(("text", "ids", "pieces"), SEGMENTS)
 def test_a_spiece_model_gives_the_published_ids_after_saving(
     tmp_path: Path, text: str, ids: list[int], pieces: list[str]
 ) -> None:

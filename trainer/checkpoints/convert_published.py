@@ -1,14 +1,13 @@
-"""The published layout: `model.pth`, and beside it the folders of the VAE and of T5's tokenizer.
-
-The authors' implementation (github.com/Eureka-Maggie/MIGE) saves `{"state_dict": {key: tensor}}` with torch.save.
-"""
+"""The published layout: `model.pth`, and beside it the folders of the VAE and of T5's tokenizer."""
 
 import json
 import pickle
 import re
+import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,166 +16,132 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from mige_rt.config import PRESETS, ModelConfig, VAEConfig
+from mige_rt.atomic import atomic_folder
+from mige_rt.config import ModelConfig, VAEConfig
 from mige_rt.errors import InputError
+from mige_rt.graphs import GraphName
 from mige_rt.tokenizer import load_tokenizer
+from trainer.checkpoints.model_folder import ModelContent, OnProgress, write_model_folder
+from trainer.checkpoints.published_names import check_published, kind_of, our_tensor
+from trainer.checkpoints.weights import NAMES_SHOWN, Checkpoint, names_in, our_shapes
 from trainer.model.mige import Mige
 from trainer.model.vae import make_vae
 from trainer.tokenizer import from_spiece
 
-Shapes = Mapping[str, tuple[int, ...]]
-
 VAE_FOLDER = "sd-vae-ft-ema"
 TOKENIZER_FOLDER = "t5-v1_1-xxl"
 TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
-SIZES = ("xl", "reduced")  # presets that exist in the published layout
-NAMES_SHOWN = 2000  # of each kind, in an error: all of a published checkpoint's
-
-# Our name -> the published one; the first pattern that fits counts.
-RENAMES: tuple[tuple[str, str], ...] = (
-    (r"^image_encoder\.query_tokens$", "query_tokens"),
-    (r"^image_encoder\.vision\.embeddings\.class_embedding$", "visual_encoder.cls_token"),
-    (r"^image_encoder\.vision\.embeddings\.position_embedding$", "visual_encoder.pos_embed"),
-    (r"^image_encoder\.vision\.embeddings\.patch_embedding\.", "visual_encoder.patch_embed.proj."),
-    (r"^image_encoder\.vision\.encoder\.layers\.(\d+)\.layer_norm([12])\.", r"visual_encoder.blocks.\1.norm\2."),
-    (r"^image_encoder\.vision\.encoder\.layers\.(\d+)\.self_attn\.qkv\.", r"visual_encoder.blocks.\1.attn.qkv."),
-    (
-        r"^image_encoder\.vision\.encoder\.layers\.(\d+)\.self_attn\.projection\.",
-        r"visual_encoder.blocks.\1.attn.proj.",
-    ),
-    (r"^image_encoder\.vision\.encoder\.layers\.(\d+)\.mlp\.", r"visual_encoder.blocks.\1.mlp."),
-    (r"^image_encoder\.vision\.post_layernorm\.", "ln_vision."),
-    (r"^image_encoder\.qformer\.layernorm\.", "Qformer.bert.embeddings.LayerNorm."),
-    (
-        r"^image_encoder\.qformer\.encoder\.layer\.(\d+)\.(attention|crossattention)\.attention\.",
-        r"Qformer.bert.encoder.layer.\1.\2.self.",
-    ),
-    (r"^image_encoder\.qformer\.encoder\.", "Qformer.bert.encoder."),
-    (r"^image_encoder\.fusion\.", "FFM."),
-    (r"^image_encoder\.projection\.", "t5_proj."),
-    (r"^text_encoder\.t5\.", "t5_model."),
-    (r"^conditioner\.y_embedding$", "y_embedder.y_embedding"),
-    (r"^conditioner\.y_proj\.", "y_embedder.y_proj."),
-    (r"^conditioner\.kv_linears\.(\d+)\.", r"blocks.\1.cross_attn.kv_linear."),
-    (r"^denoiser\.", ""),
-)
-
-T5_EMBEDDINGS = ("t5_model.shared.weight", "t5_model.encoder.embed_tokens.weight")  # two names of one table
-VIT_BIAS = re.compile(r"^(visual_encoder\.blocks\.\d+\.attn\.)qkv\.bias$")  # published as q_bias and v_bias; k has none
 
 
-def published_name(name: str) -> str:
-    """The published key of one of our weights (`denoiser.t_block.1.bias` -> `t_block.1.bias`).
+class PublishedCheckpoint(Checkpoint):
+    """The published weights, opened where they lie: `model.pth` is memory-mapped, and read as data alone."""
 
-    The biases of the ViT's attention, `...attn.qkv.bias`, are under that name in no file: see `our_tensor`.
-    Raises KeyError for a weight that `model.pth` does not hold, as the VAE's.
+    def __init__(
+        self, ckpt: Path, *, vae: Path | None = None, tokenizer: Path | None = None, config: ModelConfig | None = None
+    ) -> None:
+        """Open a published checkpoint.
+
+        Args:
+            ckpt: `model.pth`, or a folder that holds it.
+            vae: the VAE's folder, by default `sd-vae-ft-ema` beside the checkpoint.
+            tokenizer: the folder or file of T5's tokenizer, by default `t5-v1_1-xxl` beside the checkpoint.
+            config: the sizes of a checkpoint that has none of the published ones.
+
+        Raises:
+            InputError: a part is missing or unreadable, or the checkpoint's keys are not exactly the model's.
+        """
+        path = find_checkpoint(ckpt)
+        self._places = [path.parent, ckpt] if ckpt.is_dir() else [path.parent]
+        self._tokenizer_folder = tokenizer
+        self._vae_folder = vae or find_beside(self._places, VAE_FOLDER, ("config.json",), "--vae")
+        self._state = read_checkpoint(path)
+        self._path = path
+        sizes = check_published(self._state, str(path), config)
+        self.config = with_vae(sizes, read_vae_config(self._vae_folder), self._vae_folder)
+        self.source = f"converted from the published layout ({path.name})"
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return [self._path]
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(self.sizes.values()) + sum(tensor.nbytes for tensor in self.vae.values())
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """The bytes of each of our weights but the VAE's, by our names."""
+        return {name: self.tensor(name).nbytes for name in our_shapes(self.config)}
+
+    @cached_property
+    def vae(self) -> dict[str, Tensor]:
+        """The VAE's weights, float32, by diffusers' names. Raises InputError when they cannot be read."""
+        return read_vae_weights(self._vae_folder)
+
+    def save_tokenizer(self, path: Path) -> None:
+        self.tokenizer.save(str(path))
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """T5's tokenizer. Raises InputError when it is missing or is not T5's."""
+        folder = self._tokenizer_folder or find_beside(self._places, TOKENIZER_FOLDER, TOKENIZER_FILES, "--tokenizer")
+        tokenizer = read_tokenizer(folder)
+        if tokenizer.get_vocab_size() > self.config.text.vocabulary:
+            warnings.warn(
+                f"the tokenizer in {folder} has {tokenizer.get_vocab_size()} pieces and the model's table has "
+                f"{self.config.text.vocabulary} rows: prompts with the pieces behind them will fail",
+                stacklevel=2,
+            )
+        return tokenizer
+
+    def tensor(self, name: str) -> Tensor:
+        """One of our weights but the VAE's, as it is stored."""
+        return our_tensor(self._state, name)
+
+    def tensors(self, model: Mige, graphs: Collection[GraphName]) -> dict[str, Tensor]:
+        return {
+            name: self.vae[name.partition(".")[2]] if name.startswith("vae_") else self.tensor(name)
+            for name in names_in(model, graphs)
+        }
+
+
+def convert(
+    ckpt: Path,
+    out: Path,
+    *,
+    vae: Path | None = None,
+    tokenizer: Path | None = None,
+    config: ModelConfig | None = None,
+    on_progress: OnProgress | None = None,
+) -> None:
+    """Make the model folder `out` from the published layout; weights keep the dtype they are stored in (the VAE's are
+    float32).
+
+    Memory stays near one shard's size: the checkpoint is memory-mapped and copied a shard at a time.
+
+    Args:
+        ckpt: `model.pth`, or a folder that holds it.
+        out: the model folder to make.
+        vae: the VAE's folder, by default `sd-vae-ft-ema` beside the checkpoint.
+        tokenizer: the folder or file of T5's tokenizer, by default `t5-v1_1-xxl` beside the checkpoint.
+        config: the sizes of a checkpoint that has none of the published ones.
+        on_progress: is told the component that is being written, the bytes written so far, and the bytes in all.
+
+    Raises:
+        InputError: `out` exists or cannot be written, a part is missing or unreadable, or the checkpoint's keys are
+            not exactly the model's. Nothing is left behind.
     """
-    for pattern, replacement in RENAMES:
-        renamed, fits = re.subn(pattern, replacement, name)
-        if fits:
-            return renamed
-    raise KeyError(name)
-
-
-def distinct_tensors(model: Mige) -> dict[str, list[str]]:
-    """Every weight once, by its first name in the state dict -> all its names there, that one first.
-
-    Two have several names: the patch embedder, which the fusion shares with the denoiser, and T5's embedding.
-    """
-    names: dict[int, list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        names.setdefault(id(tensor), []).append(name)
-    return {aliases[0]: aliases for aliases in names.values()}
-
-
-def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all our weights but the VAE's, each once."""
-    with torch.device("meta"):
-        model = Mige(config)
-    state = model.state_dict()
-    return {name: tuple(state[name].shape) for name in distinct_tensors(model) if not name.startswith("vae_")}
-
-
-def published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes that a checkpoint of this size must have; T5's embedding under the first of its two names."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in our_shapes(config).items():
-        key = published_name(name)
-        if bias := VIT_BIAS.match(key):
-            shapes[bias[1] + "q_bias"] = shapes[bias[1] + "v_bias"] = (shape[0] // 3,)
-        else:
-            shapes[key] = shape
-    return shapes
-
-
-def optional_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes that a checkpoint may have: tables that we compute, and the second name of T5's embedding."""
-    return {
-        "Qformer.bert.embeddings.position_ids": (1, 512),
-        "pos_embed": (1, config.dit.trained_grid**2, config.dit.width),
-        T5_EMBEDDINGS[1]: (config.text.vocabulary, config.text.width),
-    }
-
-
-def our_tensor(state: Mapping[str, Tensor], name: str) -> Tensor:
-    """Our weight `name` out of a published state dict, which is not copied (the ViT's attention biases are)."""
-    key = published_name(name)
-    if bias := VIT_BIAS.match(key):
-        q, v = state[bias[1] + "q_bias"], state[bias[1] + "v_bias"]
-        return torch.cat([q, torch.zeros_like(q), v])
-    if key == T5_EMBEDDINGS[0] and key not in state:
-        key = T5_EMBEDDINGS[1]
-    return state[key]
-
-
-def differences(found: Shapes, expected: Shapes, optional: Shapes | None = None) -> tuple[int, str]:
-    """How many names are missing, unexpected or of another shape, and a text that lists them by kind."""
-    allowed = {**expected, **(optional or {})}
-    wrong = [name for name in found if name in allowed and found[name] != allowed[name]]
-    kinds = {
-        "missing": [name for name in expected if name not in found],
-        "unexpected": [name for name in found if name not in allowed],
-        "wrongly shaped": [f"{name} {list(found[name])} instead of {list(allowed[name])}" for name in wrong],
-    }
-    lines = []
-    for kind, names in kinds.items():
-        rest = f", ... ({len(names) - NAMES_SHOWN} more)" if len(names) > NAMES_SHOWN else ""
-        if names:
-            lines.append(f"{len(names)} {kind}: {', '.join(names[:NAMES_SHOWN])}{rest}")
-    return sum(map(len, kinds.values())), "\n".join(lines)
-
-
-def check_published(state: Mapping[str, Any], what: str, config: ModelConfig | None = None) -> ModelConfig:
-    """The sizes that a published state dict has: `config`, or without it the preset of SIZES that it comes closest to.
-
-    Every key must be accounted for. Raises InputError, which calls the state dict `what`, that names the missing,
-    unexpected and wrongly shaped keys, all in one.
-    """
-    odd = [key for key, value in state.items() if not _is_weight(key, value)]
-    if odd:
-        shown = ", ".join(f"{key} ({_kind(state[key])})" for key in odd[:NAMES_SHOWN])
-        raise InputError(
-            f"{what} has {len(odd)} entries that are no weights: {shown}; floating-point tensors are expected"
+    with atomic_folder(out) as folder:
+        checkpoint = PublishedCheckpoint(ckpt, vae=vae, tokenizer=tokenizer, config=config)
+        content = ModelContent(
+            config=checkpoint.config,
+            source=checkpoint.source,
+            tokenizer=checkpoint.tokenizer,
+            sizes=checkpoint.sizes,
+            tensor=checkpoint.tensor,
+            vae=checkpoint.vae,
         )
-    found = {key: tuple(value.shape) for key, value in state.items()}
-    expected_embedding, other_embedding = T5_EMBEDDINGS
-    if expected_embedding not in found and other_embedding in found:
-        found = {expected_embedding if key == other_embedding else key: shape for key, shape in found.items()}
-    candidates = [config] if config else [PRESETS[name] for name in SIZES]
-    compared = [(differences(found, published_shapes(c), optional_shapes(c)), c) for c in candidates]
-    (count, listed), closest = min(compared, key=lambda entry: entry[0][0])
-    if count:
-        raise InputError(
-            f"{what} does not hold MIGE's weights as published (sizes {closest.name!r}):\n{listed}\n"
-            "Use the authors' model.pth, whole and unchanged."
-        )
-    tables = [state[key] for key in T5_EMBEDDINGS if key in state]
-    if len(tables) == 2 and not any(table.is_meta for table in tables) and not torch.equal(*tables):
-        raise InputError(
-            f"{what} holds two tables of T5's embedding that differ, under {' and '.join(T5_EMBEDDINGS)}; they are two "
-            "names of one table: use the authors' model.pth, whole and unchanged"
-        )
-    return closest
+        write_model_folder(folder, content, on_progress)
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -210,7 +175,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         held = (
             f"the entries {', '.join(map(str, [*content][:NAMES_SHOWN]))}"
             if isinstance(content, dict)
-            else _kind(content)
+            else kind_of(content)
         )
         raise InputError(f"{path} is a checkpoint of another model (it holds {held}): {expected}")
     return state
@@ -226,12 +191,12 @@ def find_checkpoint(given: Path) -> Path:
     if not given.exists():
         raise InputError(f"no checkpoint at {given}: MIGE's model.pth, or a folder that holds it, is expected there")
     for pattern in ("model.pth", "*/model.pth", "*.pth", "*/*.pth"):
-        found = sorted(given.glob(pattern))
-        if len(found) > 1:
-            names = ", ".join(str(path.relative_to(given)) for path in found)
+        candidates = sorted(given.glob(pattern))
+        if len(candidates) > 1:
+            names = ", ".join(str(path.relative_to(given)) for path in candidates)
             raise InputError(f"{given} holds several checkpoints ({names}); give the one that is meant")
-        if found:
-            return found[0]
+        if candidates:
+            return candidates[0]
     raise InputError(
         f"no checkpoint in {given}: a model.pth is expected there, with the folders {VAE_FOLDER} and "
         f"{TOKENIZER_FOLDER} beside it; give that file or the folder that holds it"
@@ -256,8 +221,8 @@ def read_tokenizer(given: Path) -> Tokenizer:
 
     Raises InputError when there is neither, or it is not T5's.
     """
-    found = [path for path in (given / name for name in TOKENIZER_FILES) if path.is_file()]
-    path = given if given.is_file() else next(iter(found), None)
+    inside = [path for path in (given / name for name in TOKENIZER_FILES) if path.is_file()]
+    path = given if given.is_file() else next(iter(inside), None)
     if path is None:
         raise InputError(f"no tokenizer in {given}: T5's {' or '.join(TOKENIZER_FILES)} is expected there")
     if path.suffix != ".json":
@@ -266,36 +231,26 @@ def read_tokenizer(given: Path) -> Tokenizer:
     return Tokenizer.from_file(str(path))
 
 
-def read_vae(folder: Path) -> tuple[VAEConfig, dict[str, Tensor]]:
-    """Sizes and weights (by the names in `make_vae`, float32) of an AutoencoderKL in diffusers' layout.
+_EXPECTED_VAE = "a diffusers AutoencoderKL is expected there, as sd-vae-ft-ema"
 
-    Also reads `.bin` files, if of tensors alone, and the attention's weights by their old names (query, key, value,
-    proj_attn).
+
+def read_vae_config(folder: Path) -> VAEConfig:
+    """The sizes of an AutoencoderKL in diffusers' layout.
 
     Raises InputError when the folder holds no such VAE, or one with parts that ours does not have.
     """
-    expected = "a diffusers AutoencoderKL is expected there, as sd-vae-ft-ema"
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"no VAE in {folder} ({error}): {expected}") from error
+        raise InputError(f"no VAE in {folder} ({error}): {_EXPECTED_VAE}") from error
     kind = stored.get("_class_name") if isinstance(stored, dict) else None
     if kind != "AutoencoderKL":
-        raise InputError(f"{folder / 'config.json'} describes {kind or 'something else'}: {expected}")
+        raise InputError(f"{folder / 'config.json'} describes {kind or 'something else'}: {_EXPECTED_VAE}")
     try:
-        loaded: Any = AutoencoderKL.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=(folder / "diffusion_pytorch_model.safetensors").is_file(),
-            output_loading_info=True,
-        )
+        with torch.device("meta"):
+            vae: Any = AutoencoderKL.from_config(stored)
     except Exception as error:  # diffusers and what it calls raise many kinds
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"the VAE in {folder} cannot be read ({reason}): {expected}; download it again") from error
-    vae, report = loaded
-    listed = [f"{kind.split('_')[0]}: {', '.join(map(str, names))}" for kind, names in report.items() if names]
-    if listed:
-        raise InputError(f"the VAE in {folder} does not have the weights its config.json says: {'; '.join(listed)}")
+        raise _unreadable_vae(folder, error) from error
     config = VAEConfig(
         channels=vae.config["latent_channels"],
         widths=tuple(vae.config["block_out_channels"]),
@@ -308,12 +263,42 @@ def read_vae(folder: Path) -> tuple[VAEConfig, dict[str, Tensor]]:
         ours = make_vae(config)
     names = [name for name in ours.config if name not in ("sample_size", "force_upcast") and not name.startswith("_")]
     # As JSON, where tuples and lists are the same.
-    odd = [f"{n} is {vae.config[n]!r}" for n in names if json.dumps(vae.config[n]) != json.dumps(ours.config[n])]
-    if odd:
+    unlike = [f"{n} is {vae.config[n]!r}" for n in names if json.dumps(vae.config[n]) != json.dumps(ours.config[n])]
+    if unlike:
         raise InputError(
-            f"the VAE in {folder} is built in another way than Stable Diffusion's ({'; '.join(odd)}): {expected}"
+            f"the VAE in {folder} is built in another way than Stable Diffusion's ({'; '.join(unlike)}): "
+            f"{_EXPECTED_VAE}"
         )
-    return config, vae.state_dict()
+    return config
+
+
+def read_vae_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights, by the names in `make_vae`, float32, of an AutoencoderKL in diffusers' layout.
+
+    Also reads `.bin` files, if of tensors alone, and the attention's weights by their old names (query, key, value,
+    proj_attn).
+
+    Raises InputError when the files cannot be read, or lack weights of the model that they describe.
+    """
+    try:
+        loaded: Any = AutoencoderKL.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=(folder / "diffusion_pytorch_model.safetensors").is_file(),
+            output_loading_info=True,
+        )
+    except Exception as error:  # diffusers and what it calls raise many kinds
+        raise _unreadable_vae(folder, error) from error
+    vae, report = loaded
+    listed = [f"{kind.split('_')[0]}: {', '.join(map(str, names))}" for kind, names in report.items() if names]
+    if listed:
+        raise InputError(f"the VAE in {folder} does not have the weights its config.json says: {'; '.join(listed)}")
+    return vae.state_dict()
+
+
+def _unreadable_vae(folder: Path, error: Exception) -> InputError:
+    reason = str(error).partition("\n")[0]
+    return InputError(f"the VAE in {folder} cannot be read ({reason}): {_EXPECTED_VAE}; download it again")
 
 
 def with_vae(config: ModelConfig, vae: VAEConfig, folder: Path) -> ModelConfig:
@@ -327,13 +312,3 @@ def with_vae(config: ModelConfig, vae: VAEConfig, folder: Path) -> ModelConfig:
             f"the VAE in {folder} makes latents with {given}; the model was trained on {trained}: use {VAE_FOLDER}"
         )
     return replace(config, vae=vae)
-
-
-def _is_weight(key: Any, value: Any) -> bool:
-    if not isinstance(key, str) or not isinstance(value, Tensor):
-        return False
-    return key.endswith("position_ids") or (value.is_floating_point() and value.layout == torch.strided)
-
-
-def _kind(value: Any) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

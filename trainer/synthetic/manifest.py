@@ -1,8 +1,8 @@
-"""Write samples as files with a manifest: `python -m trainer.synthetic.manifest --world WORLD --out DIR --samples N`.
+"""Write samples as files with a manifest: `python -m trainer.synthetic.manifest --assets ASSETS --out DIR --samples N`.
 
 DIR/manifest.jsonl has a line a sample, which is a request (`mige_rt.requests`): prompt, images, source, target, task,
 seed and id, with paths relative to the file; the source stands in `images`, too, where the prompt refers to it. What
-the world knows beside is in `truth`:
+else is known of a sample is in `truth`:
 
   kind       the kind of sample, such as "add"
   changed    a mask of the pixels in which the target differs from the source
@@ -95,25 +95,24 @@ def write_manifest(
         file.writelines(lines(folder))
 
 
-@click.command(
-    help="Write samples of the small world as files, with a manifest (trainer/synthetic/manifest.py describes it)."
-)
-@click.option("--world", type=click.Path(path_type=Path), required=True, help="folder made by trainer.synthetic.fetch")
+@click.command(help="Write synthetic samples as files, with a manifest (trainer/synthetic/manifest.py describes it).")
+@click.option("--assets", type=click.Path(path_type=Path), required=True, help="folder made by trainer.synthetic.fetch")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="folder to make")
 @click.option("--samples", type=click.IntRange(1), required=True, help="how many")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="which series of samples")
 @click.option("--held-out", is_flag=True, help="of the things kept for evaluation, instead of those trained on")
 @click.option("--side", type=click.IntRange(16, 128), default=64, show_default=True, help="of the pictures, in pixels")
-@click.option("--photos", is_flag=True, help="with photos as backgrounds, where --world has any")
-def main(world: Path, out: Path, samples: int, seed: int, held_out: bool, side: int, photos: bool) -> None:
+@click.option("--photos", is_flag=True, help="with photos as backgrounds, where --assets has any")
+def main(assets: Path, out: Path, samples: int, seed: int, held_out: bool, side: int, photos: bool) -> None:
+    """Write the samples; bad input ends with exit code 2."""
     try:
-        concepts = [concept for concept in load_concepts(world) if concept.held_out == held_out]
-        found = load_photos(world) if photos else []
-        if photos and not found:
+        concepts = [concept for concept in load_concepts(assets) if concept.held_out == held_out]
+        photographs = load_photos(assets) if photos else []
+        if photos and not photographs:
             raise InputError(
-                f"{world} has no photos; python -m trainer.synthetic.fetch --out {world} --photos adds them"
+                f"{assets} has no photos; python -m trainer.synthetic.fetch --out {assets} --photos adds them"
             )
-        write_manifest(out, concepts, samples, seed, side, found)
+        write_manifest(out, concepts, samples, seed, side, photographs)
     except InputError as error:
         raise click.UsageError(str(error)) from error
     click.echo(out / "manifest.jsonl")
