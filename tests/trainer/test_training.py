@@ -411,7 +411,7 @@ def test_a_code_is_nearest_to_itself() -> None:
 
 
 def test_only_the_stages_that_go_on_from_a_model_take_one(tmp_path: Path) -> None:
-    arguments = ["vae", "--start", str(tmp_path), "--world", str(tmp_path), "--state", str(tmp_path)]
+    arguments = ["vae", "--start", str(tmp_path), "--assets", str(tmp_path), "--state", str(tmp_path)]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2 and "--start means nothing to the stage vae" in result.output
 
