@@ -23,6 +23,8 @@ _VARIANCE[0] = _VARIANCE[1]  # there it is 0, whose logarithm does not exist
 _LOG_VARIANCE = np.log(_VARIANCE)
 _LOG_BETAS = np.log(BETAS)
 
+NOISY_FROM = 700  # timesteps from which on next to nothing of the data is left
+
 _HALF_BIN = 1 / 255  # half the distance of two of the 256 values that a datum in [-1, 1] is taken to have
 _LAST_BIN = 0.999  # data beyond it count as the first or the last value, whose bin is open
 

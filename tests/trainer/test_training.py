@@ -28,9 +28,11 @@ from trainer.settings import LadderSettings, StageSettings, load_settings
 from trainer.stages.features import KIND_NAMES, Batch, FeatureMaker, RollingShards, collate
 from trainer.stages.ladder import KEPT_EDITS, LADDER, NEWEST_SHARE, Climb, counts
 from trainer.stages.one_shot import one_shot
+from trainer.stages.practice import all_of, practice
 from trainer.stages.reading import fourier_code, patch_centres, query_places, ridge
 from trainer.stages.rolling import Images, ImageSeries
 from trainer.stages.save_model import save
+from trainer.stages.start_reading import attention_inputs, start_reading
 from trainer.stages.starting_model import (
     COPY_LATENTS,
     COPY_SOURCE,
@@ -39,11 +41,11 @@ from trainer.stages.starting_model import (
     with_trained_vit,
 )
 from trainer.stages.train_looks import patches, train_looks
-from trainer.stages.train_mige import practice, start_reading, train_mige
+from trainer.stages.train_mige import train_mige
 from trainer.stages.train_qformer import PatchReader, start_qformer, train_qformer
 from trainer.stages.train_vae import normalise_latents, train_vae
 from trainer.stages.train_vit import train_vit
-from trainer.stages.trained_part import TrainedPart, attention_inputs
+from trainer.stages.trained_part import TrainedPart
 from trainer.synthetic.concepts import Concept
 from trainer.synthetic.tasks import make_sample
 
@@ -65,7 +67,7 @@ def few_samples() -> Iterator[None]:
             patch.setattr(f"trainer.stages.train_{stage}.START_CHUNKS", 1)
             patch.setattr(f"trainer.stages.train_{stage}.HELD_OUT_CHUNKS", 1)
         patch.setattr("trainer.stages.train_mige.START_SAMPLES", 8)
-        patch.setattr("trainer.stages.train_mige.HELD_OUT", 4)
+        patch.setattr("trainer.stages.practice.HELD_OUT", 4)
         yield
 
 
@@ -379,8 +381,7 @@ def test_a_start_that_looks_tells_more_than_a_random_one(state: Path, concepts: 
 
 def test_half_of_the_heads_start_by_looking_at_their_own_place(state: Path, concepts: list[Concept]) -> None:
     maker = _maker(state)
-    shard = maker.shard([make_sample(1, index, concepts, TINY.size, {"again": 1}) for index in range(24)])
-    batch = collate([(shard, index) for index in range(24)], TINY)
+    batch = all_of(maker, [make_sample(1, index, concepts, TINY.size, {"again": 1}) for index in range(24)])
     module = TrainedPart(with_trained_encoder(TINY, state))
     with torch.no_grad():
         PatchReader(module.image_encoder, TINY).start(Images(torch.zeros(0), batch.ref_latents, batch.vit))
@@ -429,8 +430,7 @@ class KnowsTheData(TrainedPart):
 
 def test_a_one_shot_error_is_measured_inside_things_alone(state: Path, concepts: list[Concept]) -> None:
     maker = _maker(state)
-    shard = maker.shard([make_sample(1, index, concepts, TINY.size, {"again": 1}) for index in range(6)])
-    batch = collate([(shard, index) for index in range(6)], TINY)
+    batch = all_of(maker, [make_sample(1, index, concepts, TINY.size, {"again": 1}) for index in range(6)])
     module = KnowsTheData(with_trained_encoder(TINY, state))
     left = batch.asked.clone()
     left[..., left.shape[-1] // 2 :] = 0

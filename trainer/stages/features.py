@@ -132,6 +132,7 @@ class Batch:
     text_mask: Tensor  # bool [B,L]
 
     def to(self, device: torch.device) -> "Batch":
+        """The same on a device."""
         tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **tensors)
 

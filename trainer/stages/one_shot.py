@@ -17,8 +17,12 @@ from trainer.stages.trained_part import TrainedPart
 
 @dataclass(frozen=True)
 class OneShot:
-    """Mean squared errors of latents, over the pixels of things. error: of the prediction; mean_color: of each thing's
-    own mean in its mask."""
+    """Mean squared errors of latents, over the latent pixels of what the instruction asks for.
+
+    Attributes:
+        error: Of the prediction.
+        mean_color: Of the true mean in each sample's mask.
+    """
 
     error: float
     mean_color: float
@@ -31,7 +35,13 @@ class OneShot:
 
 @torch.no_grad()
 def one_shot(module: TrainedPart, batch: Batch, seed: int) -> OneShot:
-    """The figure of some samples, with noise of that seed."""
+    """Measure a model on some samples.
+
+    Args:
+        module: The model.
+        batch: The samples.
+        seed: Of the noise.
+    """
     noise = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(seed)).to(batch.target.device)
     timestep = torch.full((len(noise),), TRAIN_STEPS - 1, device=noise.device)
     noisy = add_noise(batch.target, noise, timestep)

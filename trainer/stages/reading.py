@@ -38,8 +38,16 @@ def code_size(config: ModelConfig) -> int:
 
 
 def ridge(inputs: Tensor, targets: Tensor, penalty: float = 1e-4) -> tuple[Tensor, Tensor, float]:
-    """The linear map of inputs [n,a] to targets [n,b] of least squares: its weight [b,a], as nn.Linear has it, its bias
-    [b], and the share of the targets' variance that it explains. penalty: on the weights, per sample."""
+    """The linear map of least squares, with a penalty on its weights.
+
+    Args:
+        inputs: [n,a]
+        targets: [n,b]
+        penalty: Over the mean of the inputs' variances.
+
+    Returns:
+        Its weight [b,a], as nn.Linear has it, its bias [b], and the share of the targets' variance that it explains.
+    """
     mean, centre = inputs.double().mean(dim=0), targets.double().mean(dim=0)
     x, y = inputs.double() - mean, targets.double() - centre
     gram = x.T @ x
@@ -61,8 +69,17 @@ def start_to_look(
 ) -> dict[str, float]:
     """Start half of a cross-attention's heads so that each position looks at the image tokens of its own place.
 
-    Queries and keys are linear regressions, from x, what positions [N,T,width] ask with, and from tokens
-    [M,Q,width], to the codes of their places. Returns the shares of the codes' variance that these explain.
+    Queries and keys are linear regressions to the codes of their places.
+
+    Args:
+        attention: Its queries are changed in place.
+        kv_linear: The layer that makes its keys and values; the keys are changed in place.
+        x: What positions ask with, [N,T,width].
+        tokens: Image tokens, as `kv_linear` takes them, [M,Q,width].
+        grid: Patches along a side, T = grid * grid.
+
+    Returns:
+        The shares of the codes' variance that `queries` and `keys` explain.
     """
     size, looking = kv_linear.out_features // 2 // attention.heads, attention.heads // 2
     here = fourier_code(patch_centres(grid), grid, size).repeat(len(x), 1)

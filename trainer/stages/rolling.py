@@ -30,13 +30,15 @@ class Images:
     features: Tensor  # [N,1+patches,width], a ViT's before its last norm
 
     def to(self, device: torch.device) -> "Images":
+        """The same on a device."""
         return Images(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def __getitem__(self, index: Tensor | slice) -> "Images":
         return Images(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
-def joined(parts: list[Images]) -> Images:
+def concatenate(parts: Sequence[Images]) -> Images:
+    """All images of some parts, in their order."""
     return Images(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Images)))
 
 
@@ -44,13 +46,20 @@ class ImageSeries:
     """An unlimited series of references and scenes of the small world, in chunks of CHUNK images."""
 
     def __init__(self, model: Mige, concepts: Sequence[Concept], seed: int, varied: float) -> None:
-        """model: whose VAE and ViT encode the images. varied: the share of the things that are varied."""
+        """Make a series.
+
+        Args:
+            model: Its VAE and ViT encode the images.
+            concepts: What the images show.
+            seed: Of the samples.
+            varied: Share of the concepts whose images are varied.
+        """
         self.vae, self.encoder, self.config = model.vae_encoder, model.image_encoder, model.config
         self.concepts, self.seed, self.varied = concepts, seed, varied
 
     def first(self, number: int) -> Images:
         """The images of the first chunks."""
-        return joined([self.chunk(index) for index in range(number)])
+        return concatenate([self.chunk(index) for index in range(number)])
 
     @torch.no_grad()
     def chunk(self, number: int) -> Images:
@@ -79,8 +88,19 @@ def image_series(model: Mige, concepts: Sequence[Concept], seed: int) -> tuple[I
 def batches(
     series: ImageSeries, every: int, settings: StageSettings, step: int, rank: int, ranks: int
 ) -> Iterator[Images]:
-    """Batches of one process from a step on, the same ones whenever it is asked: drawn from the newest WINDOW chunks,
-    of which one more is made `every` steps."""
+    """The batches of one process from a step on, the same ones whenever it is called.
+
+    Args:
+        series: What is drawn from: its newest WINDOW chunks.
+        every: Steps after which the oldest of these makes room for one more.
+        settings: The size of a batch, and the seed.
+        step: The first step.
+        rank: The process's.
+        ranks: Number of processes.
+
+    Yields:
+        A batch.
+    """
     window: OrderedDict[int, Images] = OrderedDict()
     while True:
         newest = WINDOW + step // every
@@ -92,5 +112,5 @@ def batches(
         rng = np.random.default_rng([settings.seed, step, rank])
         drawn = rng.integers(len(window) * CHUNK, size=settings.batch)
         chunks = list(window.values())
-        yield joined([chunks[i // CHUNK][slice(i % CHUNK, i % CHUNK + 1)] for i in drawn.tolist()])
+        yield concatenate([chunks[i // CHUNK][slice(i % CHUNK, i % CHUNK + 1)] for i in drawn.tolist()])
         step += 1

@@ -22,10 +22,13 @@ COPY_LATENTS, COPY_SOURCE = 0.5, -0.8  # what they count for in v at the start: 
 
 
 def initialise(model: Mige) -> None:
-    """The DiT's starting weights: gates and cross-attention start at zero, so that each block starts as the identity
-    (DiT, Peebles & Xie, 2023); and what is in the latents and in the source can be read off the last layer's input as
-    it is, so that the network need not first find out how to copy (ours: published weights start from PixArt-alpha's,
-    with zeros for the source's channels)."""
+    """Set the starting weights of the DiT and T5.
+
+    Gates and cross-attention start at zero, so that each block starts as the identity (DiT, Peebles & Xie, 2023). What
+    is in the latents and in the source can be read off the last layer's input as it is, so that the network need not
+    first find out how to copy (ours: published weights start from PixArt-alpha's, with zeros for the source's
+    channels).
+    """
     denoiser, conditioner = model.denoiser, model.conditioner
     pass_on(model.text_encoder)
     for module in [*denoiser.modules(), *conditioner.modules()]:
@@ -86,10 +89,17 @@ def _load(module: nn.Module, path: Path, stage: str) -> None:
 
 
 def starting_model(config: ModelConfig, state: Path, start: Path | None = None) -> Mige:
-    """The model of the folder or bundle `start`, but for its Q-Former, which starts anew where the config's has another
-    number of tokens; without `start`, the VAE and the ViT of a state folder, and the rest at its starting weights.
+    """The model that training starts from.
 
-    Raises InputError when the stages vae and vit have not run, or `start` is no such folder or has other sizes.
+    Args:
+        config: The model's sizes.
+        state: The state folder, whose VAE and ViT are taken where there is no `start`; the rest is at its starting
+            weights.
+        start: The model folder or bundle to go on from. Its Q-Former starts anew where the config's has another number
+            of image tokens.
+
+    Raises:
+        InputError: The stages `vae` and `vit` have not run, or `start` is no such folder or has other sizes.
     """
     model = Mige(config)
     norm = {k: v.clone() for k, v in model.image_encoder.vision.post_layernorm.state_dict().items()}
@@ -117,7 +127,11 @@ def starting_model(config: ModelConfig, state: Path, start: Path | None = None) 
 
 
 def with_trained_vit(config: ModelConfig, state: Path, start: Path | None = None) -> Mige:
-    """The starting model with the ViT that the stage looks trained. Raises InputError when it has not run."""
+    """The starting model with the ViT that the stage `looks` trained.
+
+    Raises:
+        InputError: That stage has not run, or as `starting_model`.
+    """
     model = starting_model(config, state, start)
     _load(model.image_encoder.vision, state / "looks" / "trained.safetensors", "looks")
     model.image_encoder.vision.post_layernorm.reset_parameters()
@@ -125,8 +139,11 @@ def with_trained_vit(config: ModelConfig, state: Path, start: Path | None = None
 
 
 def with_trained_encoder(config: ModelConfig, state: Path, start: Path | None = None) -> Mige:
-    """The starting model with the image encoder that the stage qformer trained. Raises InputError when it has not
-    run."""
+    """The starting model with the image encoder that the stage `qformer` trained.
+
+    Raises:
+        InputError: That stage has not run, or as `starting_model`.
+    """
     model = starting_model(config, state, start)
     _load(model.image_encoder, state / "qformer" / "trained.safetensors", "qformer")
     return model

@@ -29,7 +29,7 @@ HELD_OUT_CHUNKS = 3
 
 
 def patches(latents: Tensor, patch: int) -> Tensor:
-    """latents [N,c,h,w] -> those of each patch, [N,T,c*patch*patch]"""
+    """Each patch's part of latents [N,c,h,w], as [N,T,c*patch*patch]."""
     return F.pixel_unshuffle(latents, patch).flatten(2).transpose(1, 2)
 
 
@@ -63,7 +63,15 @@ class PatchReaders(nn.Module):
             linear.bias.copy_(bias)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """pixels [N,3,p,p] -> class token [N,width]; each patch's latents [N,T,c*patch*patch] and code [N,T,code]"""
+        """What the ViT tells of images.
+
+        Args:
+            pixels: [N,3,p,p]
+
+        Returns:
+            The class token [N,width], and what is read of each patch: its latents [N,T,c*patch*patch] and the code of
+            its place [N,T,code].
+        """
         features = self.vision.encoder(inputs_embeds=self.vision.embeddings(pixels)).last_hidden_state
         tokens = F.layer_norm(features, features.shape[-1:])
         return features[:, 0], self.latents(tokens[:, 1:]), self.place(tokens[:, 1:])
@@ -86,12 +94,20 @@ def _errors(module: nn.Module, reader: PatchReaders, images: Images) -> dict[str
 def train_looks(
     config: ModelConfig, settings: StageSettings, concepts: list[Concept], state: Path, start: Path | None = None
 ) -> Path:
-    """Train on the ViT of the model folder or bundle `start`, or of the stage vit.
+    """Train the ViT of the starting model further.
 
-    Returns the file with its weights, state/looks/trained.safetensors. concepts: all of them; those held out are
-    measured on.
+    Args:
+        config: The model's sizes.
+        settings: How to optimise.
+        concepts: All of them; those held out are measured on.
+        state: The state folder.
+        start: The model folder or bundle to go on from, if there is one.
 
-    Raises InputError as `starting_model` does.
+    Returns:
+        The file with the ViT's weights, state/looks/trained.safetensors.
+
+    Raises:
+        InputError: As `starting_model`.
     """
     torch.manual_seed(settings.seed)
     model = starting_model(config, state, start)

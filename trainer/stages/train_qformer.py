@@ -31,11 +31,17 @@ QUERY_GAIN = 5.0  # how sharply the Q-Former looks at the start
 
 @torch.no_grad()
 def start_qformer(encoder: ImageEncoder, features: Tensor) -> float:
-    """Start the Q-Former so that each of its tokens looks at patches of its own, from a ViT's features of some images,
-    [N,1+patches,width]; returns the share of the code's variance that is read from them.
+    """Start the Q-Former so that each of its tokens looks at patches of its own.
 
     A query is the codes of its patches, each in heads of its own; keys are the linear regression from features to
     codes. Residual branches other than the one that looks start at zero.
+
+    Args:
+        encoder: Changed in place.
+        features: The ViT's, of some images, [N,1+patches,width].
+
+    Returns:
+        The share of the code's variance that is read from the features.
     """
     layers: Any = encoder.qformer.encoder.layer
     attention = layers[0].crossattention.attention
@@ -63,9 +69,11 @@ def start_qformer(encoder: ImageEncoder, features: Tensor) -> float:
 
 
 class PatchReader(nn.Module):
-    """The image encoder from the ViT's features on, and a reader of its tokens: one cross-attention from the patches'
-    positions, and one MLP, as in a block of the diffusion transformer. So a token must say not only what it holds but
-    where that is, in a way in which a position can find it."""
+    """The image encoder from the ViT's features on, and a reader of its tokens.
+
+    The reader is one cross-attention from the patches' positions, and one MLP, as in a block of the diffusion
+    transformer. So a token must say not only what it holds but where that is, in a way in which a position can find it.
+    """
 
     def __init__(self, encoder: ImageEncoder, config: ModelConfig) -> None:
         super().__init__()
@@ -84,7 +92,7 @@ class PatchReader(nn.Module):
     positions: Tensor
 
     def patches(self, latents: Tensor) -> Tensor:
-        """latents [N,c,h,w], unscaled -> what is to be told, [N,T,c*patch*patch]"""
+        """What is to be told of unscaled latents [N,c,h,w], [N,T,c*patch*patch]."""
         return patches(latents * self.scale, self.patch)
 
     def tokens(self, features: Tensor, latents: Tensor) -> Tensor:
@@ -94,15 +102,24 @@ class PatchReader(nn.Module):
 
     @torch.no_grad()
     def start(self, images: Images) -> dict[str, float]:
-        """Start the Q-Former and the reader so that they look; returns the shares of the codes' variance that they can
-        tell."""
+        """Start the Q-Former and the reader so that they look.
+
+        Returns:
+            The shares of the codes' variance that are read: from the features of the `vit`, by the reader's `queries`
+            from positions, and by its `keys` from tokens.
+        """
         looked_at = start_qformer(self.encoder, images.features)
         tokens = self.tokens(images.features, images.latents)
         read = start_to_look(self.cross_attn, self.kv_linear, self.positions.expand(2, -1, -1), tokens, self.grid)
         return {"vit": looked_at, **read}
 
     def forward(self, features: Tensor, latents: Tensor) -> Tensor:
-        """features [N,1+patches,ViT width]; latents [N,c,h,w], unscaled -> patches as read off the tokens"""
+        """The patches as read off the tokens, [N,T,c*patch*patch].
+
+        Args:
+            features: The ViT's, [N,1+patches,width].
+            latents: Unscaled, [N,c,h,w].
+        """
         tokens = self.tokens(features, latents)
         rows, length, _ = tokens.shape
         keys, values = self.kv_linear(tokens).reshape(rows, length, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
@@ -122,10 +139,20 @@ def _error(module: nn.Module, reader: PatchReader, images: Images) -> tuple[Tens
 def train_qformer(
     config: ModelConfig, settings: StageSettings, concepts: list[Concept], state: Path, start: Path | None = None
 ) -> Path:
-    """Train a model's image encoder, but for the ViT; returns the file with its weights,
-    state/qformer/trained.safetensors. concepts: all of them; those held out are measured on.
+    """Train a model's image encoder, but for the ViT.
 
-    Raises InputError when the stage looks has not run, and as `starting_model` does.
+    Args:
+        config: The model's sizes.
+        settings: How to optimise.
+        concepts: All of them; those held out are measured on.
+        state: The state folder.
+        start: The model folder or bundle to go on from, if there is one.
+
+    Returns:
+        The file with the image encoder's weights, state/qformer/trained.safetensors.
+
+    Raises:
+        InputError: As `with_trained_vit`.
     """
     torch.manual_seed(settings.seed)
     model, folder = with_trained_vit(config, state, start).train(), state / "qformer"

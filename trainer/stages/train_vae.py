@@ -24,13 +24,15 @@ KL_WEIGHT = 1e-3
 
 
 class Autoencoder(nn.Module):
+    """A VAE, both halves."""
+
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         self.vae = vae
         self.encode, self.decode = VAEEncoder(vae), VAEDecoder(vae)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """pixels [M,3,H,W] -> reconstruction from a drawn latent, mean, logvar"""
+        """The reconstruction of pixels [M,3,H,W] from a drawn latent, the latent's mean, and its log variance."""
         mean, logvar = self.encode(pixels)
         return self.decode(mean + torch.exp(logvar / 2) * torch.randn_like(mean)), mean, logvar
 

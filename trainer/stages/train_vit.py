@@ -43,8 +43,15 @@ class PictureNameTowers(nn.Module):
     names: Tensor
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """pixels [M,3,p,p] -> unit vectors of the pictures [M,WIDTH] and of every concept's name [concepts,WIDTH], and
-        the inverse temperature that their products are multiplied by"""
+        """What is compared.
+
+        Args:
+            pixels: [M,3,p,p]
+
+        Returns:
+            Unit vectors of the images [M,WIDTH] and of every concept's name [concepts,WIDTH], and the inverse
+            temperature that their products are multiplied by.
+        """
         features = self.encoder(pixel_values=pixels).last_hidden_state.mean(dim=1)
         heat = self.temperature.clamp(max=4.6).exp()
         return F.normalize(self.picture(features), dim=-1), F.normalize(self.words(self.names), dim=-1), heat

@@ -26,8 +26,15 @@ STYLES: tuple[Style, ...] = get_args(Style)
 
 @dataclass(frozen=True)
 class Concept:
-    """One thing: its English name and its cut-out pictures. noto is None where that style lacks it. named: whether its
-    name tells what it looks like, so that words may call it so."""
+    """One thing: its English name and its cut-out images.
+
+    Attributes:
+        code: Its code points.
+        name: In English.
+        fluent: Its image in that style.
+        noto: Its image in that style; None where it lacks one.
+        named: Whether its name tells what it looks like, so that words may call it so.
+    """
 
     code: str
     name: str

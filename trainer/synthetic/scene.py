@@ -67,8 +67,13 @@ class Scene:
 
 @dataclass(frozen=True)
 class Drawing:
-    """picture: uint8 [side,side,3]; masks: each subject's visible part, bool [side,side]; shown: that part's share of
-    the subject's pixels in the picture, were it alone."""
+    """A scene as it looks.
+
+    Attributes:
+        picture: uint8 [side,side,3]
+        masks: Each subject's visible part, bool [side,side].
+        shown: That part's share of the subject's pixels in the image, were it alone.
+    """
 
     picture: np.ndarray
     masks: list[np.ndarray]
@@ -76,6 +81,7 @@ class Drawing:
 
 
 def draw_scene(scene: Scene, side: int) -> Drawing:
+    """Draw a scene, from the rearmost subject to the foremost, then the light or the weather."""
     picture = draw(scene.background, side)
     masks: list[np.ndarray] = []
     areas: list[int] = []
@@ -111,6 +117,7 @@ def random_background(rng: np.random.Generator, photos: Sequence[Path] = ()) -> 
 
 
 def random_pattern(rng: np.random.Generator) -> Background:
+    """A pattern in a color."""
     pattern, colour = PATTERNS[rng.integers(len(PATTERNS))], list(COLOURS)[rng.integers(len(COLOURS))]
     return Background(pattern, colour, int(rng.integers(2**31)))
 

@@ -19,8 +19,15 @@ HUE_SHARE, TURNED_SHARE = 0.7, 0.4  # of the varied things that are not drawn
 
 @dataclass(frozen=True)
 class Variation:
-    """A cut-out image that is varied. hue: in turns. angle: degrees. other: the image that shows on one side
-    of a line through the middle. line: that line's direction in degrees."""
+    """A cut-out image that is varied.
+
+    Attributes:
+        cut_out: The image.
+        hue: The change of hue, in turns.
+        angle: The rotation, in degrees.
+        other: The image that shows on one side of a line through the middle, if there is one.
+        line: That line's direction, in degrees.
+    """
 
     cut_out: CutOut
     hue: float = 0.0
@@ -103,10 +110,15 @@ def _texture(rng: np.random.Generator) -> np.ndarray:
 
 
 def vary(rng: np.random.Generator, concept: Concept, other: Concept) -> Concept:
-    """A thing made of `concept` and, perhaps, of `other`, which words never name; where that is held out, of the first
-    alone.
+    """A thing that words never name, made of a concept or drawn.
 
-    Raises ValueError if `concept` is held out, whose images are for the evaluation alone.
+    Args:
+        rng: Draws how it is varied.
+        concept: What it is made of.
+        other: What it may be joined with, unless it is held out.
+
+    Raises:
+        ValueError: `concept` is held out, whose images are for the evaluation alone.
     """
     if concept.held_out:
         raise ValueError(f"{concept.name} is held out and must not be varied")

@@ -29,6 +29,7 @@ TOWARDS: dict[str, str] = {
 
 
 def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
+    """One of the options."""
     return options[int(rng.integers(len(options)))]
 
 
