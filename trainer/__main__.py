@@ -7,11 +7,13 @@ import click
 from mige_rt.errors import InputError
 
 CONFIGS = Path(__file__).parent / "configs"
-STAGES_WITH_START = ("looks", "qformer", "mige", "save")  # those that can go on from an existing model
+STAGES_WITH_START = ("looks", "qformer", "mige", "save", "rungs")  # those that can go on from an existing model
 
 
 @click.command(help=__doc__)
-@click.argument("stage", type=click.Choice(["vae", "vit", "looks", "qformer", "mige", "save", "curve", "preview"]))
+@click.argument(
+    "stage", type=click.Choice(["vae", "vit", "looks", "qformer", "mige", "save", "rungs", "curve", "preview"])
+)
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
@@ -71,6 +73,12 @@ def main(stage: str, config: Path, assets: Path, state: Path, start: Path | None
             from trainer.stages.save_model import save
 
             click.echo(save(model, state, start))
+        elif stage == "rungs":
+            from rich.console import Console
+
+            from trainer.stages.measure_rungs import measure_rungs
+
+            Console().print(measure_rungs(all_concepts, start or state / "model"))
         elif stage == "curve":
             from trainer.curve import plot_curve
 

@@ -27,6 +27,7 @@ from trainer.model.vae import VAEDecoder, VAEEncoder, make_vae
 from trainer.settings import LadderSettings, StageSettings, load_settings
 from trainer.stages.features import KIND_NAMES, Batch, FeatureMaker, RollingShards, collate
 from trainer.stages.ladder import KEPT_EDITS, LADDER, NEWEST_SHARE, Climb, counts
+from trainer.stages.measure_rungs import measure_rungs
 from trainer.stages.one_shot import one_shot
 from trainer.stages.practice import all_of, practice
 from trainer.stages.reading import fourier_code, patch_centres, query_places, ridge
@@ -438,6 +439,13 @@ def test_a_one_shot_error_is_measured_inside_things_alone(state: Path, concepts:
     assert one_shot(module, replace(batch, asked=left), 0).error == pytest.approx(0, abs=1e-4)
     elsewhere = one_shot(module, replace(batch, asked=right), 0)
     assert elsewhere.error > 0.1 and elsewhere.mean_color > 0 and elsewhere.share > 0.1
+
+
+def test_a_model_is_measured_rung_by_rung(concepts: list[Concept]) -> None:
+    table = measure_rungs(concepts, DEFAULT_MODEL)
+    assert list(table.columns[0].cells) == [rung.name for rung in (*LADDER, KEPT_EDITS)]
+    shares = [float(str(cell)) for cell in table.columns[3].cells]
+    assert 0 < shares[-1] < 1  # recoloring, light and weather are known to the shipped model
 
 
 def test_attention_is_the_same_in_float32() -> None:

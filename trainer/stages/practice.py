@@ -1,6 +1,6 @@
 """The samples of the ladder's rungs: those to train on, mixed as the rung that was reached says, and those held out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from mige_rt.config import ModelConfig
 from trainer.settings import LadderSettings, StageSettings
 from trainer.stages.features import Batch, FeatureMaker, RollingShards, collate
 from trainer.stages.ladder import KEPT_EDITS, LADDER, Climb, counts
-from trainer.stages.one_shot import one_shot
+from trainer.stages.one_shot import OneShot, one_shot
 from trainer.stages.trained_part import TrainedPart
 from trainer.synthetic.concepts import Concept
 from trainer.synthetic.sample import Sample
@@ -102,10 +102,13 @@ class HeldOutRungs:
         }
         self._batches = {name: all_of(maker, samples) for name, samples in self.samples.items()}
 
-    def errors(self, module: TrainedPart, newest: int, batch: int) -> dict[str, float]:
-        """One-shot errors over those of the mean color, of the rungs up to the one behind `newest`."""
-        names = counts(min(newest + 1, len(LADDER) - 1), batch)
-        return {name: one_shot(module, self._batches[name], seed=0).share for name in names}
+    def errors(self, module: TrainedPart, names: Collection[str] | None = None) -> dict[str, OneShot]:
+        """The errors on all rungs, or on those of some names."""
+        return {
+            name: one_shot(module, batch, seed=0)
+            for name, batch in self._batches.items()
+            if names is None or name in names
+        }
 
 
 def all_of(maker: FeatureMaker, samples: Sequence[Sample]) -> Batch:

@@ -22,7 +22,7 @@ from trainer.objective import NOISY_FROM, add_noise, objective
 from trainer.preview import answer
 from trainer.settings import LadderSettings, StageSettings
 from trainer.stages.features import KIND_NAMES, Batch, FeatureMaker
-from trainer.stages.ladder import LADDER, Climb
+from trainer.stages.ladder import LADDER, Climb, counts
 from trainer.stages.practice import HeldOutRungs, all_of, practice
 from trainer.stages.start_reading import start_reading
 from trainer.stages.starting_model import with_trained_encoder
@@ -120,7 +120,8 @@ def train_mige(
         """Measure each rung, begin the next where the newest one holds, and paint a preview."""
         assert isinstance(average, TrainedPart)
         newest = climb.newest(step)
-        errors = held_out.errors(average, newest, settings.batch)
+        names = counts(min(newest + 1, len(LADDER) - 1), settings.batch)
+        errors = {name: error.share for name, error in held_out.errors(average, names).items()}
         if newest + 1 < len(LADDER) and errors[LADDER[newest].name] <= LADDER[newest].holds:
             climb.begin_next(step)
         if step % PREVIEW_EVERY == 0:
