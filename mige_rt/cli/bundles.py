@@ -65,15 +65,15 @@ class _Sizes(click.ParamType):
     help="what to build for; every bundle runs on ONNX Runtime, the others get plans of their own besides",
 )
 @_CAPABILITIES
-@click.option("--max-batch", type=click.IntRange(1, 63), default=4, show_default=True, help="pictures made at once")
+@click.option("--max-batch", type=click.IntRange(1, 63), default=4, show_default=True, help="images made at once")
 @click.option(
     "--max-references",
     type=click.IntRange(1, 63),
     default=4,
     show_default=True,
-    help="pictures referred to, for each of these",
+    help="images that prompts refer to, for each of these",
 )
-@click.option("--size", type=click.IntRange(1), help="side of the pictures in pixels  [default: the trained size]")
+@click.option("--size", type=click.IntRange(1), help="side of the images in pixels  [default: the trained size]")
 @click.option("--sizes", type=_Sizes(), help="smallest and largest side instead, as 256-1024: flexible, slower plans")
 @click.option("--vae", type=PATH, help="the folder sd-vae-ft-ema  [default: beside the checkpoint]")
 @click.option("--tokenizer", type=PATH, help="the folder t5-v1_1-xxl  [default: beside the checkpoint]")

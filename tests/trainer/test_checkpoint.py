@@ -617,7 +617,7 @@ def test_shards_of_two_models(model_folder: Path) -> None:
     ("content", "said"),
     [
         ({"schema": 99, "model": {}}, "has schema 99"),
-        ({"schema": 1, "model": {"name": "x"}}, "missing config.vision"),
+        ({"schema": 2, "model": {"name": "x"}}, "missing config.vision"),
         ({"architectures": ["T5"]}, "is not of a model"),
         ([], "is not of a model"),
     ],
