@@ -7,11 +7,11 @@ import click
 from mige_rt.errors import InputError
 
 CONFIGS = Path(__file__).parent / "configs"
-STAGES_WITH_START = ("features", "mige", "save")  # those that can go on from an existing model
+STAGES_WITH_START = ("looks", "qformer", "mige", "save")  # those that can go on from an existing model
 
 
 @click.command(help=__doc__)
-@click.argument("stage", type=click.Choice(["vae", "vit", "features", "qformer", "mige", "save", "curve", "preview"]))
+@click.argument("stage", type=click.Choice(["vae", "vit", "looks", "qformer", "mige", "save", "curve", "preview"]))
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
@@ -31,11 +31,11 @@ STAGES_WITH_START = ("features", "mige", "save")  # those that can go on from an
 @click.option(
     "--start",
     type=click.Path(path_type=Path),
-    help="model folder or bundle to go on from, for the stages features, mige and save; the others are not needed then",
+    help=f"model folder or bundle to go on from, for the stages {', '.join(STAGES_WITH_START)}; vae and vit are not "
+    "needed then",
 )
 def main(stage: str, config: Path, assets: Path, state: Path, start: Path | None) -> None:
     """Run one stage; bad input ends with exit code 2."""
-    from mige_rt.config import PRESETS
     from trainer.settings import load_settings
     from trainer.synthetic.concepts import load_concepts
 
@@ -45,7 +45,8 @@ def main(stage: str, config: Path, assets: Path, state: Path, start: Path | None
                 f"--start means nothing to the stage {stage}, only to {', '.join(STAGES_WITH_START)}; leave it out"
             )
         settings = load_settings(config)
-        model, concepts = PRESETS[settings.model], [c for c in load_concepts(assets) if not c.held_out]
+        model, all_concepts = settings.config(), load_concepts(assets)
+        concepts = [concept for concept in all_concepts if not concept.held_out]
         if stage == "vae":
             from trainer.stages.train_vae import train_vae
 
@@ -54,18 +55,18 @@ def main(stage: str, config: Path, assets: Path, state: Path, start: Path | None
             from trainer.stages.train_vit import train_vit
 
             train_vit(model, settings.stage("vit"), concepts, state)
-        elif stage == "features":
-            from trainer.stages.compute_features import compute_features
+        elif stage == "looks":
+            from trainer.stages.train_looks import train_looks
 
-            compute_features(model, settings.features(), concepts, state, start)
+            train_looks(model, settings.stage("looks"), all_concepts, state, start)
         elif stage == "qformer":
             from trainer.stages.train_qformer import train_qformer
 
-            train_qformer(model, settings.stage("qformer"), state)
+            train_qformer(model, settings.stage("qformer"), all_concepts, state, start)
         elif stage == "mige":
             from trainer.stages.train_mige import train_mige
 
-            train_mige(model, settings.stage("mige"), concepts, state, start)
+            train_mige(model, settings.stage("mige"), settings.ladder(), all_concepts, state, start)
         elif stage == "save":
             from trainer.stages.save_model import save
 

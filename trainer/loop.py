@@ -1,24 +1,28 @@
 """The training loop that every stage shares: optimiser, schedule, moving average, log, and a state to resume from."""
 
 import json
-import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.overrides import TorchFunctionMode
 
+from mige_rt.atomic import atomic_file
 from trainer.settings import StageSettings
 
 LOG_EVERY = 50  # steps
 SAVE_EVERY = 300.0  # seconds
+STATE_FILE = "state.pt"
 
 
 def rate_at(step: int, settings: StageSettings) -> float:
@@ -28,99 +32,155 @@ def rate_at(step: int, settings: StageSettings) -> float:
     return warm * (0.1 + 0.9 * min(1.0, max(0.0, left)))
 
 
-def save_whole(data: Any, path: Path) -> None:
-    """torch.save under a temporary name, then renamed, so that a killed run leaves the previous file."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    torch.save(data, partial)
-    os.replace(partial, path)
+class Float32Attention(TorchFunctionMode):
+    """A context in which scaled dot-product attention on the CPU is computed in float32.
+
+    In bfloat16 its backward pass takes several times as long.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not F.scaled_dot_product_attention or args[0].device.type != "cpu":
+            return func(*args, **(kwargs or {}))
+        with torch.autocast("cpu", enabled=False):
+            return func(*(tensor.float() for tensor in args[:3]), *args[3:], **(kwargs or {}))
 
 
-def train(
-    name: str,
-    module: nn.Module,
-    loss: Callable[[nn.Module, Any], tuple[Tensor, dict[str, float]]],
-    batches: Callable[[int, int, int], Iterator[Any]],
-    settings: StageSettings,
-    folder: Path,
-    preview: Callable[[nn.Module, int], None] | None = None,
-    preview_every: int = 1000,
-) -> nn.Module:
-    """Train module's parameters that require gradients; returns the moving average of its weights.
+@dataclass(frozen=True)
+class Task:
+    """What a stage trains on.
 
-    loss(module, batch) gives the loss and figures for the log. batches(step, rank, ranks) gives the batches from a step
-    on, this process's share of them, the same ones whenever it is asked. The state (weights, average, optimiser, step,
-    hours) is kept in folder/state.pt and resumed from there; folder/log.jsonl has one line each LOG_EVERY steps.
-    preview(averaged module, step) runs each preview_every steps. The device is the one that `accelerate` finds; what
-    is returned is on the CPU.
+    Attributes:
+        name: Shown in the progress bar.
+        loss: Called with the module and a batch; returns the loss, and metrics for the log.
+        batches: Called with a step, a process's rank, and the number of processes; yields this process's batches from
+            that step on, the same ones whenever it is called.
+        watch: Called with the module that holds the moving average, and the step; returns metrics for the log.
+        watch_every: Steps between two calls of `watch`.
+    """
+
+    name: str
+    loss: Callable[[nn.Module, Any], tuple[Tensor, dict[str, float]]]
+    batches: Callable[[int, int, int], Iterator[Any]]
+    watch: Callable[[nn.Module, int], dict[str, float]] | None = None
+    watch_every: int = 1000
+
+
+class TrainingLog:
+    """The lines of a stage's log.jsonl: means of metrics over LOG_EVERY steps."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        """Opens the log, without the lines after `first_step`, which a resumed run writes again."""
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step), encoding="utf-8")
+        self.path = path
+        self._values: dict[str, list[float]] = defaultdict(list)
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Count one step's metrics into the next line."""
+        for name, value in metrics.items():
+            self._values[name].append(value)
+
+    def write(self, step: int, samples: int, hours: float) -> dict[str, float]:
+        """Append a line, and begin the next one.
+
+        Returns:
+            The means that were written.
+        """
+        means = {name: round(sum(values) / len(values), 5) for name, values in self._values.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "samples": samples, "hours": round(hours, 4), **means}) + "\n")
+        self._values.clear()
+        return means
+
+
+@dataclass
+class TrainingState:
+    """All that a resumed run needs, in one file."""
+
+    path: Path
+    module: nn.Module
+    average: AveragedModel
+    optimiser: torch.optim.Optimizer
+    step: int = 0
+    hours: float = 0.0
+
+    def load(self, device: torch.device) -> None:
+        """Read the file, if there is one."""
+        if self.path.is_file():
+            content = torch.load(self.path, map_location=device, weights_only=True)
+            self.module.load_state_dict(content["module"])
+            self.average.load_state_dict(content["average"])
+            self.optimiser.load_state_dict(content["optimiser"])
+            self.step, self.hours = content["step"], content["hours"]
+
+    def save(self) -> None:
+        """Write the file, whole or not at all."""
+        content = {
+            "module": self.module.state_dict(),
+            "average": self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+            "hours": self.hours,
+        }
+        with atomic_file(self.path) as temporary:
+            torch.save(content, temporary)
+
+
+def train(module: nn.Module, task: Task, settings: StageSettings, folder: Path) -> nn.Module:
+    """Train the parameters of a module that require gradients, on the device that `accelerate` finds.
+
+    Args:
+        module: Trained in place.
+        task: The loss, the batches, and what to watch.
+        settings: How to optimise.
+        folder: Holds state.pt, from which a run is resumed, and log.jsonl, with a line each LOG_EVERY steps.
+
+    Returns:
+        The moving average of the weights, on the CPU.
     """
     accelerator = Accelerator()
     folder.mkdir(parents=True, exist_ok=True)
-    state_path = folder / "state.pt"
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(
         parameters, lr=settings.rate, eps=settings.epsilon, weight_decay=settings.weight_decay, fused=True
     )
     module.to(accelerator.device)
     average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
-    first, hours = 0, 0.0
-    if state_path.is_file():
-        state = torch.load(state_path, map_location=accelerator.device, weights_only=True)
-        module.load_state_dict(state["module"])
-        average.load_state_dict(state["average"])
-        optimiser.load_state_dict(state["optimiser"])
-        first, hours = state["step"], state["hours"]
-        kept = [
-            line for line in (folder / "log.jsonl").read_text().splitlines(True) if json.loads(line)["step"] <= first
-        ]
-        (folder / "log.jsonl").write_text("".join(kept))  # steps after the last save are done, and logged, again
+    state = TrainingState(folder / STATE_FILE, module, average, optimiser)
+    state.load(accelerator.device)
+    first_step, hours_before = state.step, state.hours
     prepared, optimiser = accelerator.prepare(module, optimiser)
-
-    def save(step: int) -> None:
-        if accelerator.is_main_process:
-            content = {
-                "module": module.state_dict(),
-                "average": average.state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "step": step,
-                "hours": hours + (time.monotonic() - started) / 3600,
-            }
-            save_whole(content, state_path)
-
+    rank, ranks, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    log = TrainingLog(folder / "log.jsonl", first_step) if is_main else None
+    stream = task.batches(first_step, rank, ranks)
     started = saved = time.monotonic()
-    sums: dict[str, float] = defaultdict(float)
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    stream = batches(first, rank, ranks)
-    with (
-        Progress(*columns, disable=not accelerator.is_main_process) as progress,
-        (folder / "log.jsonl").open("a") as log,
-    ):
-        task = progress.add_task(name, total=settings.steps, completed=first)
-        for step in range(first, settings.steps):
+    with Float32Attention(), Progress(*columns, disable=not is_main) as progress:
+        bar = progress.add_task(task.name, total=settings.steps, completed=first_step)
+        for step in range(first_step, settings.steps):
             torch.manual_seed(settings.seed * 10**9 + step * ranks + rank)  # resumed runs draw the same
             for group in optimiser.param_groups:
                 group["lr"] = settings.rate * rate_at(step, settings)
-            value, figures = loss(prepared, send_to_device(next(stream), accelerator.device))
-            accelerator.backward(value)
+            loss, metrics = task.loss(prepared, send_to_device(next(stream), accelerator.device))
+            accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(parameters, settings.clip)
             optimiser.step()
             optimiser.zero_grad()
             average.update_parameters(module)
-            for key, figure in {"loss": value.item(), "norm": float(norm or 0), **figures}.items():
-                sums[key] += figure
-                sums[f"{key} n"] += 1
-            if (step + 1) % LOG_EVERY == 0 and accelerator.is_main_process:
-                means = {k: round(v / sums[f"{k} n"], 5) for k, v in sums.items() if not k.endswith(" n")}
-                spent = hours + (time.monotonic() - started) / 3600
-                samples = (step + 1) * settings.batch * ranks
-                log.write(json.dumps({"step": step + 1, "samples": samples, "hours": round(spent, 4), **means}) + "\n")
-                log.flush()
-                progress.update(task, completed=step + 1, description=f"{name} loss {means['loss']:.4f}")
-                sums.clear()
-            if preview is not None and (step + 1) % preview_every == 0 and accelerator.is_main_process:
-                preview(average.module, step + 1)
+            if log is None:
+                continue
+            state.step, state.hours = step + 1, hours_before + (time.monotonic() - started) / 3600
+            log.add({"loss": loss.item(), "norm": float(norm or 0), **metrics})
+            if task.watch is not None and state.step % task.watch_every == 0:
+                log.add(task.watch(average.module, state.step))
+            if state.step % LOG_EVERY == 0:
+                means = log.write(state.step, state.step * settings.batch * ranks, state.hours)
+                progress.update(bar, completed=state.step, description=f"{task.name} loss {means['loss']:.4f}")
             if time.monotonic() - saved > SAVE_EVERY:
-                save(step + 1)
+                state.save()
                 saved = time.monotonic()
-    save(settings.steps)
+    if is_main:
+        state.save()
     return average.module.cpu()

@@ -23,6 +23,8 @@ _VARIANCE[0] = _VARIANCE[1]  # there it is 0, whose logarithm does not exist
 _LOG_VARIANCE = np.log(_VARIANCE)
 _LOG_BETAS = np.log(BETAS)
 
+NOISY_FROM = 700  # timesteps from which on next to nothing of the data is left
+
 _HALF_BIN = 1 / 255  # half the distance of two of the 256 values that a datum in [-1, 1] is taken to have
 _LAST_BIN = 0.999  # data beyond it count as the first or the last value, whose bin is open
 
@@ -32,25 +34,53 @@ def add_noise(latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
     return _at(ALPHAS, timestep) * latents + _at(SIGMAS, timestep) * noise
 
 
-def objective(config: ModelConfig, output: Tensor, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+def objective(
+    config: ModelConfig,
+    output: Tensor,
+    latents: Tensor,
+    noise: Tensor,
+    timestep: Tensor,
+    weight: Tensor | None = None,
+) -> Tensor:
     """Each sample's loss, float32 [B]: `prediction_error`, plus `variance_bound` where the model learns its variance.
 
     output [B,c,h,w], or [B,2c,h,w] with the variance channels, is the denoiser's at `add_noise(latents, noise,
-    timestep)`; latents (scaled) and noise [B,c,h,w]; timestep int64 [B].
+    timestep)`; latents (scaled) and noise [B,c,h,w]; timestep int64 [B]; weight [B,1,h,w]: how much the prediction's
+    error counts where.
     """
-    error = prediction_error(config, output, latents, noise, timestep)
+    error = prediction_error(config, output, latents, noise, timestep, weight)
     if not config.learned_variance:
         return error
     return error + variance_bound(config, output, latents, noise, timestep)
 
 
-def prediction_error(config: ModelConfig, output: Tensor, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+def prediction_error(
+    config: ModelConfig,
+    output: Tensor,
+    latents: Tensor,
+    noise: Tensor,
+    timestep: Tensor,
+    weight: Tensor | None = None,
+) -> Tensor:
     """The mean squared error of the noise, or of v = alpha * noise - sigma * latents (Salimans & Ho, 2022), [B]."""
     if config.prediction == "epsilon":
         target = noise
     else:
         target = _at(ALPHAS, timestep) * noise - _at(SIGMAS, timestep) * latents
-    return _per_sample((output[:, : config.vae.channels].float() - target) ** 2)
+    error = (output[:, : config.vae.channels].float() - target) ** 2
+    return _per_sample(error if weight is None else error * weight)
+
+
+def data_prediction(config: ModelConfig, output: Tensor, noisy: Tensor, timestep: Tensor) -> Tensor:
+    """The latents that an output [B,c or 2c,h,w] of the denoiser at `noisy` speaks of, [B,c,h,w]."""
+    return _data(config, output[:, : config.vae.channels].float(), noisy, timestep)
+
+
+def _data(config: ModelConfig, prediction: Tensor, noisy: Tensor, timestep: Tensor) -> Tensor:
+    alpha, sigma = _at(ALPHAS, timestep), _at(SIGMAS, timestep)
+    return (
+        (noisy - sigma * prediction) / alpha if config.prediction == "epsilon" else alpha * noisy - sigma * prediction
+    )
 
 
 def variance_bound(config: ModelConfig, output: Tensor, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
@@ -62,10 +92,7 @@ def variance_bound(config: ModelConfig, output: Tensor, latents: Tensor, noise: 
     channels = config.vae.channels
     prediction, between = output[:, :channels].detach().float(), (output[:, channels:].float() + 1) / 2
     noisy = add_noise(latents, noise, timestep)
-    alpha, sigma = _at(ALPHAS, timestep), _at(SIGMAS, timestep)
-    data = (
-        (noisy - sigma * prediction) / alpha if config.prediction == "epsilon" else alpha * noisy - sigma * prediction
-    )
+    data = _data(config, prediction, noisy, timestep)
     true_log_variance = _at(_LOG_VARIANCE, timestep)
     log_variance = true_log_variance + between * (_at(_LOG_BETAS, timestep) - true_log_variance)
 

@@ -2,16 +2,17 @@
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le
 
-from mige_rt.config import PRESETS, PositiveInt
+from mige_rt.config import PRESETS, ModelConfig, PositiveInt
 from mige_rt.errors import InputError
 from mige_rt.validation import validate
 
+TRAINED = ("vae", "vit", "looks", "qformer", "mige")  # the stages that train
 NonNegativeInt = Annotated[int, Ge(0)]
 
 
@@ -47,17 +48,27 @@ class StageSettings:
 
 
 @dataclass(frozen=True)
-class FeatureSettings:
-    """The samples whose latents and ViT features are computed once, before training.
+class LadderSettings:
+    """What the stage `mige` learns from. Samples are made as they are needed, and used a few times.
 
     Attributes:
-        shards: Number of files.
+        shards: Files of samples that are kept for each rung of the ladder.
         shard_samples: Samples in each file.
+        uses: How often a sample is drawn, on average, before newer ones take its place.
+        varied: Share of the concepts whose images are varied, 0 to 1.
+        noisy: Share of the timesteps that are drawn from the noisiest, 0 to 1; the others are drawn from all.
+        asked: Weight of the loss where an image shows what the instruction asks for; it is 1 elsewhere.
+        draws: Draws of noise and timestep for each encoded prompt.
         seed: Seed of the synthetic samples.
     """
 
     shards: PositiveInt
     shard_samples: PositiveInt
+    uses: PositiveInt
+    varied: Annotated[float, Ge(0), Le(1)]
+    noisy: Annotated[float, Ge(0), Le(1)]
+    asked: Annotated[float, Gt(0)]
+    draws: PositiveInt
     seed: NonNegativeInt
 
 
@@ -66,10 +77,12 @@ class _ConfigFile:
     """A config file's keys. Tables are validated one by one afterwards, so that a message names the table."""
 
     model: str | None = None
+    queries: PositiveInt | None = None
     vae: dict[str, Any] | None = None
     vit: dict[str, Any] | None = None
-    features: dict[str, Any] | None = None
+    looks: dict[str, Any] | None = None
     qformer: dict[str, Any] | None = None
+    ladder: dict[str, Any] | None = None
     mige: dict[str, Any] | None = None
 
 
@@ -80,17 +93,19 @@ class TrainingSettings:
     Attributes:
         path: The file.
         model: A key of mige_rt.config.PRESETS.
+        queries: Image tokens of the model, where they are not the preset's.
         stages: The tables of the stages that train, by name.
-        feature_table: The table of the stage `features`; None where the file has none.
+        ladder_table: The table of what the stage `mige` learns from; None where the file has none.
     """
 
     path: Path
     model: str
+    queries: int | None
     stages: Mapping[str, StageSettings]
-    feature_table: FeatureSettings | None
+    ladder_table: LadderSettings | None
 
     def stage(self, name: str) -> StageSettings:
-        """The table of a stage that trains: vae, vit, qformer or mige.
+        """The table of a stage that trains, one of TRAINED.
 
         Raises:
             InputError: The file has no such table.
@@ -99,15 +114,22 @@ class TrainingSettings:
             raise InputError(f"{self.path} has no table [{name}]; write one, as in trainer/configs/tiny.toml")
         return self.stages[name]
 
-    def features(self) -> FeatureSettings:
-        """The table of the stage `features`.
+    def ladder(self) -> LadderSettings:
+        """The table of what the stage `mige` learns from.
 
         Raises:
             InputError: The file has no such table.
         """
-        if self.feature_table is None:
-            raise InputError(f"{self.path} has no table [features]; write one, as in trainer/configs/tiny.toml")
-        return self.feature_table
+        if self.ladder_table is None:
+            raise InputError(f"{self.path} has no table [ladder]; write one, as in trainer/configs/tiny.toml")
+        return self.ladder_table
+
+    def config(self) -> ModelConfig:
+        """The sizes of the model to train."""
+        preset = PRESETS[self.model]
+        if self.queries is None:
+            return preset
+        return replace(preset, qformer=replace(preset.qformer, queries=self.queries))
 
 
 def load_settings(path: Path) -> TrainingSettings:
@@ -128,8 +150,8 @@ def load_settings(path: Path) -> TrainingSettings:
         raise InputError(f"{path}: model is {file.model!r}, expected one of {', '.join(PRESETS)}")
     stages = {
         name: validate(StageSettings, table, f"{path} [{name}]")
-        for name, table in (("vae", file.vae), ("vit", file.vit), ("qformer", file.qformer), ("mige", file.mige))
-        if table is not None
+        for name in TRAINED
+        if (table := getattr(file, name)) is not None
     }
-    features = None if file.features is None else validate(FeatureSettings, file.features, f"{path} [features]")
-    return TrainingSettings(path, file.model, stages, features)
+    ladder = None if file.ladder is None else validate(LadderSettings, file.ladder, f"{path} [ladder]")
+    return TrainingSettings(path, file.model, file.queries, stages, ladder)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mige_rt.config import PRESETS
+from mige_rt.config import PRESETS, ModelConfig
 from mige_rt.scheduler import ALPHAS, SIGMAS
-from trainer.objective import add_noise, objective, prediction_error, variance_bound
+from trainer.objective import add_noise, data_prediction, objective, prediction_error, variance_bound
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "reference"))
 from made_up import normal
@@ -104,3 +104,25 @@ def test_losses_in_half_precision_are_summed_in_float32(config) -> None:
     losses = objective(config, output.bfloat16(), latents.bfloat16(), noise.bfloat16(), timestep)
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses, expected, rtol=5e-3, atol=0)
+
+
+def test_a_weight_says_where_the_prediction_counts() -> None:
+    output, latents, noise, timestep = drawn(500)
+    weight = torch.zeros(2, 1, 8, 8)
+    weight[0, :, :4] = 2
+    losses = prediction_error(PUBLISHED, output, latents, noise, timestep, weight)
+    assert losses[1] == 0
+    output[:, :, 4:] += 1
+    torch.testing.assert_close(prediction_error(PUBLISHED, output, latents, noise, timestep, weight), losses)
+    output[:, :, :4] += 1
+    assert prediction_error(PUBLISHED, output, latents, noise, timestep, weight)[0] != losses[0]
+
+
+@pytest.mark.parametrize("config", [PUBLISHED, TINY], ids=lambda config: config.prediction)
+def test_the_true_output_speaks_of_the_data(config: ModelConfig) -> None:
+    _, latents, noise, timestep = drawn(700)
+    alpha, sigma = float(ALPHAS[700]), float(SIGMAS[700])
+    output = noise if config.prediction == "epsilon" else alpha * noise - sigma * latents
+    some = dataclasses.replace(config, vae=dataclasses.replace(config.vae, channels=4))
+    data = data_prediction(some, output, add_noise(latents, noise, timestep), timestep)
+    torch.testing.assert_close(data, latents, rtol=1e-3, atol=1e-3)

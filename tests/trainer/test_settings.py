@@ -20,7 +20,7 @@ SHIPPED = Path(trainer.__file__).parent / "configs" / "tiny.toml"
         ("batch = 16", "batch = 0", "[vae]: batch is 0, expected a number greater than 0"),
         ("ema = 0.995", "ema = 1.5", "[vae]: ema is 1.5, expected a number less than or equal to 1"),
         ("clip = 1.0", "clip = nan", "[vae]: clip is nan, expected a number greater than 0"),
-        ("shards = 10", 'shards = "10"', "[features]: shards is '10', expected an integer"),
+        ("shards = 8", 'shards = "8"', "[ladder]: shards is '8', expected an integer"),
         ("steps = 6000", "steps = 6000.5", "[vae]: steps is 6000.5, expected an integer"),
     ],
 )

@@ -7,8 +7,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 from mige_rt.errors import InputError
+from trainer.synthetic.atmosphere import TIMES, WEATHERS
 from trainer.synthetic.backgrounds import PATTERNS, Background, Photo, draw
-from trainer.synthetic.concepts import Concept, load_concepts, main_colour
+from trainer.synthetic.concepts import SPRITE_SIDE, Concept, load_concepts, main_colour, sprite
 from trainer.synthetic.fetch import main
 from trainer.synthetic.photos import ORIGINS, Origin, load_photos
 from trainer.synthetic.sample import Stock, edit
@@ -24,6 +25,7 @@ from trainer.synthetic.scene import (
     random_subject,
 )
 from trainer.synthetic.tasks import make_sample
+from trainer.synthetic.variation import DrawnShape, Variation, VariedConcepts, vary
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -75,7 +77,7 @@ def test_held_out_concepts_never_change(concepts: list[Concept]) -> None:
 
 
 def test_a_folder_without_the_world_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"trainer\.world\.fetch"):
+    with pytest.raises(InputError, match=r"trainer\.synthetic\.fetch"):
         load_concepts(tmp_path)
 
 
@@ -143,3 +145,58 @@ def test_without_photos_installed_it_is_said_where_they_come_from(
     assert result.exit_code == 2 and "absent" in result.output
     assert list(tmp_path.iterdir()) == []
     assert all(path.is_file() for origin in ORIGINS for path in origin.photos())
+
+
+def test_variation_never_touches_what_is_held_out(concepts: list[Concept]) -> None:
+    held_out = [concept for concept in concepts if concept.held_out]
+    for index in range(8):
+        shares = {"add": 1, "generate": 1}
+        plain, varied = (make_sample(2, index, held_out, 48, shares, varied=share) for share in (1e-9, 1.0))
+        assert np.array_equal(plain.target, varied.target) and plain.prompt == varied.prompt
+    cut_outs = {cut_out for concept in held_out for cut_out in (concept.fluent, concept.noto)}
+    rng = np.random.default_rng(0)
+    things = VariedConcepts(concepts, 1.0, rng)
+    for _ in range(50):
+        for thing in VariedConcepts(concepts, 1.0, rng):
+            if not thing.held_out:
+                assert isinstance(thing.fluent, Variation | DrawnShape) and not thing.named
+                assert not isinstance(thing.fluent, Variation) or thing.fluent.other not in cut_outs
+    assert [things[i] for i in range(12)] == [things[i] for i in range(12)]
+    with pytest.raises(ValueError, match="held out"):
+        vary(rng, held_out[0], concepts[0])
+
+
+def test_varied_things_differ_from_sample_to_sample(concepts: list[Concept]) -> None:
+    known = [concept for concept in concepts if not concept.held_out]
+    rng = np.random.default_rng(1)
+    looks = [np.asarray(sprite(VariedConcepts(known, 1.0, rng)[0].fluent)) for _ in range(20)]
+    assert all(look.shape == (SPRITE_SIDE, SPRITE_SIDE, 4) and look[..., 3].any() for look in looks)
+    assert len({look.tobytes() for look in looks}) == len(looks)
+    turned = np.asarray(Variation(known[0].fluent, hue=0.5)().convert("RGB").convert("HSV")).astype(int)
+    plain = np.asarray(sprite(known[0].fluent).convert("RGB").convert("HSV")).astype(int)
+    colored = (plain[..., 1] > 120) & (plain[..., 2] > 120)
+    shift = (turned[..., 0] - plain[..., 0])[colored] % 256
+    assert np.median(shift) == pytest.approx(128, abs=4)
+
+
+def test_a_reference_is_found_again_on_another_ground(concepts: list[Concept]) -> None:
+    for index in range(10):
+        sample = make_sample(4, index, concepts, 64, {"another_ground": 1})
+        (mark,) = sample.after
+        assert mark.reference == 0 and sample.source is None
+        if not any(word in sample.prompt for word in (*TIMES, *WEATHERS)):
+            inner = mark.mask.copy()
+            for axis, step in ((0, 1), (0, -1), (1, 1), (1, -1)):
+                inner &= np.roll(mark.mask, step, axis)  # without the soft edge
+            same = np.abs(sample.images[0].astype(int) - sample.target).max(axis=-1) < 16
+            assert same[inner].mean() > 0.97
+        assert not np.array_equal(sample.images[0][~mark.mask], sample.target[~mark.mask])
+
+
+def test_painting_again_asks_for_the_image_that_is_shown(concepts: list[Concept]) -> None:
+    numbers = set()
+    for index in range(20):
+        sample = make_sample(4, index, concepts, 32, {"again": 1})
+        assert len(sample.images) == 1 and np.array_equal(sample.images[0], sample.target)
+        numbers.add(len(sample.after))
+    assert numbers == {1, 2, 3}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mige_rt.instruction import count_placeholders
-from trainer.stages.compute_features import MAX_IMAGES
+from trainer.stages.features import MAX_IMAGES
 from trainer.synthetic.atmosphere import apply
 from trainer.synthetic.backgrounds import COLOURS
 from trainer.synthetic.concepts import Concept

@@ -1,11 +1,13 @@
-"""Stage 4: the Q-Former, on pictures alone, as BLIP-2 trains its own before any other model reads it (Li et al., 2023).
+"""Stage: the Q-Former, on images alone, as BLIP-2 trains its own before any other model reads it (Li et al., 2023).
 
-Each of a picture's tokens must tell the VAE's latents of its own cell of the picture. From the diffusion transformer's
-errors alone the Q-Former hardly learns within a small budget what stands where (docs/training/comparison.md).
+Its tokens must tell a reader the VAE's latents of each patch of the image. From the diffusion transformer's errors
+alone the Q-Former hardly learns within a small budget what is where (docs/training/comparison.md).
 """
 
+import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,18 +15,65 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from mige_rt.config import ModelConfig
-from trainer.loop import train
+from trainer.loop import Task, train
 from trainer.model.dit import MLP, CrossAttention, sincos_positions
 from trainer.model.encoders import ImageEncoder
 from trainer.settings import StageSettings
-from trainer.stages.compute_features import Batch, FeatureStore, batches
-from trainer.stages.train_mige import starting_model
+from trainer.stages.reading import fourier_code, patch_centres, query_places, ridge, start_to_look
+from trainer.stages.rolling import Images, batches, image_series
+from trainer.stages.starting_model import with_trained_vit
+from trainer.stages.train_looks import HELD_OUT_CHUNKS, START_CHUNKS, WATCH_EVERY, patches
+from trainer.synthetic.concepts import Concept
+
+EVERY = 6  # steps, a new chunk of images
+QUERY_GAIN = 5.0  # how sharply the Q-Former looks at the start
+
+
+@torch.no_grad()
+def start_qformer(encoder: ImageEncoder, features: Tensor) -> float:
+    """Start the Q-Former so that each of its tokens looks at patches of its own.
+
+    A query is the codes of its patches, each in heads of its own; keys are the linear regression from features to
+    codes. Residual branches other than the one that looks start at zero.
+
+    Args:
+        encoder: Changed in place.
+        features: The ViT's, of some images, [N,1+patches,width].
+
+    Returns:
+        The share of the code's variance that is read from the features.
+    """
+    layers: Any = encoder.qformer.encoder.layer
+    attention = layers[0].crossattention.attention
+    heads, size = attention.num_attention_heads, attention.attention_head_size
+    tokens = encoder.vision.post_layernorm(features)[:, 1:]
+    grid = round(tokens.shape[1] ** 0.5)
+    places = query_places(encoder.query_tokens.shape[1], grid)  # [Q,patches a query,2]
+    of_head = torch.arange(heads) * places.shape[1] // heads
+    queries = torch.stack([fourier_code(places[:, patch], grid, size) for patch in of_head], dim=1)  # [Q,heads,size]
+    encoder.query_tokens.copy_(queries.flatten(1))
+    code = fourier_code(patch_centres(grid), grid, size).repeat(len(tokens), 1)
+    weight, bias, explained = ridge(tokens.flatten(0, 1), code)
+    attention.key.weight.copy_(weight.repeat(heads, 1))
+    attention.key.bias.copy_(bias.repeat(heads))
+    spread = encoder.query_tokens.std(dim=-1).mean()  # which the norm in front of the first layer takes away
+    attention.query.weight.copy_(torch.eye(heads * size) * QUERY_GAIN * spread)
+    attention.query.bias.zero_()
+    for layer in layers:
+        nn.init.zeros_(layer.attention.output.dense.weight)
+        nn.init.zeros_(layer.output_query.dense.weight)
+    nn.init.xavier_uniform_(attention.value.weight)
+    nn.init.xavier_uniform_(layers[0].crossattention.output.dense.weight)
+    nn.init.eye_(encoder.projection.weight)
+    return explained
 
 
 class PatchReader(nn.Module):
-    """The image encoder from the ViT's features on, and a reader of its tokens: one cross-attention from the patches'
-    positions, and one MLP, as in a block of the diffusion transformer. So a token must say not only what it holds but
-    where that stands, in a way in which a position can find it."""
+    """The image encoder from the ViT's features on, and a reader of its tokens.
+
+    The reader is one cross-attention from the patches' positions, and one MLP, as in a block of the diffusion
+    transformer. So a token must say not only what it holds but where that is, in a way in which a position can find it.
+    """
 
     def __init__(self, encoder: ImageEncoder, config: ModelConfig) -> None:
         super().__init__()
@@ -33,8 +82,8 @@ class PatchReader(nn.Module):
         self.encoder = encoder
         encoder.freeze_vit()
         encoder.patch_embedder.requires_grad_(False)  # the denoiser's, whose start the next stage needs
-        grid = config.size // config.vae.factor // dit.patch
-        self.register_buffer("positions", sincos_positions(grid, grid, dit.width, dit.trained_grid))
+        self.grid = config.size // config.vae.factor // dit.patch
+        self.register_buffer("positions", sincos_positions(self.grid, self.grid, dit.width, dit.trained_grid))
         self.kv_linear = nn.Linear(config.text.width, 2 * dit.width)
         self.cross_attn = CrossAttention(dit.width, dit.heads)
         self.mlp = MLP(dit.width, dit.mlp, dit.width)
@@ -43,13 +92,35 @@ class PatchReader(nn.Module):
     positions: Tensor
 
     def patches(self, latents: Tensor) -> Tensor:
-        """latents [N,c,h,w], unscaled -> what is to be told, [N,T,c*patch*patch]"""
-        return F.pixel_unshuffle(latents * self.scale, self.patch).flatten(2).transpose(1, 2)
+        """What is to be told of unscaled latents [N,c,h,w], [N,T,c*patch*patch]."""
+        return patches(latents * self.scale, self.patch)
 
-    def forward(self, vit: Tensor, latents: Tensor) -> Tensor:
-        """vit [N,1+patches,ViT width]; latents [N,c,h,w], unscaled -> patches as read off the tokens"""
-        tokens = self.encoder.tokens(vit, latents)  # [N,Q,D]
-        tokens = F.rms_norm(tokens, tokens.shape[-1:])  # as T5's last norm
+    def tokens(self, features: Tensor, latents: Tensor) -> Tensor:
+        """The image's tokens as T5 passes them on at its start, [N,Q,D]."""
+        tokens = self.encoder.tokens(features, latents)
+        return F.rms_norm(tokens, tokens.shape[-1:])
+
+    @torch.no_grad()
+    def start(self, images: Images) -> dict[str, float]:
+        """Start the Q-Former and the reader so that they look.
+
+        Returns:
+            The shares of the codes' variance that are read: from the features of the `vit`, by the reader's `queries`
+            from positions, and by its `keys` from tokens.
+        """
+        looked_at = start_qformer(self.encoder, images.features)
+        tokens = self.tokens(images.features, images.latents)
+        read = start_to_look(self.cross_attn, self.kv_linear, self.positions.expand(2, -1, -1), tokens, self.grid)
+        return {"vit": looked_at, **read}
+
+    def forward(self, features: Tensor, latents: Tensor) -> Tensor:
+        """The patches as read off the tokens, [N,T,c*patch*patch].
+
+        Args:
+            features: The ViT's, [N,1+patches,width].
+            latents: Unscaled, [N,c,h,w].
+        """
+        tokens = self.tokens(features, latents)
         rows, length, _ = tokens.shape
         keys, values = self.kv_linear(tokens).reshape(rows, length, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
         mask = torch.ones(rows, 1, 1, length, dtype=torch.bool, device=tokens.device)
@@ -58,22 +129,51 @@ class PatchReader(nn.Module):
         return self.read(x + self.mlp(F.layer_norm(x, x.shape[-1:])))
 
 
-def _loss(module: nn.Module, batch: Batch, reader: PatchReader) -> tuple[Tensor, dict[str, float]]:
-    wanted = reader.patches(batch.ref_latents)
-    error = (module(batch.vit, batch.ref_latents) - wanted).square().mean()
-    return error, {"explained": 1 - error.item() / wanted.var(dim=0).mean().item()}
+def _error(module: nn.Module, reader: PatchReader, images: Images) -> tuple[Tensor, float]:
+    """The mean squared error of the patches, and the share of their variance that is explained."""
+    target = reader.patches(images.latents)
+    error = (module(images.features, images.latents).float() - target).square().mean()
+    return error, 1 - error.item() / target.flatten(0, -2).var(dim=0).mean().item()
 
 
-def train_qformer(config: ModelConfig, settings: StageSettings, state: Path) -> Path:
-    """Train a model's image encoder, but for the ViT, on the features of a state folder; returns the file with its
-    weights, state/qformer/trained.safetensors. Raises InputError when the features are not there."""
+def train_qformer(
+    config: ModelConfig, settings: StageSettings, concepts: list[Concept], state: Path, start: Path | None = None
+) -> Path:
+    """Train a model's image encoder, but for the ViT.
+
+    Args:
+        config: The model's sizes.
+        settings: How to optimise.
+        concepts: All of them; those held out are measured on.
+        state: The state folder.
+        start: The model folder or bundle to go on from, if there is one.
+
+    Returns:
+        The file with the image encoder's weights, state/qformer/trained.safetensors.
+
+    Raises:
+        InputError: As `with_trained_vit`.
+    """
     torch.manual_seed(settings.seed)
-    folder = state / "qformer"
-    store = FeatureStore(state / "features", config)
-    reader = PatchReader(starting_model(config, state).image_encoder, config)
-    average = train(
-        "qformer", reader, partial(_loss, reader=reader), partial(batches, store, settings), settings, folder
-    )
+    model, folder = with_trained_vit(config, state, start).train(), state / "qformer"
+    series, unseen = image_series(model, concepts, settings.seed)
+    held_out = unseen.first(HELD_OUT_CHUNKS)
+    reader = PatchReader(model.image_encoder, config)
+    shares = reader.start(series.first(START_CHUNKS))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "start.json").write_text(json.dumps(shares) + "\n")
+
+    def loss(module: nn.Module, images: Images) -> tuple[Tensor, dict[str, float]]:
+        error, explained = _error(module, reader, images)
+        return error, {"explained": explained}
+
+    @torch.no_grad()
+    def watch(average: nn.Module, step: int) -> dict[str, float]:
+        assert isinstance(average, PatchReader)
+        return {"held-out explained": _error(average, average, held_out)[1]}
+
+    stream = partial(batches, series, EVERY, settings)
+    average = train(reader, Task("qformer", loss, stream, watch, WATCH_EVERY), settings, folder)
     assert isinstance(average, PatchReader)
     save_model(average.encoder, str(folder / "trained.safetensors"))
     return folder / "trained.safetensors"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mige_rt.config import ModelConfig
 from mige_rt.postprocessing import to_image
-from trainer.loop import train
+from trainer.loop import Task, train
 from trainer.model.vae import VAEDecoder, VAEEncoder, make_vae
 from trainer.settings import StageSettings
 from trainer.synthetic.concepts import Concept
@@ -24,13 +24,15 @@ KL_WEIGHT = 1e-3
 
 
 class Autoencoder(nn.Module):
+    """A VAE, both halves."""
+
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         self.vae = vae
         self.encode, self.decode = VAEEncoder(vae), VAEDecoder(vae)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """pixels [M,3,H,W] -> reconstruction from a drawn latent, mean, logvar"""
+        """The reconstruction of pixels [M,3,H,W] from a drawn latent, the latent's mean, and its log variance."""
         mean, logvar = self.encode(pixels)
         return self.decode(mean + torch.exp(logvar / 2) * torch.randn_like(mean)), mean, logvar
 
@@ -87,16 +89,18 @@ def train_vae(config: ModelConfig, settings: StageSettings, concepts: list[Conce
     folder = state / "vae"
     batches = partial(_pictures, concepts, settings, config.size)
 
-    def preview(average: nn.Module, step: int) -> None:
+    @torch.no_grad()
+    def preview(average: nn.Module, step: int) -> dict[str, float]:
         pixels = next(batches(10**6, 0, 1))[:8]
         made = average(pixels.to(next(average.parameters()).device))[0].cpu()
         columns = [
             np.concatenate([np.asarray(to_image(p.numpy())) for p in pair]) for pair in zip(pixels, made, strict=True)
         ]
         Image.fromarray(np.concatenate(columns, axis=1)).save(folder / f"preview-{step:06d}.png")
+        return {}
 
     module = Autoencoder(make_vae(config.vae)).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    average = train("vae", module, _loss, batches, settings, folder, torch.no_grad()(preview), 500)
+    average = train(module, Task("vae", _loss, batches, preview, 500), settings, folder)
     assert isinstance(average, Autoencoder)
     stream = batches(2 * 10**6, 0, 1)
     normalise_latents(average.vae, torch.cat([next(stream) for _ in range(64)]))

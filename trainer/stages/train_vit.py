@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mige_rt.config import ModelConfig
 from mige_rt.preprocessing import vit_pixels
-from trainer.loop import train
+from trainer.loop import Task, train
 from trainer.model.mige import Mige
 from trainer.settings import StageSettings
 from trainer.synthetic.backgrounds import draw
@@ -43,8 +43,15 @@ class PictureNameTowers(nn.Module):
     names: Tensor
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """pixels [M,3,p,p] -> unit vectors of the pictures [M,WIDTH] and of every concept's name [concepts,WIDTH], and
-        the inverse temperature that their products are multiplied by"""
+        """What is compared.
+
+        Args:
+            pixels: [M,3,p,p]
+
+        Returns:
+            Unit vectors of the images [M,WIDTH] and of every concept's name [concepts,WIDTH], and the inverse
+            temperature that their products are multiplied by.
+        """
         features = self.encoder(pixel_values=pixels).last_hidden_state.mean(dim=1)
         heat = self.temperature.clamp(max=4.6).exp()
         return F.normalize(self.picture(features), dim=-1), F.normalize(self.words(self.names), dim=-1), heat
@@ -90,7 +97,8 @@ def train_vit(config: ModelConfig, settings: StageSettings, concepts: list[Conce
     torch.manual_seed(settings.seed)
     folder = state / "vit"
     module = PictureNameTowers(config, concepts)
-    average = train("vit", module, _loss, partial(_views, concepts, settings, config.vision.side), settings, folder)
+    task = Task("vit", _loss, partial(_views, concepts, settings, config.vision.side))
+    average = train(module, task, settings, folder)
     assert isinstance(average, PictureNameTowers)
     save_model(average.encoder, str(folder / "trained.safetensors"))
     return folder / "trained.safetensors"

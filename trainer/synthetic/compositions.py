@@ -1,10 +1,13 @@
 """Tasks with pictures of things: generating them in a scene, adding them to one, replacing another with one."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from trainer.synthetic.atmosphere import TIMES, WEATHERS
+from trainer.synthetic.backgrounds import Background
 from trainer.synthetic.sample import Sample, Stock, composition, generation
 from trainer.synthetic.scene import (
     LARGE,
@@ -12,11 +15,14 @@ from trainer.synthetic.scene import (
     SMALL,
     Scene,
     Subject,
+    draw_reference,
+    draw_scene,
     put,
     random_background,
     random_pattern,
     random_subject,
     random_subjects,
+    reference_scene,
 )
 from trainer.synthetic.wording import naming, pick, whereabouts
 
@@ -32,6 +38,7 @@ PAIRS = {  # words between two subjects that say where they stand
     "below": ("at the bottom", "at the top"),
 }
 SIZED_SHARE = 0.25  # of the subjects that may be asked for in a size: those that are
+SCENE_SHARE = 0.4  # of the images to be painted again: those that are scenes
 AIR_SHARE = 0.15  # of the generated pictures: those at a time of day or in some weather
 
 
@@ -112,16 +119,42 @@ def replace_subject(rng: np.random.Generator, stock: Stock) -> Sample | None:
     return composition("replace", rng, stock, pick(rng, options), scene, after, named)
 
 
-def generate(rng: np.random.Generator, stock: Stock) -> Sample | None:
-    """One to three subjects on a background, in words for all that the picture shows."""
+def again(rng: np.random.Generator, stock: Stock) -> Sample | None:
+    """The image that is shown: of one subject, large, or of a scene."""
+    if rng.random() < SCENE_SHARE:
+        subjects = random_subjects(rng, stock.concepts, int(rng.integers(1, stock.at_most(3) + 1)))
+        scene = Scene(random_background(rng, stock.photos), subjects)
+    else:
+        scene = reference_scene(rng, random_subjects(rng, stock.concepts, 1)[0])
+    prompt = pick(rng, ("<imagehere>", "show <imagehere>", "paint <imagehere>"))
+    return generation("again", stock, prompt, scene, [draw_scene(scene, stock.side).picture])
+
+
+def another_ground(rng: np.random.Generator, stock: Stock) -> Sample | None:
+    """What a reference shows, at the same place and in the same size, on another background."""
+    reference = reference_scene(rng, random_subjects(rng, stock.concepts, 1)[0])
     background = random_pattern(rng)
-    number = stock.at_most(int(rng.choice((1, 2, 3), p=(0.55, 0.3, 0.15))))
+    ground, air = _ground(rng, background)
+    prompt = f"{pick(rng, ('a', 'the'))} <imagehere> {ground}"
+    image = draw_scene(reference, stock.side).picture
+    return generation("another_ground", stock, prompt, replace(reference, background=background, air=air), [image])
+
+
+def _ground(rng: np.random.Generator, background: Background) -> tuple[str, str | None]:
+    """Words for a background and, perhaps, for some light or weather; and the latter's name."""
+    words = f"{pick(rng, ('on', 'against', 'with'))} a {background.pattern} {background.colour} background"
+    if rng.random() >= AIR_SHARE:
+        return words, None
+    air = pick(rng, [*TIMES, *WEATHERS])
+    return f"{words} {'at' if air in TIMES else 'in'} {air}", air
+
+
+def _generate(kind: str, numbers: Mapping[int, float], rng: np.random.Generator, stock: Stock) -> Sample | None:
+    """As many subjects on a background, each as often as told, in words for all that the image shows."""
+    background = random_pattern(rng)
+    number = stock.at_most(int(rng.choice(list(numbers), p=list(numbers.values()))))
     subjects = random_subjects(rng, stock.concepts, number)
-    ground = f"{pick(rng, ('on', 'against', 'with'))} a {background.pattern} {background.colour} background"
-    air = None
-    if rng.random() < AIR_SHARE:
-        air = pick(rng, [*TIMES, *WEATHERS])
-        ground += f" {'at' if air in TIMES else 'in'} {air}"
+    ground, air = _ground(rng, background)
     if number == 1:
         article, subject = _sized(rng, subjects[0])
         subjects, place = (subject,), subject.place
@@ -134,4 +167,10 @@ def generate(rng: np.random.Generator, stock: Stock) -> Sample | None:
         subjects = tuple(put(s, MIDDLE) for s in subjects)
         each = [f"a <imagehere> {subject.place}" for subject in subjects]
         prompt = f"{', '.join(each[:-1])} and {each[-1]} {ground}"
-    return generation(rng, stock, prompt, Scene(background, subjects, air), range(number))
+    images = [draw_reference(rng, subject, stock.side) for subject in subjects]
+    return generation(kind, stock, prompt, Scene(background, subjects, air), images)
+
+
+generate = partial(_generate, "generate", {1: 0.55, 2: 0.3, 3: 0.15})
+generate_one = partial(_generate, "generate_one", {1: 1.0})
+generate_several = partial(_generate, "generate_several", {2: 2 / 3, 3: 1 / 3})

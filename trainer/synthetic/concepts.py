@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,20 +19,30 @@ LEFT_OUT = ("time", "sky & weather", "place-map", "place-geographic")  # clock f
 SPRITE_SIDE = 96  # a little more than the largest a subject gets in a 128 px scene
 MAIN_COLOUR_SHARE = 0.6  # of a thing's pixels that have to agree before it is called by its colour
 
+CutOut = Path | Callable[[], Image.Image]  # a file, or what draws a square RGBA of SPRITE_SIDE pixels; hashable
 Style = Literal["fluent", "noto"]
 STYLES: tuple[Style, ...] = get_args(Style)
 
 
 @dataclass(frozen=True)
 class Concept:
-    """One thing: its English name and its cut-out pictures. noto is None where that style lacks it."""
+    """One thing: its English name and its cut-out images.
+
+    Attributes:
+        code: Its code points.
+        name: In English.
+        fluent: Its image in that style.
+        noto: Its image in that style; None where it lacks one.
+        named: Whether its name tells what it looks like, so that words may call it so.
+    """
 
     code: str
     name: str
-    fluent: Path
-    noto: Path | None
+    fluent: CutOut
+    noto: CutOut | None
+    named: bool = True
 
-    def picture(self, style: Style) -> Path:
+    def picture(self, style: Style) -> CutOut:
         """The cut-out in a style. Raises ValueError where this thing lacks it."""
         path = self.fluent if style == "fluent" else self.noto
         if path is None:
@@ -70,10 +81,23 @@ def load_concepts(root: Path) -> list[Concept]:
 
 
 @lru_cache(maxsize=4096)
-def sprite(path: Path) -> Image.Image:
-    """A concept's picture, cut to its visible box and put in the middle of a square RGBA of SPRITE_SIDE pixels."""
+def _opened(path: Path) -> Image.Image:
     with Image.open(path) as file:
-        picture = file.convert("RGBA")
+        return centred(file.convert("RGBA"))
+
+
+@lru_cache(maxsize=16)
+def _drawn(draw: Callable[[], Image.Image]) -> Image.Image:
+    return draw()
+
+
+def sprite(cut_out: CutOut) -> Image.Image:
+    """A concept's picture as a square RGBA of SPRITE_SIDE pixels; not to be changed."""
+    return _opened(cut_out) if isinstance(cut_out, Path) else _drawn(cut_out)
+
+
+def centred(picture: Image.Image) -> Image.Image:
+    """An RGBA picture, cut to its visible box and put in the middle of a square of SPRITE_SIDE pixels."""
     box = picture.getchannel("A").point([0] * 8 + [255] * 248).getbbox() or (0, 0, *picture.size)
     picture = picture.crop(box)
     scale = SPRITE_SIDE / max(picture.size)
@@ -86,9 +110,9 @@ def sprite(path: Path) -> Image.Image:
 
 
 @lru_cache(maxsize=4096)
-def main_colour(path: Path) -> str | None:
+def main_colour(cut_out: CutOut) -> str | None:
     """The colour word for most of a concept's picture; None where no colour has MAIN_COLOUR_SHARE of it."""
-    picture = sprite(path)
+    picture = sprite(cut_out)
     hue, saturation, value = np.moveaxis(np.asarray(picture.convert("RGB").convert("HSV")), -1, 0)[
         :, np.asarray(picture)[..., 3] > 128
     ]
@@ -114,7 +138,7 @@ def _tinted(rgb: np.ndarray, colour: str) -> np.ndarray:
 
 def paste(
     scene: np.ndarray,
-    path: Path,
+    cut_out: CutOut,
     centre: tuple[float, float],
     size: int,
     flip: bool = False,
@@ -124,7 +148,7 @@ def paste(
 
     flip: mirrored. tint: one of COLOURS, in whose hue the sprite is drawn.
     """
-    picture = sprite(path).resize(
+    picture = sprite(cut_out).resize(
         (size, size), Image.Resampling.BOX if size * 2 <= SPRITE_SIDE else Image.Resampling.BILINEAR
     )
     if flip:

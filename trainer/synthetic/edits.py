@@ -41,6 +41,7 @@ def _with(scene: Scene, index: int, subject: Subject) -> Scene:
 
 
 def recolour(rng: np.random.Generator, stock: Stock) -> Sample | None:
+    """The background in another color."""
     background = random_pattern(rng)
     scene = replace(_scene(rng, stock, 2), background=background)
     colour = pick(rng, [c for c in COLOURS if c != background.colour])
@@ -64,6 +65,7 @@ def recolour(rng: np.random.Generator, stock: Stock) -> Sample | None:
 
 
 def remove(rng: np.random.Generator, stock: Stock) -> Sample | None:
+    """One subject is gone."""
     scene = _scene(rng, stock, 3)
     index = int(rng.integers(len(scene.subjects)))
     what = naming(rng, scene, index)
@@ -84,6 +86,7 @@ def remove(rng: np.random.Generator, stock: Stock) -> Sample | None:
 
 
 def recolour_subject(rng: np.random.Generator, stock: Stock) -> Sample | None:
+    """One subject in another color."""
     scene = _scene(rng, stock, 3)
     index = int(rng.integers(len(scene.subjects)))
     subject = scene.subjects[index]
@@ -129,6 +132,7 @@ def move(rng: np.random.Generator, stock: Stock) -> Sample | None:
 
 
 def resize(rng: np.random.Generator, stock: Stock) -> Sample | None:
+    """One subject bigger or smaller."""
     scene = _scene(rng, stock, 2)
     index = int(rng.integers(len(scene.subjects)))
     word = pick(rng, list(FACTORS))

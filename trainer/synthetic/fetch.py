@@ -63,6 +63,7 @@ def fetch(out: Path) -> None:
     "--photos", is_flag=True, help="photos that are installed, too; into a folder made before, if there is one"
 )
 def main(out: Path, photos: bool) -> None:
+    """Fetch; bad input ends with exit code 2."""
     try:
         if not (photos and out.is_dir()):
             fetch(out)

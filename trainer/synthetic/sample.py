@@ -90,18 +90,26 @@ def _fair(before: Drawing, after: Drawing) -> bool:
     return min([1.0, *before.shown, *after.shown]) >= MOSTLY and float((difference >= CONTRAST).mean()) >= SEEN
 
 
-def generation(
-    rng: np.random.Generator, stock: Stock, prompt: str, scene: Scene, named: Sequence[int]
-) -> Sample | None:
-    """A sample without a source. named: the subjects, in the order in which the prompt names them."""
+def generation(kind: str, stock: Stock, prompt: str, scene: Scene, images: list[np.ndarray]) -> Sample | None:
+    """A sample without a source.
+
+    Args:
+        kind: Of task.
+        stock: The images' side.
+        prompt: The instruction.
+        scene: The ground truth.
+        images: What the placeholders stand for: one for each of the scene's subjects, in their order, or one for all.
+
+    Returns:
+        None where a subject can hardly be seen.
+    """
     drawing = draw_scene(scene, stock.side)
     if not _fair(draw_scene(Scene(scene.background, air=scene.air), stock.side), drawing):
         return None
-    images = [draw_reference(rng, scene.subjects[i], stock.side) for i in named]
-    marks = _marks(scene, drawing, {subject: image for image, subject in enumerate(named)})
+    marks = _marks(scene, drawing, {i: min(i, len(images) - 1) for i in range(len(scene.subjects))})
     everywhere = np.ones((stock.side, stock.side), bool)
     asked = tuple(range(len(marks)))
-    return Sample("generate", "subject", prompt, images, None, drawing.picture, everywhere, (), marks, asked)
+    return Sample(kind, "subject", prompt, images, None, drawing.picture, everywhere, (), marks, asked)
 
 
 def edit(kind: str, stock: Stock, prompt: str, before: Scene, after: Scene, asked: Sequence[int] = ()) -> Sample | None:
@@ -109,7 +117,7 @@ def edit(kind: str, stock: Stock, prompt: str, before: Scene, after: Scene, aske
     source, target = draw_scene(before, stock.side), draw_scene(after, stock.side)
     if not _fair(source, target):
         return None
-    return _edited(kind, "edit", prompt, [source.picture], (before, source), (after, target), {}, asked)
+    return _edited(kind, prompt, [source.picture], (before, source), (after, target), {}, asked)
 
 
 def composition(
@@ -130,12 +138,11 @@ def composition(
         return None
     images = [source.picture if i is None else draw_reference(rng, after.subjects[i], stock.side) for i in named]
     references = {subject: image for image, subject in enumerate(named) if subject is not None}
-    return _edited(kind, "compose", prompt, images, (before, source), (after, target), references, sorted(references))
+    return _edited(kind, prompt, images, (before, source), (after, target), references, sorted(references))
 
 
 def _edited(
     kind: str,
-    task: Task,
     prompt: str,
     images: list[np.ndarray],
     before: tuple[Scene, Drawing],
@@ -147,7 +154,7 @@ def _edited(
     changed = np.any(source != target, axis=-1)
     return Sample(
         kind,
-        task,
+        "compose" if references else "edit",
         prompt,
         images,
         source,

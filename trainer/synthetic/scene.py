@@ -67,8 +67,13 @@ class Scene:
 
 @dataclass(frozen=True)
 class Drawing:
-    """picture: uint8 [side,side,3]; masks: each subject's visible part, bool [side,side]; shown: that part's share of
-    the subject's pixels in the picture, were it alone."""
+    """A scene as it looks.
+
+    Attributes:
+        picture: uint8 [side,side,3]
+        masks: Each subject's visible part, bool [side,side].
+        shown: That part's share of the subject's pixels in the image, were it alone.
+    """
 
     picture: np.ndarray
     masks: list[np.ndarray]
@@ -76,6 +81,7 @@ class Drawing:
 
 
 def draw_scene(scene: Scene, side: int) -> Drawing:
+    """Draw a scene, from the rearmost subject to the foremost, then the light or the weather."""
     picture = draw(scene.background, side)
     masks: list[np.ndarray] = []
     areas: list[int] = []
@@ -111,6 +117,7 @@ def random_background(rng: np.random.Generator, photos: Sequence[Path] = ()) -> 
 
 
 def random_pattern(rng: np.random.Generator) -> Background:
+    """A pattern in a color."""
     pattern, colour = PATTERNS[rng.integers(len(PATTERNS))], list(COLOURS)[rng.integers(len(COLOURS))]
     return Background(pattern, colour, int(rng.integers(2**31)))
 
@@ -165,10 +172,16 @@ def random_subjects(rng: np.random.Generator, concepts: Sequence[Concept], numbe
     return tuple(random_subject(rng, c, p, sizes) for c, p in zip(chosen, places, strict=True))
 
 
-def draw_reference(rng: np.random.Generator, subject: Subject, side: int) -> np.ndarray:
-    """A picture of the subject alone, large, on a white or a coloured ground; uint8 [side,side,3]."""
+def reference_scene(rng: np.random.Generator, subject: Subject) -> Scene:
+    """The subject alone, large, on a white or a coloured ground."""
     colour = "white" if rng.random() < 0.5 else list(COLOURS)[rng.integers(len(COLOURS))]
     background = Background("plain" if rng.random() < 0.7 else "shaded", colour, int(rng.integers(2**31)))
     size = float(rng.uniform(0.78, 0.95))
-    alone = Subject(subject.concept, "in the middle", (0.5, 0.5), size, subject.flip, subject.style)
-    return draw_scene(Scene(background, (alone,)), side).picture
+    return Scene(
+        background, (Subject(subject.concept, "in the middle", (0.5, 0.5), size, subject.flip, subject.style),)
+    )
+
+
+def draw_reference(rng: np.random.Generator, subject: Subject, side: int) -> np.ndarray:
+    """An image of the subject alone, as `reference_scene` says; uint8 [side,side,3]."""
+    return draw_scene(reference_scene(rng, subject), side).picture

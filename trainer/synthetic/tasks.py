@@ -13,8 +13,9 @@ import numpy as np
 from trainer.synthetic import compositions, edits
 from trainer.synthetic.concepts import Concept
 from trainer.synthetic.sample import Draft, Mark, Sample, Stock
+from trainer.synthetic.variation import VariedConcepts
 
-__all__ = ["KINDS", "SHARES", "Mark", "Sample", "make_sample"]
+__all__ = ["ALL_KINDS", "KINDS", "PRACTICE", "SHARES", "Mark", "Sample", "make_sample"]
 
 
 class Kind(Protocol):
@@ -44,6 +45,14 @@ KINDS: dict[str, Kind] = {
     "light": partial(_until_fair, edits.light),
     "weather": partial(_until_fair, edits.weather),
 }
+# What is learnt before, on the way to those: one thing at a time (trainer/stages/ladder.py).
+PRACTICE: dict[str, Kind] = {
+    "again": partial(_until_fair, compositions.again),
+    "another_ground": partial(_until_fair, compositions.another_ground),
+    "generate_one": partial(_until_fair, compositions.generate_one),
+    "generate_several": partial(_until_fair, compositions.generate_several),
+}
+ALL_KINDS = {**KINDS, **PRACTICE}
 # How often each kind is drawn: what brings in a thing from a picture needs the most practice.
 SHARES: Mapping[str, float] = {
     "recolour": 0.08,
@@ -67,14 +76,18 @@ def make_sample(
     side: int,
     shares: Mapping[str, float] | None = None,
     photos: Sequence[Path] = (),
+    varied: float = 0.0,
 ) -> Sample:
     """Sample number `index` of the unlimited series `seed`: the same arguments give the same sample everywhere.
 
     concepts: two or more. shares: how often each kind is drawn, in any unit, SHARES by default; a kind left out is
-    never drawn. photos: pictures that some backgrounds are cut from.
+    never drawn. photos: pictures that some backgrounds are cut from. varied: the share of the things that are varied
+    (`trainer.synthetic.variation`), which leaves held-out concepts as they are.
     """
     rng = np.random.default_rng([seed, index])
     shares = SHARES if shares is None else shares
     kinds, weights = list(shares), np.array(list(shares.values()))
     kind = kinds[rng.choice(len(kinds), p=weights / weights.sum())]
-    return KINDS[kind](rng, concepts, side, photos)
+    if varied:
+        concepts = VariedConcepts(concepts, varied, rng)
+    return ALL_KINDS[kind](rng, concepts, side, photos)

@@ -29,6 +29,7 @@ TOWARDS: dict[str, str] = {
 
 
 def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
+    """One of the options."""
     return options[int(rng.integers(len(options)))]
 
 
@@ -42,7 +43,7 @@ def multimodal(rng: np.random.Generator, plain: Sequence[str], with_picture: Seq
 def naming(rng: np.random.Generator, scene: Scene, index: int) -> str:
     """Words for one subject of a scene: its name unless it is held out, or its place, or a colour that no other has."""
     subject = scene.subjects[index]
-    if not subject.concept.held_out and rng.random() < NAMED_SHARE:
+    if subject.concept.named and not subject.concept.held_out and rng.random() < NAMED_SHARE:
         return f"the {subject.concept.name}"
     thing = pick(rng, ("thing", "object"))
     colours = [main_colour(s.concept.picture(s.style)) for s in scene.subjects]

@@ -1,0 +1,114 @@
+"""The samples of the ladder's rungs: those to train on, mixed as the rung that was reached says, and those held out."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mige_rt.config import ModelConfig
+from trainer.settings import LadderSettings, StageSettings
+from trainer.stages.features import Batch, FeatureMaker, RollingShards, collate
+from trainer.stages.ladder import KEPT_EDITS, LADDER, Climb, counts
+from trainer.stages.one_shot import one_shot
+from trainer.stages.trained_part import TrainedPart
+from trainer.synthetic.concepts import Concept
+from trainer.synthetic.sample import Sample
+from trainer.synthetic.tasks import make_sample
+
+HELD_OUT_SEED = 10**6 + 4
+HELD_OUT = 48  # samples of each rung
+
+
+@dataclass(frozen=True)
+class Practice:
+    """The samples of each rung, and where on the ladder training is."""
+
+    config: ModelConfig
+    shards: dict[str, RollingShards]
+    climb: Climb
+    ladder: LadderSettings
+
+    def batches(self, settings: StageSettings, step: int, rank: int, ranks: int) -> Iterator[Batch]:
+        """The batches from a step on.
+
+        They are the same whenever it is called, as long as the rungs begin at the same steps.
+
+        Args:
+            settings: The size of a batch, and the seed.
+            step: The first step.
+            rank: The process's.
+            ranks: Number of processes.
+
+        Yields:
+            A batch.
+
+        Raises:
+            ValueError: There is more than one process; only the first would know when a rung holds.
+        """
+        if ranks > 1:
+            raise ValueError("the ladder is climbed in one process; start one")
+        while True:
+            rng = np.random.default_rng([settings.seed, step])
+            chosen = []
+            for name, number in counts(self.climb.newest(step), settings.batch).items():
+                drawn = self.climb.drawn(name, step, settings.batch)
+                shards = self.shards[name].read(1 + drawn // (self.ladder.shard_samples * self.ladder.uses))
+                for index in rng.integers(len(shards) * self.ladder.shard_samples, size=number).tolist():
+                    chosen.append((shards[index // self.ladder.shard_samples], index % self.ladder.shard_samples))
+            yield collate(chosen, self.config)
+            step += 1
+
+
+def practice(
+    maker: FeatureMaker, concepts: Sequence[Concept], climb: Climb, ladder: LadderSettings, folder: Path
+) -> Practice:
+    """The rungs' samples.
+
+    Args:
+        maker: Makes their features.
+        concepts: What they show; those held out are left out.
+        climb: Where on the ladder training is.
+        ladder: How many samples are kept, and how often they are used.
+        folder: Where they are kept.
+    """
+    known = [concept for concept in concepts if not concept.held_out]
+    shards = {
+        rung.name: RollingShards(
+            folder / rung.name,
+            maker,
+            known,
+            rung.shares,
+            ladder.seed,
+            ladder.shard_samples,
+            ladder.shards,
+            ladder.varied,
+        )
+        for rung in (*LADDER, KEPT_EDITS)
+    }
+    return Practice(maker.config, shards, climb, ladder)
+
+
+class HeldOutRungs:
+    """Samples of each rung with concepts that are held out, on which its one-shot error is measured."""
+
+    def __init__(self, maker: FeatureMaker, concepts: Sequence[Concept]) -> None:
+        """Makes the samples of those of `concepts` that are held out."""
+        held_out = [concept for concept in concepts if concept.held_out]
+        size = maker.config.size
+        self.samples: dict[str, list[Sample]] = {
+            rung.name: [make_sample(HELD_OUT_SEED, index, held_out, size, rung.shares) for index in range(HELD_OUT)]
+            for rung in (*LADDER, KEPT_EDITS)
+        }
+        self._batches = {name: all_of(maker, samples) for name, samples in self.samples.items()}
+
+    def errors(self, module: TrainedPart, newest: int, batch: int) -> dict[str, float]:
+        """One-shot errors over those of the mean color, of the rungs up to the one behind `newest`."""
+        names = counts(min(newest + 1, len(LADDER) - 1), batch)
+        return {name: one_shot(module, self._batches[name], seed=0).share for name in names}
+
+
+def all_of(maker: FeatureMaker, samples: Sequence[Sample]) -> Batch:
+    """Some samples as one batch."""
+    shard = maker.shard(samples)
+    return collate([(shard, index) for index in range(len(samples))], maker.config)
