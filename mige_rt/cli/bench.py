@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import click
 
@@ -15,7 +15,9 @@ class _Values(tuple[Any, ...]):
     """Values that were given as one text, which they are again as a string."""
 
     def __str__(self) -> str:
-        return ",".join("x".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in self)
+        return ",".join(
+            "x".join(map(str, cast("tuple[object, ...]", v))) if isinstance(v, tuple) else str(v) for v in self
+        )
 
 
 class _Several(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
