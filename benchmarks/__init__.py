@@ -1,1 +1,1 @@
-"""What a picture costs: work counts, baselines, latency and parity, as data and as reports."""
+"""What an image costs: work counts, baselines, latency and parity, as data and as reports."""

@@ -1,176 +1,211 @@
-"""One case of a bench: every candidate's pictures beside the reference's, then its seconds, in turn."""
+"""What `mige-rt bench` measures: candidates (a variant on an engine) and cases (what they are asked to make).
 
-from collections.abc import Callable, Mapping
+Worker processes import this module, so nothing here loads PyTorch, whose memory is no other engine's.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Literal, get_args
 
-import numpy as np
-from PIL import Image
+import onnxruntime
+from PIL import Image, ImageChops
 
-from benchmarks.candidates import SHORT, Candidate, Case, Home
-from benchmarks.cold_start import cold_start
-from benchmarks.findings import Fidelity, Findings, Row, title
-from benchmarks.measure import Latency, Turns
-from benchmarks.parity import load_similarity
-from benchmarks.tolerance import tolerance
-from benchmarks.work import Work, count, floor_seconds
-from benchmarks.worker import CandidateError, Made, Seen, Worker
-from export.validate import measure
-from mige_rt.config import ModelConfig
-from trainer.evaluate.metrics import psnr
+import export
+from engines.factory import ENGINES
+from mige_rt.config import Precision
+from mige_rt.images import open_image
+from mige_rt.instruction import PLACEHOLDER
+from mige_rt.requests import Request, ResolvedRequest, resolve
+from mige_rt.sampling_params import SamplingParams
 
-SHORT_RUNS = 3
-OnProgress = Callable[[str, int, int], None]
+Level = Literal["basic", "extended", "all"]
+AnyPrecision = Precision | Literal["auto"]
+Variant = Literal["published", "encode_once", "ours"]
+
+VARIANT_TITLES: dict[Variant, str] = {"published": "as published", "encode_once": "encode once", "ours": "ours"}
+BASELINES: tuple[Variant, ...] = ("published", "encode_once")
+ENGINE_TITLES = {"pytorch": "PyTorch", "onnxruntime": "ONNX Runtime"}
+ENGINE_TITLES |= {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
+SAMPLES = Path(export.__file__).parent / "samples"
+SCENES = tuple(f"picture-{number}.png" for number in (5, 7, 9, 6))
+SUBJECTS = tuple(f"picture-{number}.png" for number in (8, 10, 1, 2, 3, 4))
+SEED = 0
+SHORT_STEPS = 2  # the scheduler's least: the short runs that the seconds of a step are derived from
+
+# Approximations that change the image a little, see `mige_rt.denoise`.
+GUIDANCE_RANGE = (0.0, 0.5)
+REUSE = 0.1
+
+
+LEVELS = {
+    level: getattr(onnxruntime.GraphOptimizationLevel, f"ORT_ENABLE_{level.upper()}") for level in get_args(Level)
+}
 
 
 @dataclass(frozen=True)
-class Effort:
-    """How often everything is run: runs that count, warm-ups before them, and starts of the command."""
+class RuntimeSettings:
+    """A session's options, all of them set, whatever the engine's own are; these are ONNX Runtime's defaults."""
 
-    runs: int = 10
-    warmups: int = 3
-    cold_starts: int = 3
+    threads: int = 0  # within a node; 0 is one a core, each bound to its own
+    arena: bool = True  # memory is kept between runs
+    pattern: bool = True  # memory is laid out in advance for a shape that was seen
+    optimisation: Level = "all"
+    spinning: bool = True  # threads wait for work in a loop
+    int8: bool = False  # the quantised model
+    batch_parallel: bool = False  # parts of the batch side by side, with as many threads as the engine has for that
+
+    def set_options(self, options: onnxruntime.SessionOptions) -> None:
+        if not self.batch_parallel:
+            options.intra_op_num_threads = self.threads
+        options.enable_cpu_mem_arena = self.arena
+        options.enable_mem_pattern = self.pattern
+        options.graph_optimization_level = LEVELS[self.optimisation]
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(self.spinning)))
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What the others' pictures are compared with."""
+class WorkerConfig:
+    """What one worker process holds: a variant over one opened engine. precision and device as they are asked for."""
 
-    name: str
-    precision: str
-    made: Made
-    seen: Seen
+    model: Path
+    engine: str
+    device: str
+    precision: AnyPrecision
+    variant: Variant = "ours"
+    compile: bool = False
+    low_vram: bool = False
+    runtime: RuntimeSettings | None = None  # of ONNX Runtime on a CPU; None: the engine's own
 
 
-def measure_case(
-    case: Case,
-    config: ModelConfig,
-    candidates: list[Candidate],
-    workers: Mapping[Home, Worker],
-    reference: Home,
-    found: Findings,
-    effort: Effort,
-    say: OnProgress,
-) -> None:
-    """Adds the case's rows to `found`, as far as it gets. Raises CandidateError when the reference cannot make it."""
-    exact = Candidate(reference)
-    worker = workers[reference]
-    say(f"{case}: the reference", 0, 0)
-    name = title(exact, worker.opened)
-    truth = Reference(name, worker.opened.precision, worker.make(exact, case), worker.look(exact, case))
-    number = len(found.cases)
-    found.cases.append(case)
-    found.tokens.append(truth.seen.tokens)
-    found.references.append(tuple(map(Image.fromarray, truth.made.pictures)))
+@dataclass(frozen=True)
+class Candidate:
+    """One row of the report: a worker, and the options of each call."""
 
-    rows: dict[str, Row] = {}
-    made: dict[Home, Reference] = {}
-    for candidate in candidates:
-        worker = workers[candidate.home]
-        name = title(candidate, worker.opened)
-        say(f"{case}: {name}", 0, 0)
-        try:
-            own = Reference(name, worker.opened.precision, worker.make(candidate, case), worker.look(candidate, case))
-            if candidate.plain:
-                made[candidate.home] = own
-            beside = truth if candidate.exact else made.get(candidate.home, truth)
-            short = None if case.steps <= SHORT else _short(worker, candidate, case, say, name)
-        except CandidateError as error:
-            found.skip(f"{name}, {case}", str(error), error.wrong)
-            continue
-        work = _work(config, candidate, case, own)
-        floor = None
-        if work is not None and found.peaks is not None and own.precision in found.peaks.flops:
-            floor = floor_seconds(work, found.peaks.flops[own.precision], found.peaks.bytes)
-        rows[name] = Row(
-            number,
-            case.steps,
-            case.batch,
-            candidate,
-            worker.opened,
-            _fidelity(beside, own, candidate.exact),
-            # What runs in another row's process has its memory.
-            own.made.memory if candidate == Candidate(candidate.home) else None,
-            own.seen.graphs,
-            work,
-            floor,
-            tuple(map(Image.fromarray, own.made.pictures)),
-            short,
+    worker: WorkerConfig
+    prompt_cached: bool = False  # the prompt was encoded before; else everything is encoded anew for each image
+    guidance_range: tuple[float, float] | None = None
+    reuse: float | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether its images are to be those of the reference, within the precision's tolerance."""
+        return self.guidance_range is None and self.reuse is None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is what a user gets without any option."""
+        return self.variant_alone == "ours"
+
+    @property
+    def variant_alone(self) -> Variant | None:
+        """The variant, where nothing else sets it apart from what a user gets; else None."""
+        variant = self.worker.variant
+        alone = self == Candidate(replace(self.worker, compile=False, low_vram=False))
+        return variant if alone else None
+
+    @property
+    def options(self) -> str:
+        """What sets it apart from the plain candidate of its engine, in words; "" where nothing does."""
+        first, last = self.guidance_range or (0, 1)
+        words = {
+            VARIANT_TITLES[self.worker.variant]: self.worker.variant != "ours",
+            "torch.compile": self.worker.compile,
+            "low VRAM": self.worker.low_vram,
+            "prompt cached": self.prompt_cached,
+            f"guidance at {first:.0%} to {last:.0%} of the steps": self.guidance_range is not None,
+            f"reuse below {self.reuse or 0:g}": self.reuse is not None,
+        }
+        return ", ".join(word for word, applies in words.items() if applies)
+
+    def title(self, precision: str | None = None) -> str:
+        """Its name in the report. precision: the opened engine's; None where it is not opened yet."""
+        precision = precision or self.worker.precision
+        name = ENGINE_TITLES[self.worker.engine] + ("" if precision == "auto" else f" {precision}")
+        return f"{name}, {self.options}" if self.options else name
+
+
+@dataclass(frozen=True)
+class Case:
+    """`batch` edits at once, each of `references` images of which one is the source; size is (width, height)."""
+
+    references: int
+    batch: int
+    num_inference_steps: int
+    size: tuple[int, int]
+    guidance_scale: float
+    image_guidance_scale: float
+
+    @property
+    def task(self) -> Literal["edit", "compose"]:
+        return "edit" if self.references == 1 else "compose"
+
+    def params(self, candidate: Candidate) -> SamplingParams:
+        return SamplingParams(
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            image_guidance_scale=self.image_guidance_scale,
+            width=self.size[0],
+            height=self.size[1],
+            guidance_range=candidate.guidance_range,
+            reuse=candidate.reuse,
         )
-    _time(case, rows, workers, found, effort, say)
+
+    def __str__(self) -> str:
+        references = f"{self.references} reference{'s' * (self.references > 1)}"
+        batch = f", batch {self.batch}" if self.batch > 1 else ""
+        return f"{self.size[0]}x{self.size[1]}, {references}, {self.num_inference_steps} steps{batch}"
 
 
-def _seconds_of(worker: Worker, candidate: Candidate, case: Case) -> Callable[[], float]:
-    return lambda: worker.seconds(candidate, case)
+def requests(case: Case) -> list[ResolvedRequest]:
+    """One request for each image of the batch, with images of its own, so that none is spared its encoding."""
+    batch = []
+    for k in range(case.batch):
+        source = _sample(SCENES, k)
+        subjects = [_sample(SUBJECTS, k * (case.references - 1) + i) for i in range(case.references - 1)]
+        prompt = f"paint the background of {PLACEHOLDER} yellow"
+        if subjects:
+            prompt = f"put {', '.join([PLACEHOLDER] * len(subjects))} into {PLACEHOLDER}"
+        batch.append(resolve(Request(prompt, (*subjects, source), source, SEED + k)))
+    return batch
 
 
-def _short(worker: Worker, candidate: Candidate, case: Case, say: OnProgress, name: str) -> Latency:
-    """Of a run of SHORT steps."""
-    case = replace(case, steps=SHORT)
-    say(f"{case}: {name}", 0, 0)
-    return Latency.of([worker.seconds(candidate, case) for _ in range(1 + SHORT_RUNS)][1:])
+def _sample(names: Sequence[str], number: int) -> Image.Image:
+    """Sample images in turn; from the second turn on they are shifted, so that no two are the same."""
+    image = open_image(SAMPLES / names[number % len(names)])
+    return ImageChops.offset(image, 5 * (number // len(names)))
 
 
-def _time(
-    case: Case,
-    rows: Mapping[str, Row],
-    workers: Mapping[Home, Worker],
-    found: Findings,
-    effort: Effort,
-    say: OnProgress,
-) -> None:
-    """Times the rows in turn; they are added to `found` with what was measured, also when it is interrupted."""
-    turns = Turns(
-        {name: _seconds_of(workers[row.candidate.home], row.candidate, case) for name, row in rows.items()},
-        (CandidateError,),
-    )
-    starts: dict[str, Latency] = {}
-    try:
-        turns.run(effort.runs, effort.warmups, lambda name, done, total: say(f"{case}: {name}", done, total))
-        for name, row in rows.items():
-            if row.candidate.plain and row.case == 0 and effort.cold_starts:
-                say(f"cold start of {name}", 0, 0)
-                try:
-                    starts[name] = cold_start(row.candidate.home, case, effort.cold_starts)
-                except CandidateError as error:
-                    found.skip(f"the cold start of {name}", str(error))
-    finally:
-        for name, row in rows.items():
-            seconds = turns.seconds.get(name)
-            found.rows.append(
-                replace(row, latency=Latency.of(seconds) if seconds else None, cold_start=starts.get(name))
-            )
-        for name, why in turns.failed.items():
-            found.skip(f"{name}, {case}", why)
+def main_candidates(
+    models: Mapping[str, Path], engines: Sequence[str], device: str, precisions: Sequence[AnyPrecision], compile: bool
+) -> list[Candidate]:
+    """For each precision the baselines on PyTorch, then every engine, slowest first.
+
+    Args:
+        models: For each precision, and under "auto" the one that PyTorch takes.
+        engines: Which to measure.
+        device: As for `mige-rt run`.
+        precisions: Which to measure.
+        compile: PyTorch through torch.compile, too.
+    """
+    candidates: list[Candidate] = []
+    for precision in precisions:
+        for engine in reversed([engine for engine in ENGINES if engine in engines]):
+            model = models["auto"] if engine == "pytorch" else models.get(precision, models["auto"])
+            worker = WorkerConfig(model, engine, device, precision)
+            if engine == "pytorch":
+                candidates += [Candidate(replace(worker, variant=variant)) for variant in BASELINES]
+            candidates.append(Candidate(worker))
+            if engine == "pytorch" and compile:
+                candidates.append(Candidate(replace(worker, compile=True)))
+    return candidates
 
 
-def _work(config: ModelConfig, candidate: Candidate, case: Case, own: Reference) -> Work | None:
-    """None for what a candidate saves besides: its work depends on the picture, or on what was made before."""
-    if candidate.cached or not candidate.exact:
-        return None
-    precision: Any = own.precision
-    return count(
-        config,
-        candidate.home.program,
-        task=case.task,
-        references=case.references,
-        tokens=own.seen.tokens,
-        steps=case.steps,
-        batch=case.batch,
-        size=case.size,
-        precision=precision,
-        guidance_scale=case.guidance_scale,
-        image_guidance_scale=case.image_guidance_scale,
-    )
-
-
-def _fidelity(reference: Reference, own: Reference, judged: bool) -> Fidelity:
-    similarity = load_similarity()
-    pairs = list(zip(own.made.pictures, reference.made.pictures, strict=True))
-    latents = measure(own.seen.latents, reference.seen.latents)[0]
-    decibels = min(psnr(a, b) for a, b in pairs)
-    alike = min(similarity(a, b) for a, b in pairs)
-    largest = max(int(np.abs(a.astype(np.int16) - b.astype(np.int16)).max()) for a, b in pairs)
-    allowed = tolerance(own.precision, reference.precision)
-    ok = latents <= allowed.latents and decibels >= allowed.psnr and alike >= allowed.similarity
-    return Fidelity(reference.name, latents, decibels, alike, largest, ok if judged else None, allowed)
+def optional_candidates(fastest: WorkerConfig) -> list[Candidate]:
+    """What the fastest engine offers besides: a cached prompt, approximations, less memory."""
+    return [
+        Candidate(fastest, prompt_cached=True),
+        Candidate(fastest, guidance_range=GUIDANCE_RANGE),
+        Candidate(fastest, reuse=REUSE),
+        Candidate(replace(fastest, low_vram=True)),
+    ]

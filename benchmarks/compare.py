@@ -1,135 +1,32 @@
 """A comparison of two engines as files: compare.json, compare.md, grid.png.
 
-With a small world, its evaluation by both engines on the same samples, too, in evaluation/reference and
-evaluation/candidate, whose figures stand side by side in compare.json and compare.md.
+With the assets of the synthetic data, its evaluation by both engines on the same samples, too, in evaluation/reference
+and evaluation/candidate, whose metrics stand side by side in compare.json and compare.md.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from math import log2
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Column, Table
 
-from benchmarks.parity import Parity, PictureParity, Side, compare_each
+from benchmarks.formatting import interval, json_text, markdown_table
+from benchmarks.parity import EngineId, ImageParity, Parity, compare_each
 from mige_rt.pipeline import MigePipeline
 from mige_rt.requests import ResolvedRequest
 from mige_rt.sampling_params import SamplingParams
-from trainer.evaluate.__main__ import EVALUATION_SEED, evaluate, held_out_concepts
+from trainer.contact_sheet import Strip, sheet
 from trainer.evaluate.efficientnet_lite import load_efficientnet
-from trainer.preview import Strip, sheet
+from trainer.evaluate.options import EVALUATION_SEED
+from trainer.evaluate.run import evaluate, held_out_concepts
 
-SHOWN = 24  # pictures in the grid
-CELL = 160  # pixels a picture is shown at
-MOST_AMPLIFIED = 64  # times; at that, a difference of one level of 255 is seen
-
-OnProgress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One of the evaluation's figures of one kind of task, by both; each with its 95 % interval."""
-
-    kind: str
-    figure: str
-    reference: Mapping[str, float]  # value, low, high
-    candidate: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What `mige-rt compare` found. metrics: None where no world was given, or it was not got to."""
-
-    command: str
-    settings: SamplingParams
-    parity: Parity
-    metrics: tuple[Metric, ...] | None
-    complete: bool
-
-    @property
-    def verdict(self) -> str:
-        """In a sentence, the figures that are out of tolerance first."""
-        wrong = [figure for figure in self.parity.figures if not figure.ok]
-        said = f"{self.parity.candidate} is {'not ' if wrong else ''}what {self.parity.reference} computes"
-        if wrong:
-            said += f": out of tolerance are {', '.join(figure.what for figure in wrong)}"
-        return said + ("" if self.complete else " (incomplete: it was interrupted)")
-
-
-def compare(
-    reference: MigePipeline,
-    candidate: MigePipeline,
-    requests: Mapping[str, ResolvedRequest],
-    seeds: int,
-    settings: SamplingParams,
-    command: str,
-    folder: Path,
-    world: Path | None = None,
-    samples: int = 8,
-    on_progress: OnProgress = lambda what, done, total: None,
-) -> Comparison:
-    """Compare, and write the files into `folder`. samples: of the world, a kind.
-
-    Ctrl-C keeps what was done, marked as incomplete, unless that is nothing at all. Raises InputError as
-    `parity.compare_each` does, and when the folder `world` is none or the
-    evaluation's network is missing.
-    """
-    concepts = None if world is None else held_out_concepts(world)
-    if concepts is not None:
-        load_efficientnet()  # fails here rather than after all pictures
-    pictures: list[PictureParity] = []
-    metrics: tuple[Metric, ...] | None = None
-    interrupted = False
-    total = len(requests) * seeds
-    try:
-        on_progress("pictures", 0, total)
-        for picture in compare_each(reference, candidate, requests, seeds, settings):
-            pictures.append(picture)
-            on_progress("pictures", len(pictures), total)
-        if concepts is not None:
-            evaluations = []
-            for name, pipe in (("reference", reference), ("candidate", candidate)):
-                own = folder / "evaluation" / name
-                own.mkdir(parents=True)
-                evaluate(pipe, concepts, EVALUATION_SEED, samples, own, on_progress)
-                evaluations.append(json.loads((own / "evaluation.json").read_text()))
-            metrics = _metrics(*evaluations)
-    except KeyboardInterrupt:
-        if not pictures:
-            raise
-        interrupted = True
-    parity = Parity(Side.of(reference), Side.of(candidate), total, tuple(pictures))
-    found = Comparison(command, settings, parity, metrics, not interrupted)
-    content = {
-        "command": command,
-        "settings": vars(settings),
-        **parity.to_json(),
-        "complete": found.complete,
-        "verdict": found.verdict,
-        "metrics": None if metrics is None else [vars(metric) for metric in metrics],
-    }
-    (folder / "compare.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    gain = write_grid(parity.pictures, folder / "grid.png")
-    (folder / "compare.md").write_text(markdown(found, gain), encoding="utf-8")
-    return found
-
-
-def _metrics(reference: Mapping[str, Any], candidate: Mapping[str, Any]) -> tuple[Metric, ...]:
-    """What two evaluations say of the model's own pictures; each kind's figures in the order of Figures."""
-    rows = []
-    for kind, first in reference["kinds"].items():
-        second = candidate["kinds"][kind]
-        for name, title in _METRICS.items():
-            pair = [of[name] if name == "covered" else of[name].get("result") for of in (first, second)]
-            if None not in pair:
-                rows.append(Metric(kind, title, *pair))
-    return tuple(rows)
-
-
-_METRICS = {
+SHOWN = 24  # images in the grid
+CELL = 160  # pixels an image is shown at
+MAX_AMPLIFICATION = 64  # times; at that, a difference of one level of 255 is seen
+METRICS = {
     "psnr": "PSNR against the ground truth, dB",
     "covered": "distance covered",
     "right": "edited pixels right",
@@ -137,82 +34,170 @@ _METRICS = {
     "found": "subjects found",
 }
 
+OnProgress = Callable[[str, int, int], None]
 
-def write_grid(pictures: Sequence[PictureParity], path: Path) -> int:
-    """Write a PNG: reference, candidate and their difference, the prompt below them; of more than SHOWN pictures, those
-    of the lowest PSNR. Returns by how much the difference is amplified, the same for all."""
-    shown = sorted(sorted(range(len(pictures)), key=lambda k: pictures[k].psnr)[:SHOWN])
-    largest = max(pictures[k].max for k in shown)
-    gain = min(2 ** int(log2(255 / max(largest, 1))), MOST_AMPLIFIED)
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """What to compare by."""
+
+    requests: Mapping[str, ResolvedRequest]
+    seeds: int = 4  # images of each request
+    params: SamplingParams = field(default_factory=SamplingParams)
+    command: str = "mige-rt compare"
+    assets: Path | None = None  # the synthetic data's; None for no evaluation
+    samples: int = 8  # of each kind in the evaluation
+
+
+@dataclass(frozen=True)
+class EvaluationMetric:
+    """One of the evaluation's metrics of one kind of task, by both engines; each with its 95 % interval."""
+
+    kind: str
+    metric: str
+    reference: Mapping[str, float]  # value, low, high
+    candidate: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class EngineComparison:
+    """What `mige-rt compare` measured."""
+
+    options: CompareOptions
+    parity: Parity
+    evaluation: tuple[EvaluationMetric, ...] | None  # None where no assets were given, or it was not got to
+    complete: bool
+
+    @property
+    def verdict(self) -> str:
+        """In a sentence, with the metrics that are out of tolerance."""
+        failed = [metric.name for metric in self.parity.metrics if not metric.ok]
+        text = f"{self.parity.candidate} is {'not ' if failed else ''}what {self.parity.reference} computes"
+        if failed:
+            text += f": out of tolerance are {', '.join(failed)}"
+        return text + ("" if self.complete else " (incomplete: it was interrupted)")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "command": self.options.command,
+            "params": asdict(self.options.params),
+            **self.parity.to_json(),
+            "complete": self.complete,
+            "verdict": self.verdict,
+            "evaluation": self.evaluation and [asdict(metric) for metric in self.evaluation],
+        }
+
+
+def compare(
+    reference: MigePipeline,
+    candidate: MigePipeline,
+    options: CompareOptions,
+    folder: Path,
+    on_progress: OnProgress = lambda what, done, total: None,
+) -> EngineComparison:
+    """Compare, and write the files into `folder`.
+
+    Ctrl-C keeps what was done, marked as incomplete, unless that is nothing at all.
+
+    Raises:
+        InputError: As `parity.compare_each` does, and when the assets or the evaluation's network are missing.
+    """
+    concepts = None if options.assets is None else held_out_concepts(options.assets)
+    if concepts is not None:
+        load_efficientnet()  # fails here rather than after all images
+    images: list[ImageParity] = []
+    evaluation: tuple[EvaluationMetric, ...] | None = None
+    complete = False
+    total = len(options.requests) * options.seeds
+    try:
+        on_progress("images", 0, total)
+        for image in compare_each(reference, candidate, options.requests, options.seeds, options.params):
+            images.append(image)
+            on_progress("images", len(images), total)
+        if concepts is not None:
+            for name, pipe in (("reference", reference), ("candidate", candidate)):
+                (folder / "evaluation" / name).mkdir(parents=True)
+                evaluate(pipe, concepts, EVALUATION_SEED, options.samples, folder / "evaluation" / name, on_progress)
+            evaluation = tuple(_evaluation_metrics(folder / "evaluation"))
+        complete = True
+    except KeyboardInterrupt:
+        if not images:
+            raise
+    parity = Parity(EngineId.of(reference), EngineId.of(candidate), total, tuple(images))
+    comparison = EngineComparison(options, parity, evaluation, complete)
+    (folder / "compare.json").write_text(json_text(comparison.to_json()), encoding="utf-8")
+    amplification = write_grid(parity.images, folder / "grid.png")
+    (folder / "compare.md").write_text(markdown(comparison, amplification), encoding="utf-8")
+    return comparison
+
+
+def _evaluation_metrics(folder: Path) -> Iterator[EvaluationMetric]:
+    """What both evaluations say of the model's own images, kind by kind."""
+    paths = [folder / name / "evaluation.json" for name in ("reference", "candidate")]
+    both = [json.loads(path.read_text(encoding="utf-8"))["kinds"] for path in paths]
+    for kind in both[0]:
+        for name, title in METRICS.items():
+            pair = [kinds[kind][name] if name == "covered" else kinds[kind][name].get("result") for kinds in both]
+            if None not in pair:
+                yield EvaluationMetric(kind, title, *pair)
+
+
+def write_grid(images: Sequence[ImageParity], path: Path) -> int:
+    """Write a PNG of reference, candidate and their difference; of more than SHOWN images, the worst by PSNR.
+
+    Returns by how much the difference is amplified, the same for all.
+    """
+    worst = sorted(range(len(images)), key=lambda k: images[k].errors.psnr)[:SHOWN]
+    shown = [images[k] for k in sorted(worst)]
+    largest = max(image.errors.max_difference for image in shown)
+    amplification = min(2 ** int(log2(255 / max(largest, 1))), MAX_AMPLIFICATION)
     strips = []
-    for k in shown:
-        of = pictures[k]
-        truth, made = np.asarray(of.reference), np.asarray(of.candidate)
-        difference = np.abs(truth.astype(np.int16) - made.astype(np.int16)) * gain
-        what = f"{of.title}, {of.decibels}: {of.prompt}"
-        strips.append(Strip([truth, made, np.clip(difference, 0, 255).astype(np.uint8)], what))
-    sheet(strips, ["reference", "candidate", f"difference x {gain}"], path, cell=CELL)
-    return gain
+    for image in shown:
+        truth, result = np.asarray(image.reference), np.asarray(image.candidate)
+        difference = np.abs(truth.astype(np.int16) - result.astype(np.int16)) * amplification
+        caption = f"{image.title}, {image.errors.decibels}: {image.prompt}"
+        strips.append(Strip([truth, result, np.clip(difference, 0, 255).astype(np.uint8)], caption))
+    sheet(strips, ["reference", "candidate", f"difference x {amplification}"], path, cell=CELL)
+    return amplification
 
 
-def tables(found: Comparison) -> list[Table]:
-    """What the command prints."""
-    parity = Table(Column("figure", no_wrap=True), "worst", "allowed", "at", "", title="Parity")
-    for figure in found.parity.figures:
-        parity.add_row(figure.what, figure.text, figure.allowed, figure.at, figure.judged)
-    if found.metrics is None:
-        return [parity]
-    metrics = Table("kind", "figure", "reference", "candidate", title="The world's evaluation")
-    for metric in found.metrics:
-        values = (f"{estimate['value']:.3g}" for estimate in (metric.reference, metric.candidate))
-        metrics.add_row(metric.kind, metric.figure, *values)
-    return [parity, metrics]
-
-
-def _interval(estimate: Mapping[str, float]) -> str:
-    return f"{estimate['value']:.3g} ({estimate['low']:.3g} to {estimate['high']:.3g})"
-
-
-def markdown(found: Comparison, gain: int) -> str:
-    """The comparison as tables to read."""
-    parity = found.parity
-    asked = ", ".join(f"{name} {value}" for name, value in vars(found.settings).items() if value is not None)
-    lines = [
-        "# Comparison of two engines",
-        "",
-        f"**{found.verdict}.**",
-        "",
-        f"`{found.command}`: {len(parity.pictures)} of {parity.asked} pictures, each from the same noise by both; "
-        f"{asked or 'settings are the defaults'}. Errors are root mean squares, relative to the reference's output; a "
-        "graph's is over all its calls for a picture, each with the inputs that the reference gave it.",
-        "",
-        "| figure | worst | allowed | at | |",
-        "| --- | ---: | ---: | --- | --- |",
-        *(f"| {f.what} | {f.text} | {f.allowed} | {f.at} | {f.judged} |" for f in parity.figures),
-        "",
-        f"![reference, candidate, and their difference times {gain}](grid.png)",
-        "",
-        "| picture | task | latents | PSNR | SSIM | largest difference, of 255 |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-        *(
-            f"| {p.title} | {p.task} | {p.latents:.1e} | {p.decibels} | {p.similarity:.4f} | {p.max} |"
-            for p in parity.pictures
-        ),
-        "",
-    ]
-    if found.metrics is not None:
-        lines += [
-            "## The world's evaluation",
-            "",
-            "By both on the same samples of things held out from training, in brackets 95 % intervals over samples; "
-            "[reference](evaluation/reference/evaluation.md), [candidate](evaluation/candidate/evaluation.md).",
-            "",
-            "| kind | figure | reference | candidate |",
-            "| --- | --- | ---: | ---: |",
-            *(
-                f"| {m.kind} | {m.figure} | {_interval(m.reference)} | {_interval(m.candidate)} |"
-                for m in found.metrics
-            ),
-            "",
+def summary(comparison: EngineComparison) -> list[str]:
+    """The metrics and the evaluation as Markdown tables, which the command prints."""
+    metrics = [[m.name, m.text, m.limit, m.at, m.verdict] for m in comparison.parity.metrics]
+    tables = [markdown_table(["metric", "worst", "allowed", "at", ""], metrics, (3, 4))]
+    if comparison.evaluation is not None:
+        values = [
+            [m.kind, m.metric, interval(m.reference, ".3g"), interval(m.candidate, ".3g")]
+            for m in comparison.evaluation
         ]
-    return "\n".join(lines)
+        tables += [
+            "## Evaluation on synthetic samples",
+            "By both on the same samples of concepts held out from training, in brackets 95 % intervals over samples; "
+            "[reference](evaluation/reference/evaluation.md), [candidate](evaluation/candidate/evaluation.md).",
+            markdown_table(["kind", "metric", "reference", "candidate"], values, (1,)),
+        ]
+    return tables
+
+
+def markdown(comparison: EngineComparison, amplification: int) -> str:
+    """The comparison as a document to read."""
+    parity, params = comparison.parity, asdict(comparison.options.params)
+    given = ", ".join(f"{name} {value}" for name, value in params.items() if value is not None)
+    images = [
+        [i.title, i.task, f"{e.latents:.1e}", e.decibels, f"{e.ssim:.4f}", str(e.max_difference)]
+        for i in parity.images
+        for e in [i.errors]
+    ]
+    metrics, *evaluation = summary(comparison)
+    parts = [
+        "# Comparison of two engines",
+        f"**{comparison.verdict}.**",
+        f"`{comparison.options.command}`: {len(parity.images)} of {parity.requested} images, each from the same noise "
+        f"by both; {given or 'parameters are the defaults'}. Errors are root mean squares, relative to the reference's "
+        "output; a graph's is over all its calls for an image, each with the inputs that the reference gave it.",
+        metrics,
+        f"![reference, candidate, and their difference times {amplification}](grid.png)",
+        markdown_table(["image", "task", "latents", "PSNR", "SSIM", "largest difference, of 255"], images, (1,)),
+        *evaluation,
+    ]
+    return "\n\n".join(parts) + "\n"

@@ -1,27 +1,29 @@
-"""The machine that was measured on: what it is, and the most that it was seen to do."""
+"""The machine that is measured on: what it is, and the peaks that its roofline is made of."""
 
 import contextlib
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+import cpuinfo
+import numpy as np
 import psutil
 
 PACKAGES = ("mige-rt", "numpy", "onnxruntime", "onnxruntime-gpu", "torch", "tensorrt", "tensorrt-rtx")
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-REPEATS = 7  # of each measurement of a peak, of which the best counts
+GPU_FIELDS = {"name": "name", "driver": "driver_version", "memory": "memory.total"}
+REPEATS, SLOW = 7, 2  # of each measurement of a peak, of which the best counts; seconds above which two are enough
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """flops: floating-point operations (for int8: integer ones) a second of a large matrix product, by precision, where
-    the device can do it; bytes: read and written a second by a large copy."""
+    """flops: operations a second of a large matrix product, by precision; bytes: moved a second by a large copy."""
 
     device: str
     flops: dict[str, float]
@@ -30,103 +32,78 @@ class Peaks:
 
 def environment() -> dict[str, Any]:
     """What results depend on: processor, memory, GPUs, threads, versions, and the commit if in a git checkout."""
+    versions = {package.name: package.version for package in distributions()}
+    query = _output("nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS.values())}", "--format=csv,noheader")
+    gpus = [line.split(", ") for line in query.splitlines()]
     return {
-        "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu": cpuinfo.get_cpu_info().get("brand_raw") or platform.machine(),
+        "cores": _cores(),
         "memory_bytes": psutil.virtual_memory().total,
-        "gpus": _gpus(),
+        "gpus": [dict(zip(GPU_FIELDS, gpu, strict=True)) for gpu in gpus if len(gpu) == len(GPU_FIELDS)],
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "threads": {name: os.environ.get(name) for name in THREADS},
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **{p: versions[p] for p in PACKAGES if p in versions}},
         "commit": _commit(),
     }
 
 
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def _gpus() -> list[dict[str, str]]:
-    names = ("name", "driver_version", "memory.total")
-    said = _output(["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"])
-    rows = [line.split(", ") for line in (said or "").splitlines()]
-    return [dict(zip(("name", "driver", "memory"), row, strict=True)) for row in rows if len(row) == len(names)]
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+def _cores() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _commit() -> str | None:
     """The commit of the code that runs, with a + where files were changed since; None outside a checkout."""
-    here = ["git", "-C", str(Path(__file__).parent)]
-    tracked = _output([*here, "ls-files", "--error-unmatch", Path(__file__).name])
-    commit = _output([*here, "rev-parse", "HEAD"]) if tracked else None
-    if not commit:
+    git = ("git", "-C", str(Path(__file__).parent))
+    if not _output(*git, "ls-files", "--error-unmatch", Path(__file__).name):
         return None
-    return commit.strip() + ("+" if _output([*here, "status", "--porcelain", "--untracked-files=no"]) else "")
+    changed = _output(*git, "status", "--porcelain", "--untracked-files=no")
+    return _output(*git, "rev-parse", "HEAD").strip() + ("+" if changed else "")
 
 
-def _output(command: Sequence[str]) -> str | None:
-    """What a command says; None where it is not there or fails."""
+def _output(*command: str) -> str:
+    """What a command prints; nothing where it is not there or fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def measure_peaks(device: str, size: int | None = None) -> Peaks:
-    """The best of some large matrix products in each precision, and of some large copies, by PyTorch on all cores, or
-    on the GPU. size: of the matrices' sides, where the default is not wanted. Takes seconds."""
+    """The best of some large matrix products in each precision and of some large copies, by PyTorch on all cores.
+
+    size: of the matrices' sides, where the default is not wanted.
+    """
     import torch
 
     cuda = device != "cpu"
-    if not cuda and hasattr(os, "sched_getaffinity"):
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-    wait: Callable[[], None] = (lambda: torch.cuda.synchronize(device)) if cuda else (lambda: None)
+    if not cuda:
+        torch.set_num_threads(_cores() or 1)
+    synchronize: Callable[[], None] = (lambda: torch.cuda.synchronize(device)) if cuda else (lambda: None)
     side = size or (8192 if cuda else 2048)
     flops = {}
     for precision, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
-        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        flops[precision] = 2 * side**3 / _best(lambda a=a, b=b: torch.mm(a, b), wait)
-    whole = torch.randint(-8, 8, (side, side), dtype=torch.int8, device=device)
+        a = torch.randn(side, side, device=device).to(dtype)
+        flops[precision] = 2 * side**3 / _best(lambda a=a: torch.mm(a, a), synchronize)
+    integers = torch.randint(-8, 8, (side, side), dtype=torch.int8, device=device)
     with contextlib.suppress(RuntimeError):  # not on this device
-        flops["int8"] = 2 * side**3 / _best(lambda: torch.ops.aten._int_mm(whole, whole), wait)
+        flops["int8"] = 2 * side**3 / _best(lambda: torch.ops.aten._int_mm(integers, integers), synchronize)
     if not cuda:
-        flops["fp32"] = max(flops["fp32"], _numpy_flops(side))
-    given = torch.ones((2**31 if cuda else 2**28) // (1 if size is None else 64), dtype=torch.uint8, device=device)
-    taken = torch.empty_like(given)
-    return Peaks(device, flops, 2 * given.numel() / _best(lambda: taken.copy_(given), wait))
+        x = np.random.default_rng(0).random((side, side), np.float32)
+        flops["fp32"] = max(flops["fp32"], 2 * side**3 / _best(lambda: np.matmul(x, x), synchronize))
+    source = torch.ones((2**31 if cuda else 2**28) // (1 if size is None else 64), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return Peaks(device, flops, 2 * source.numel() / _best(lambda: target.copy_(source), synchronize))
 
 
-def _numpy_flops(side: int) -> float:
-    import numpy as np
-
-    a, b = (np.random.default_rng(i).random((side, side), np.float32) for i in range(2))
-    return 2 * side**3 / _best(lambda: np.matmul(a, b), lambda: None)
-
-
-def _best(work: Callable[[], Any], wait: Callable[[], None]) -> float:
-    """Seconds of the fastest of some runs, after one that does not count. Slow ones (above 2 s) are run but twice."""
+def _best(work: Callable[[], Any], synchronize: Callable[[], None]) -> float:
+    """Seconds of the fastest of some runs, after one that does not count."""
     seconds = []
     for _ in range(1 + REPEATS):
-        wait()
+        synchronize()
         start = time.perf_counter()
         work()
-        wait()
+        synchronize()
         seconds.append(time.perf_counter() - start)
-        if len(seconds) >= 3 and seconds[-1] > 2:
+        if len(seconds) >= 3 and seconds[-1] > SLOW:
             break
     return min(seconds[1:])

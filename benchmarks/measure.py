@@ -1,7 +1,6 @@
-"""Seconds that can be compared: candidates run in turn, medians with their spread, ratios with their interval.
+"""Latencies that can be compared: candidates run in turn, medians with their spread, speedups with their interval.
 
-A shared or hot machine drifts over minutes. Candidates that take turns (A B C, A B C, ...) drift together, so a
-comparison is made pair by pair, of runs that stood next to each other in time.
+A shared or hot machine drifts over minutes. Candidates that take turns drift together, so pairs are compared.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,30 +12,30 @@ import numpy as np
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 
-OnRun = Callable[[str, int, int], None]  # the candidate, runs done, runs in all, warm-ups included
+OnIteration = Callable[[str, int, int], None]  # the candidate, iterations done, iterations in all, warmup included
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of some runs: the median, and between which values eight in ten lie."""
+    """Seconds: the median, the 10th and the 90th percentile, and every iteration in the order it was run."""
 
     median: float
     p10: float
     p90: float
-    runs: tuple[float, ...]  # in the order they were run
+    iterations: tuple[float, ...]
 
     @staticmethod
     def of(seconds: Sequence[float]) -> "Latency":
         """Raises ValueError when there are none."""
         if not seconds:
-            raise ValueError("there are no runs to take the median of")
+            raise ValueError("there are no iterations to take the median of")
         p10, median, p90 = np.quantile(seconds, (0.1, 0.5, 0.9))
         return Latency(float(median), float(p10), float(p90), tuple(seconds))
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """How many times as long the slower takes: the median over pairs, and its confidence interval."""
+class Speedup:
+    """How many times as fast a candidate is as its baseline: the median over pairs, and its confidence interval."""
 
     value: float
     low: float
@@ -45,40 +44,41 @@ class Ratio:
 
     @property
     def verdict(self) -> Literal["faster", "slower", "no difference shown"]:
-        """Of what is in the denominator; the interval decides, not the value."""
+        """What is shown of the candidate; the interval decides, not the value."""
         if self.low > 1:
             return "faster"
         return "slower" if self.high < 1 else "no difference shown"
 
     def __str__(self) -> str:
-        said = f"{self.value:.2f} times ({CONFIDENCE:.0%} interval {self.low:.2f} to {self.high:.2f})"
-        return said if self.verdict == "faster" else f"{said}: {self.verdict}"
+        text = f"{self.value:.2f} times as fast ({CONFIDENCE:.0%} interval {self.low:.2f} to {self.high:.2f})"
+        return text if self.verdict == "faster" else f"{text}: {self.verdict}"
 
 
-def ratio(slower: Sequence[float], faster: Sequence[float]) -> Ratio:
-    """The k-th run of one over the k-th of the other: the median over all k, in logarithms, so that swapping the two
-    gives the inverse.
+def speedup(baseline: Sequence[float], candidate: Sequence[float]) -> Speedup:
+    """The median over all k of the baseline's k-th iteration over the candidate's k-th, and its interval.
 
-    The interval is the percentile bootstrap's over pairs (Efron & Tibshirani 1993, section 13.3), by a generator of
-    fixed seed. Where one of the two has fewer runs, the other's last ones have no partner and are left out. Raises
-    ValueError when there are fewer than two pairs.
+    In logarithms, so that swapping the two gives the inverse. Iterations without a partner are left out.
+
+    Raises:
+        ValueError: There are fewer than two pairs.
     """
-    pairs = min(len(slower), len(faster))
+    from scipy.stats import bootstrap  # here, since workers import this module and are to stay small
+
+    pairs = min(len(baseline), len(candidate))
     if pairs < 2:
-        raise ValueError(f"{pairs} pairs of runs have no interval; at least 2 are needed")
-    logarithms = np.log(np.asarray(slower[:pairs]) / np.asarray(faster[:pairs]))
-    drawn = np.random.default_rng(0).integers(pairs, size=(RESAMPLES, pairs))
-    medians = np.median(logarithms[drawn], axis=1)
-    low, high = np.exp(np.quantile(medians, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
-    return Ratio(float(np.exp(np.median(logarithms))), float(low), float(high), pairs)
+        raise ValueError(f"{pairs} pairs of iterations have no interval; at least 2 are needed")
+    logarithms = np.log(np.asarray(baseline[:pairs]) / np.asarray(candidate[:pairs]))
+    options = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE, "method": "percentile"}
+    interval = bootstrap((logarithms,), np.median, rng=np.random.default_rng(0), **options).confidence_interval
+    low, value, high = np.exp([interval.low, np.median(logarithms), interval.high]).tolist()
+    return Speedup(value, low, high, pairs)
 
 
-class Turns:
-    """Candidates taking turns: warm-ups first, then `runs` rounds of one run each.
+class InterleavedRuns:
+    """Candidates that take turns: warmup rounds first, then rounds that count, one iteration of each in a round.
 
-    A candidate is a function that makes one picture, or one batch, and returns the seconds it took. `seconds` has what
-    was measured so far, of whole runs only, also when `run` was left by an exception. A candidate that raises an
-    exception of the types `expected` is left out from then on, and `failed` says why.
+    A candidate is a function that makes one image, or one batch, and returns the seconds it took. `seconds` has whole
+    iterations, also after an exception. One that raises an `expected` exception is left out, and `failed` says why.
     """
 
     def __init__(self, candidates: Mapping[str, Callable[[], float]], expected: tuple[type[Exception], ...]) -> None:
@@ -87,19 +87,19 @@ class Turns:
         self.seconds: dict[str, list[float]] = {name: [] for name in candidates}
         self.failed: dict[str, str] = {}
 
-    def run(self, runs: int, warmups: int, on_run: OnRun = lambda name, done, total: None) -> None:
-        total, done = (runs + warmups) * len(self.candidates), 0
-        for turn in range(-warmups, runs):
-            for name, make in self.candidates.items():
-                on_run(name, done, total)
+    def run(self, iterations: int, warmup: int, on_iteration: OnIteration = lambda name, done, total: None) -> None:
+        total, done = (iterations + warmup) * len(self.candidates), 0
+        for number in range(-warmup, iterations):
+            for name, candidate in self.candidates.items():
+                on_iteration(name, done, total)
                 done += 1
                 if name in self.failed:
                     continue
                 try:
-                    took = make()
+                    seconds = candidate()
                 except self.expected as error:
                     self.failed[name] = str(error)
                     del self.seconds[name]
                     continue
-                if turn >= 0:
-                    self.seconds[name].append(took)
+                if number >= 0:
+                    self.seconds[name].append(seconds)

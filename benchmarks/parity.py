@@ -1,31 +1,109 @@
-"""How far one engine's pictures are from another's, from the same noise: per graph, in the latents, in the pictures.
+"""How far one engine's images are from another's, from the same noise: per graph, in the latents, in the images.
 
-Every graph is compared by itself, on what it is really given while the reference makes a picture, so that an error
+Every graph is compared by itself, on what it is really given while the reference makes an image, so that an error
 shows where it is made and not only where it ends up.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL.Image import Image as Picture
+from PIL.Image import Image
 
-from benchmarks.tolerance import Figure, Tolerance, at_least, at_most, finite, shown, tolerance
 from engines.interface import Array, Engine, to_numpy
-from export.validate import make_watched, measure
+from export import validate
 from mige_rt.errors import InputError, NotAvailableError
-from mige_rt.graphs import GRAPHS, TensorSpec
+from mige_rt.graphs import GRAPHS, GraphName, TensorSpec
 from mige_rt.pipeline import MigePipeline
 from mige_rt.requests import ResolvedRequest
 from mige_rt.sampling_params import SamplingParams
 from trainer.evaluate.metrics import psnr
 
+Requests = Mapping[str, ResolvedRequest]
+Pair = tuple[NDArray[Any], NDArray[Any]]
+
+# Least structural similarity of the images. Measured on the default model on a CPU, the lowest of 24 images of 20
+# steps: fp32 1.0000, fp16 0.9995, bf16 0.9970, int8 0.9964.
+SSIM: Mapping[str, float] = {"fp32": 0.999, "fp16": 0.99, "bf16": 0.95, "int8": 0.95}
+
 
 @dataclass(frozen=True)
-class Side:
+class Tolerance:
+    """What two engines may differ by: relative RMS errors at most, PSNR (dB) and structural similarity at least."""
+
+    graph: float
+    latents: float
+    psnr: float
+    ssim: float
+
+
+def tolerance(*precisions: str) -> Tolerance:
+    """The widest of some precisions' tolerances: those that exports are validated by (`export.validate`), and SSIM."""
+    return Tolerance(
+        max(validate.TOLERANCES[precision] for precision in precisions),
+        max(validate.LATENT_TOLERANCES[precision] for precision in precisions),
+        min(validate.MIN_PSNR[precision] for precision in precisions),
+        min(SSIM[precision] for precision in precisions),
+    )
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The worst of one metric over all images. limit: empty where it is not judged; at: the image that it is of."""
+
+    name: str
+    value: float
+    text: str
+    limit: str
+    at: str
+    ok: bool
+
+    @property
+    def verdict(self) -> str:
+        return "" if not self.limit else "ok" if self.ok else "FAILED"
+
+
+def relative_error(name: str, value: float, at: str, limit: float) -> Metric:
+    text = f"{value:.1e}" if isfinite(value) else "not finite"
+    return Metric(name, value, text, f"at most {limit:.2g}", at, value <= limit)
+
+
+@dataclass(frozen=True)
+class ImageErrors:
+    """What is not finite, or of another shape, has infinite errors."""
+
+    latents: float  # relative RMS error of the final ones
+    psnr: float  # dB
+    ssim: float
+    max_difference: int  # of a pixel's channel, of 255
+
+    @staticmethod
+    def of(latents: Pair, images: Sequence[Pair]) -> "ImageErrors":
+        """The worst over a batch of images uint8 [H,W,3]; each of a pair with what was expected in its place."""
+        ssim = load_ssim()
+        differences = (np.abs(a.astype(np.int16) - b.astype(np.int16)).max() for a, b in images)
+        rms, psnrs = validate.measure(*latents)[0], (psnr(a, b) for a, b in images)
+        return ImageErrors(rms, min(psnrs), min(ssim(a, b) for a, b in images), int(max(differences)))
+
+    @property
+    def decibels(self) -> str:
+        return f"{self.psnr:.1f} dB" if self.max_difference else "no difference"
+
+    def metrics(self, limits: Tolerance, at: str = "") -> list[Metric]:
+        psnr_limit, ssim_limit = f"at least {limits.psnr:g}", f"at least {limits.ssim:g}"
+        return [
+            relative_error("final latents", self.latents, at, limits.latents),
+            Metric("PSNR", self.psnr, self.decibels, psnr_limit, at, self.psnr >= limits.psnr),
+            Metric("SSIM", self.ssim, f"{self.ssim:.4f}", ssim_limit, at, self.ssim >= limits.ssim),
+        ]
+
+
+@dataclass(frozen=True)
+class EngineId:
     """What was compared: the model's name, and the engine that ran it."""
 
     model: str
@@ -34,8 +112,8 @@ class Side:
     precision: str
 
     @staticmethod
-    def of(pipe: MigePipeline) -> "Side":
-        return Side(pipe.model_name, pipe.engine.name, pipe.engine.device, pipe.engine.precision)
+    def of(pipe: MigePipeline) -> "EngineId":
+        return EngineId(pipe.model_name, pipe.engine.name, pipe.engine.device, pipe.engine.precision)
 
     def __str__(self) -> str:
         return f"{self.engine} on {self.device} in {self.precision} ({self.model})"
@@ -43,211 +121,171 @@ class Side:
 
 @dataclass(frozen=True)
 class GraphError:
-    """The error of one output of a graph over its calls for one picture.
-
-    rms: of all calls together, relative to what the reference gave; worst: of the worst call by itself, which for the
-    denoiser is a step with a small prediction.
-    """
+    """The error of one output of a graph over its calls for one image, relative to what the reference gave."""
 
     graph: str
     output: str
-    rms: float
-    worst: float
+    rms: float  # of all calls together
+    worst: float  # of the worst call by itself, which for the denoiser is a step with a small prediction
     calls: int
 
 
 @dataclass(frozen=True)
-class PictureParity:
-    """One picture by both engines. name: the request's; largest: the largest difference of a pixel's channel, of 255.
+class ImageParity:
+    """One image by both engines."""
 
-    What is not finite, or of another shape, has infinite errors.
-    """
-
-    name: str
+    name: str  # the request's
     prompt: str
     task: str
     seed: int
     graphs: tuple[GraphError, ...]
-    latents: float  # relative RMS error of the final latents
-    psnr: float  # dB
-    similarity: float  # SSIM
-    largest: int
-    reference: Picture
-    candidate: Picture
+    errors: ImageErrors
+    reference: Image
+    candidate: Image
 
     @property
     def title(self) -> str:
         return f"{self.name}, seed {self.seed}"
 
-    @property
-    def decibels(self) -> str:
-        """The PSNR in words."""
-        return f"{self.psnr:.1f} dB" if self.max else "no difference"
-
-    def to_json(self) -> dict[str, Any]:
-        """Without the pictures; an infinite error is null."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del fields["reference"], fields["candidate"]
-        graphs = [{**vars(error), "rms": finite(error.rms), "worst": finite(error.worst)} for error in self.graphs]
-        return {**fields, "graphs": graphs, "latents": finite(self.latents)}
+    def metrics(self, limits: Tolerance) -> list[Metric]:
+        graphs = [(f"{error.graph}: {error.output}", error.rms) for error in self.graphs]
+        of_graphs = [relative_error(name, rms, self.title, limits.graph) for name, rms in graphs]
+        largest = self.errors.max_difference
+        difference = Metric("largest pixel difference, of 255", largest, f"{largest}", "", self.title, True)
+        return [*of_graphs, *self.errors.metrics(limits, self.title), difference]
 
 
 @dataclass(frozen=True)
 class Parity:
-    """A comparison. asked: how many pictures it was to have; fewer were made where it was interrupted."""
+    """A comparison. requested: how many images it was to have; fewer were made where it was interrupted."""
 
-    reference: Side
-    candidate: Side
-    asked: int
-    pictures: tuple[PictureParity, ...]
+    reference: EngineId
+    candidate: EngineId
+    requested: int
+    images: tuple[ImageParity, ...]
 
     @property
     def tolerance(self) -> Tolerance:
         return tolerance(self.reference.precision, self.candidate.precision)
 
     @property
-    def complete(self) -> bool:
-        return len(self.pictures) == self.asked
-
-    @property
-    def figures(self) -> list[Figure]:
-        """The worst of every figure over the pictures: each graph's outputs, the final latents, the pictures."""
-        limits = self.tolerance
-        errors: dict[str, list[tuple[float, str]]] = {}
-        for picture in self.pictures:
-            for error in picture.graphs:
-                errors.setdefault(f"{error.graph}: {error.output}", []).append((error.rms, picture.title))
-        faintest = min(self.pictures, key=lambda p: p.psnr)
-        strangest = min(self.pictures, key=lambda p: p.similarity)
-        return [
-            *(at_most(what, *max(found), limits.graph) for what, found in errors.items()),
-            at_most("final latents", *max((p.latents, p.title) for p in self.pictures), limits.latents),
-            at_least("PSNR", faintest.psnr, faintest.title, limits.psnr, faintest.decibels),
-            at_least("SSIM", strangest.similarity, strangest.title, limits.similarity, f"{strangest.similarity:.4f}"),
-            shown("largest pixel difference, of 255", *max((p.max, p.title) for p in self.pictures)),
-        ]
+    def metrics(self) -> list[Metric]:
+        """The worst of every metric over the images: each graph's outputs, the final latents, the images."""
+        columns: dict[str, list[Metric]] = {}
+        for metric in (metric for image in self.images for metric in image.metrics(self.tolerance)):
+            columns.setdefault(metric.name, []).append(metric)  # a prompt without images runs no image encoder
+        similar = ("PSNR", "SSIM")  # of which less is worse
+        return [max(column, key=lambda m: -m.value if m.name in similar else m.value) for column in columns.values()]
 
     @property
     def ok(self) -> bool:
-        """Whether every figure is within its tolerance, of the pictures that were made."""
-        return all(figure.ok for figure in self.figures)
+        """Whether every metric is within its tolerance, of the images that were made."""
+        return all(metric.ok for metric in self.metrics)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "reference": vars(self.reference),
-            "candidate": vars(self.candidate),
-            "tolerance": vars(self.tolerance),
-            "ok": self.ok,
-            "complete": self.complete,
-            "asked": self.asked,
-            "figures": [figure.to_json() for figure in self.figures],
-            "pictures": [picture.to_json() for picture in self.pictures],
-        }
+        """Without the images."""
+        images = [
+            {"name": i.name, "prompt": i.prompt, "task": i.task, "seed": i.seed, **asdict(i.errors)}
+            | {"graphs": [asdict(error) for error in i.graphs]}
+            for i in self.images
+        ]
+        engines = {"reference": asdict(self.reference), "candidate": asdict(self.candidate)}
+        judged = {"tolerance": asdict(self.tolerance), "ok": self.ok, "requested": self.requested}
+        return {**engines, **judged, "metrics": [asdict(metric) for metric in self.metrics], "images": images}
 
 
 def compare_pipelines(
-    reference: MigePipeline,
-    candidate: MigePipeline,
-    requests: Mapping[str, ResolvedRequest],
-    seeds: int,
-    settings: SamplingParams,
-    candidate_settings: SamplingParams | None = None,
+    reference: MigePipeline, candidate: MigePipeline, requests: Requests, seeds: int, *params: SamplingParams
 ) -> Parity:
     """All of `compare_each`, as one comparison."""
-    pictures = tuple(compare_each(reference, candidate, requests, seeds, settings, candidate_settings))
-    return Parity(Side.of(reference), Side.of(candidate), len(requests) * seeds, pictures)
+    images = tuple(compare_each(reference, candidate, requests, seeds, *params))
+    return Parity(EngineId.of(reference), EngineId.of(candidate), len(requests) * seeds, images)
 
 
 def compare_each(
-    reference: MigePipeline,
-    candidate: MigePipeline,
-    requests: Mapping[str, ResolvedRequest],
-    seeds: int,
-    settings: SamplingParams,
-    candidate_settings: SamplingParams | None = None,
-) -> Iterator[PictureParity]:
-    """Make each request's pictures, of its own seed and the `seeds` - 1 after it, by both, from the same noise.
+    reference: MigePipeline, candidate: MigePipeline, requests: Requests, seeds: int, *params: SamplingParams
+) -> Iterator[ImageParity]:
+    """Make each request's images by both engines, from the same noise.
 
-    settings: as the reference has them; candidate_settings: the candidate's, where they are what is compared. What
-    either leaves open is filled in by the reference's defaults. Raises InputError when the two models' sizes differ,
-    scikit-image is missing, or either cannot make a picture.
+    Args:
+        reference: What is compared with; what the parameters leave open is filled in by its defaults.
+        candidate: What is compared.
+        requests: By name.
+        seeds: How many images of each: of its own seed and those after it.
+        *params: Of both; or of the reference, then of the candidate.
+
+    Raises:
+        InputError: The models' sizes differ, scikit-image is missing, or either cannot make an image.
     """
-    similarity = load_similarity()
+    load_ssim()
     sizes = [dataclasses.replace(p.config, name="", defaults=candidate.config.defaults) for p in (reference, candidate)]
     if sizes[0] != sizes[1]:
         raise InputError(
             f"{reference.model_name} and {candidate.model_name} are models of different sizes; give two of one model"
         )
     for name, request in requests.items():
-        own = reference.complete(settings, request.task)
-        theirs = reference.complete(candidate_settings or settings, request.task)
+        complete = [_with_defaults(each, reference, request) for each in params]
         for seed in range(request.seed, request.seed + seeds):
-            chosen = dataclasses.replace(request, seed=seed)
-            latents, made = make_watched(candidate, chosen, theirs)
+            seeded = dataclasses.replace(request, seed=seed)
+            latents, image = validate.make_watched(candidate, seeded, complete[-1])
             if candidate.engine.max_cuda_graphs and np.isfinite(latents).all():
-                (made,) = candidate.make([chosen], theirs)  # with captured steps, which cannot be watched
-            both = _Both(candidate.engine)
-            same = candidate.engine is reference.engine  # two settings are compared, the graphs are the same
-            expected, truth = make_watched(reference, chosen, own, *(() if same else (both.run,)))
-            a, b = np.asarray(made), np.asarray(truth)
-            if a.shape != b.shape:
-                raise InputError(f"the pictures of {name} have the sizes {made.size} and {truth.size}; give one size")
-            yield PictureParity(
-                name,
-                request.prompt,
-                request.task,
-                seed,
-                both.graph_errors(),
-                measure(latents, expected)[0],
-                psnr(a, b),
-                similarity(a, b),
-                int(np.abs(a.astype(np.int16) - b.astype(np.int16)).max()),
-                truth,
-                made,
-            )
+                (image,) = candidate.generate([seeded], complete[-1])  # with CUDA graphs, which cannot be traced
+            both = _BothEngines(candidate.engine)
+            same = candidate.engine is reference.engine  # two sets of parameters are compared, the graphs are the same
+            hook = () if same else (both.run,)
+            expected, truth = validate.make_watched(reference, seeded, complete[0], *hook)
+            if image.size != truth.size:
+                raise InputError(f"the images of {name} have the sizes {image.size} and {truth.size}; give one size")
+            errors = ImageErrors.of((latents, expected), [(np.asarray(image), np.asarray(truth))])
+            yield ImageParity(name, request.prompt, request.task, seed, both.graph_errors(), errors, truth, image)
 
 
-class _Both:
+def _with_defaults(params: SamplingParams, pipe: MigePipeline, request: ResolvedRequest) -> SamplingParams:
+    """So that both models sample alike, whatever their own defaults."""
+    return SamplingParams(**vars(params.with_defaults(pipe.config, request.task)))
+
+
+class _BothEngines:
     """Makes every call of the reference's engine to the candidate's as well, with the same inputs."""
 
     def __init__(self, candidate: Engine) -> None:
         self.candidate = candidate
-        self.errors: dict[tuple[str, str], list[tuple[float, float]]] = {}  # of each call, and the output's norm
+        self.errors: dict[tuple[GraphName, str], list[tuple[float, float]]] = {}  # of each call, and the output's norm
 
-    def run(self, graph: str, inputs: Mapping[str, Array], run: Callable[[], dict[str, Array]]) -> dict[str, Array]:
+    def run(self, graph: Any, inputs: Mapping[str, Array], run: Callable[[], dict[str, Array]]) -> dict[str, Array]:
         outputs = run()
-        given = {port.name: self.candidate.array(_as_port(port, inputs[port.name])) for port in GRAPHS[graph].inputs}
-        theirs = self.candidate.run(graph, given)
-        for port in GRAPHS[graph].outputs:
-            expected = _as_port(port, outputs[port.name])
-            rms, _, _ = measure(_as_port(port, theirs[port.name]), expected)
+        given = {spec.name: self.candidate.array(_as_spec(spec, inputs[spec.name])) for spec in GRAPHS[graph].inputs}
+        results = self.candidate.run(graph, given)
+        for spec in GRAPHS[graph].outputs:
+            expected = _as_spec(spec, outputs[spec.name])
+            rms, _, _ = validate.measure(_as_spec(spec, results[spec.name]), expected)
             norm = float(np.linalg.norm(expected.astype(np.float64)))
-            self.errors.setdefault((graph, port.name), []).append((rms, norm or 1.0))
+            self.errors.setdefault((graph, spec.name), []).append((rms, norm or 1.0))
         return outputs
 
     def graph_errors(self) -> tuple[GraphError, ...]:
-        found = []
-        for port, calls in self.errors.items():
+        graph_errors = []
+        for output, calls in self.errors.items():
             errors, norms = np.array(calls).T
             together = float(np.linalg.norm(errors * norms) / np.linalg.norm(norms))
-            found.append(GraphError(*port, together, float(errors.max()), len(calls)))
-        return tuple(found)
+            graph_errors.append(GraphError(*output, together, float(errors.max()), len(calls)))
+        return tuple(graph_errors)
 
 
-def _as_port(port: TensorSpec, values: Array) -> NDArray[Any]:
-    """A NumPy array of the port's own type: what graphs hand to each other may be of the engine's, and NumPy has no
-    bfloat16."""
-    if port.dtype == "float32" and not isinstance(values, np.ndarray):
-        values = values.float()
-    return to_numpy(values).astype(port.dtype, copy=False)
+def _as_spec(spec: TensorSpec, values: Array) -> NDArray[Any]:
+    """A NumPy array of the spec's type: graphs hand bfloat16 to each other, which NumPy does not have."""
+    tensor: Any = values
+    if spec.dtype == "float32" and not isinstance(values, np.ndarray):
+        tensor = tensor.float()
+    return to_numpy(tensor).astype(spec.dtype, copy=False)
 
 
-def load_similarity() -> Callable[[NDArray[Any], NDArray[Any]], float]:
-    """SSIM of two uint8 pictures [H,W,3], by scikit-image (Wang et al. 2004, windows of 7 x 7)."""
+def load_ssim() -> Callable[[NDArray[Any], NDArray[Any]], float]:
+    """SSIM of two uint8 images [H,W,3], by scikit-image (Wang et al. 2004, windows of 7 x 7)."""
     try:
         from skimage.metrics import structural_similarity
     except ImportError as error:
         raise NotAvailableError(
-            f"comparing pictures needs scikit-image ({error}); install it with: pip install 'mige-rt[bench]'"
+            f"comparing images needs scikit-image ({error}); install it with: pip install 'mige-rt[bench]'"
         ) from error
     return lambda a, b: float(np.mean(structural_similarity(a, b, channel_axis=-1, data_range=255)))

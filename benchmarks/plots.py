@@ -1,181 +1,128 @@
-"""The report's plots, as SVG for the inside of a page: narrow, so that a phone shows them as large as they are, and in
-the page's own colours for text and lines."""
+"""The report's plots as SVG files: narrow, so that a phone shows them as large as they are; their text stays text."""
 
-import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import NullLocator
 
-from benchmarks.measure import Latency, Ratio
-
-WIDTH = 4.7  # inches
-INK, RULE = "#010203", "#040506"  # stand for the page's colours of text and of lines
-SCALE = {"program": "#8b94a3", "baseline": "#b79a6b", "ours": "#2f7fd1", "saving": "#58a55c"}
-GRAPH_COLOURS = {
-    "vae_encoder": "#9aa5b1",
-    "image_encoder": "#e3a234",
-    "text_encoder": "#d1633c",
-    "conditioner": "#8a63b8",
-    "denoiser": "#2f7fd1",
-    "vae_decoder": "#4fa58a",
-}
-_STYLE: dict[Any, Any] = {
+WIDTH, ROW = 4.7, 0.47  # inches: of a plot, and the height of one of its rows
+INK, RULE, MUTED = "#1c2530", "#d5dae1", "#8b94a3"
+COLOURS = {"published": MUTED, "encode_once": "#b79a6b", "ours": "#2f7fd1", "optional": "#58a55c"}
+GRAPH_COLOURS = {"vae_encoder": "#9aa5b1", "image_encoder": "#e3a234", "text_encoder": "#d1633c"}
+GRAPH_COLOURS |= {"conditioner": "#8a63b8", "denoiser": "#2f7fd1", "vae_decoder": "#4fa58a"}
+LINE_COLOURS = (MUTED, "#b79a6b", "#d1633c", "#8a63b8", "#2f7fd1", "#4fa58a", "#58a55c", "#e3a234")
+TICKS = (1, 2, 0.5, 3, 5, 10, 20, 0.25, 0.1, 1.5, 1.25, 0.75, 1.1, 0.9)  # of speedups, in order of interest
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
     "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],
     "font.size": 9,
-    "text.color": INK,
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": INK,
-    "xtick.color": RULE,
-    "ytick.color": RULE,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "grid.color": RULE,
-    "grid.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "svg.fonttype": "path",  # text looks the same wherever it is read
     "legend.frameon": False,
-    "legend.fontsize": 8.5,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
+    **dict.fromkeys(("axes.edgecolor", "grid.color"), RULE),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.spines.left"), False),
+    **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0),
 }
 
 
 @dataclass(frozen=True)
 class Bar:
-    """name above it; value beside it, in words; spread: 10th and 90th percentile; floor: the least it could be."""
+    """parts: values by their colours; text: beside it; spread: two percentiles; roofline: the least it could be."""
 
     name: str
-    value: float
+    parts: Mapping[str, float]
     text: str
-    colour: str
     spread: tuple[float, float] | None = None
-    floor: float | None = None
+    roofline: float | None = None
 
 
-def bars(items: Sequence[Bar], unit: str, standalone: bool = False) -> str:
-    """Horizontal bars; the spread as a thin line, cut far beyond the longest bar; the floor as a diamond."""
-    longest = max(max(item.value, item.floor or 0) for item in items)
-    top = min(max(max(item.value, (item.spread or (0, 0))[1]) for item in items), 1.35 * longest)
-
-    def draw(axes: Axes) -> None:
+def bars(path: Path, items: Sequence[Bar], unit: str, legend: Mapping[str, str] | None = None) -> None:
+    """Horizontal bars; the spread as a thin line, cut far beyond the longest bar; the roofline as a diamond."""
+    ends = [max(sum(item.parts.values()), item.roofline or 0) for item in items]
+    top = min(max([*ends, *(item.spread[1] for item in items if item.spread)]), 1.35 * max(ends))
+    with _rows(path, [item.name for item in items], unit, (0, 1.24 * top), 0.63 if legend else 0) as axes:
         for y, item in enumerate(items):
-            axes.barh(y, item.value, height=0.42, color=item.colour)
-            end = item.value
+            end = 0.0
+            for colour, value in item.parts.items():
+                axes.barh(y, value, left=end, height=0.42, color=colour)
+                end += value
             if item.spread is not None:
                 end = max(end, min(item.spread[1], top))
                 axes.plot((item.spread[0], end), (y, y), color=INK, linewidth=1.1)
-            if item.floor is not None:
-                axes.plot(item.floor, y, marker="D", color=INK, markersize=4.5, markeredgewidth=0)
+            if item.roofline is not None:
+                axes.plot(item.roofline, y, marker="D", color=INK, markersize=4.5, markeredgewidth=0)
             axes.text(end + 0.015 * top, y, item.text, va="center", fontsize=8.5)
-            axes.text(0, y - 0.3, item.name, va="bottom", fontsize=9, in_layout=False)
-        axes.set_xlim(0, 1.22 * top)
-        axes.set_ylim(len(items) - 0.6, -0.85)
-        axes.set_yticks([])
-        axes.set_xlabel(unit)
-        axes.grid(axis="x")
-
-    return _svg(f"bars {unit} {standalone}", 0.62 + 0.47 * len(items), draw, standalone)
+        if legend:
+            handles = [Patch(color=colour, label=label) for label, colour in legend.items()]
+            below = (0.5, -0.52 / (ROW * len(items)))
+            axes.legend(handles=handles, loc="upper center", bbox_to_anchor=below, ncols=3, handlelength=1)
 
 
-def stacks(items: Mapping[str, Mapping[str, float]], totals: Mapping[str, str], unit: str) -> str:
-    """One horizontal bar an item, made of its graphs' shares; totals: what to write beside each."""
-
-    def draw(axes: Axes) -> None:
-        top = max(sum(parts.values()) for parts in items.values())
-        for y, (name, parts) in enumerate(items.items()):
-            left = 0.0
-            for graph, colour in GRAPH_COLOURS.items():
-                part = parts.get(graph, 0.0)
-                axes.barh(y, part, left=left, height=0.42, color=colour, label=graph if y == 0 else None)
-                left += part
-            axes.text(left + 0.015 * top, y, totals[name], va="center", fontsize=8.5)
-            axes.text(0, y - 0.3, name, va="bottom", fontsize=9, in_layout=False)
-        axes.set_xlim(0, 1.24 * top)
-        axes.set_ylim(len(items) - 0.6, -0.85)
-        axes.set_yticks([])
-        axes.set_xlabel(unit)
-        axes.grid(axis="x")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.52 / (0.47 * len(items))), ncols=3, handlelength=1)
-
-    return _svg(f"stacks {unit}", 1.25 + 0.47 * len(items), draw)
-
-
-def gains(items: Sequence[tuple[str, Ratio]]) -> str:
-    """Each ratio with its interval, on a logarithmic axis; a hollow one shows no difference."""
-    low = min(1.0, *(found.low for _, found in items)) / 1.12
-    high = max(1.0, *(found.high for _, found in items)) * 1.12
+def speedups(path: Path, items: Sequence[tuple[str, Mapping[str, float]]]) -> None:
+    """Each speedup with its interval, on a logarithmic axis; grey and hollow where no difference was shown."""
+    low = min([1.0, *(speedup["low"] for _, speedup in items)]) / 1.12
+    high = max([1.0, *(speedup["high"] for _, speedup in items)]) * 1.12
     span = math.log(high / low)
-
-    def draw(axes: Axes) -> None:
-        for y, (name, found) in enumerate(items):
-            shown = found.verdict != "no difference shown"
-            colour = SCALE["ours"] if shown else SCALE["program"]
-            axes.plot((found.low, found.high), (y, y), color=colour, linewidth=2.4, solid_capstyle="round")
-            axes.plot(
-                found.value, y, marker="o", markersize=6.5, color=colour, markerfacecolor=colour if shown else "none"
-            )
-            # Neither text is to make room for itself by moving the axis.
-            near = {"textcoords": "offset points", "in_layout": False, "annotation_clip": False}
-            axes.annotate(f"{found.value:.2f}x", (found.high, y), xytext=(7, 0), va="center", fontsize=8.5, **near)
-            axes.annotate(name, (0, y), xycoords=("axes fraction", "data"), xytext=(0, 8), fontsize=9, **near)
-        axes.axvline(1, color=RULE, linewidth=1.6, zorder=0.5)
+    limits = (low, high * math.exp(0.13 * span))
+    with _rows(path, [name for name, _ in items], "times as fast; line: 95 % interval", limits) as axes:
         axes.set_xscale("log")
-        axes.set_xlim(low, high * math.exp(0.13 * span))
-        marks: list[float] = []
-        for mark in (1, 2, 0.5, 3, 5, 10, 20, 0.25, 0.1, 1.5, 1.25, 0.75, 1.1, 0.9):  # in order of interest
-            if low <= mark <= high and all(abs(math.log(mark / other)) > 0.12 * span for other in marks):
-                marks.append(mark)
-        axes.set_xticks(marks, [f"{mark:g}x" for mark in marks])
-        axes.minorticks_off()
-        axes.set_ylim(len(items) - 0.55, -0.75)
-        axes.set_yticks([])
-        axes.set_xlabel("times as fast")
-        axes.grid(axis="x")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.axvline(1, color=MUTED, linewidth=1.2, zorder=0.5)
+        for y, (_, speedup) in enumerate(items):
+            shown = not speedup["low"] <= 1 <= speedup["high"]
+            colour, face = (COLOURS["ours"], COLOURS["ours"]) if shown else (MUTED, "white")
+            axes.plot((speedup["low"], speedup["high"]), (y, y), color=colour, linewidth=2.4)
+            axes.plot(speedup["value"], y, marker="o", markersize=6.5, color=colour, markerfacecolor=face)
+            place: Any = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "in_layout": False}
+            axes.annotate(f"{speedup['value']:.2f}x", (speedup["high"], y), fontsize=8.5, **place)
+        ticks: list[float] = []
+        for tick in TICKS:
+            if low <= tick <= high and all(abs(math.log(tick / other)) > 0.12 * span for other in ticks):
+                ticks.append(tick)
+        axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
 
-    return _svg("gains", 0.62 + 0.47 * len(items), draw)
 
-
-def lines(items: Mapping[str, Mapping[int, Latency]], axis: str) -> str:
-    """Median latency over a whole number, one line a candidate, its tenth to ninetieth percentile as a bar."""
-
-    def draw(axes: Axes) -> None:
-        palette = ["#8b94a3", "#b79a6b", "#d1633c", "#8a63b8", "#2f7fd1", "#4fa58a", "#58a55c", "#e3a234"]
-        for k, (name, points) in enumerate(items.items()):
+def lines(path: Path, items: Mapping[str, Mapping[int, Mapping[str, float]]], axis: str) -> None:
+    """Median latency over a whole number, one line a candidate, its 10th to 90th percentile as a bar."""
+    with _figure(path, 2.9 + 0.2 * len(items)) as axes:
+        for (name, points), colour in zip(items.items(), LINE_COLOURS * len(items), strict=False):
             xs = sorted(points)
-            ys = [points[x].median for x in xs]
-            spread = [[points[x].median - points[x].p10 for x in xs], [points[x].p90 - points[x].median for x in xs]]
-            colour = palette[k % len(palette)]
-            axes.errorbar(xs, ys, yerr=spread, color=colour, marker="o", markersize=4, linewidth=1.6, label=name)
-        every = sorted({x for points in items.values() for x in points})
-        axes.set_xticks(every, [str(x) for x in every])
-        axes.set_ylim(0, 1.3 * max(latency.median for points in items.values() for latency in points.values()))
-        axes.set_xlim(0 if axis == "steps" else None)
-        axes.set_xlabel(axis)
-        axes.set_ylabel("seconds")
+            median, p10, p90 = ([points[x][key] for x in xs] for key in ("median", "p10", "p90"))
+            spread = [[m - low for m, low in zip(median, p10)], [high - m for m, high in zip(median, p90)]]  # noqa: B905
+            axes.errorbar(xs, median, yerr=spread, color=colour, marker="o", markersize=4, label=name)
+        axes.set_xticks(sorted({x for points in items.values() for x in points}))
+        axes.set_ylim(0)
+        axes.set(xlabel=axis, ylabel="seconds")
         axes.grid(axis="y")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.46, -0.17), ncols=1, handlelength=1.4)
-
-    return _svg(f"lines {axis}", 2.9 + 0.185 * len(items), draw)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.46, -0.17), handlelength=1.4)
 
 
-def _svg(name: str, height: float, draw: Callable[[Axes], None], standalone: bool = False) -> str:
-    """What draw makes, as an SVG element; name: what tells it from the page's others. standalone: with colours and a
-    ground of its own, for a file."""
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+@contextmanager
+def _rows(path: Path, names: Sequence[str], unit: str, limits: tuple[float, float], below: float = 0) -> Iterator[Axes]:
+    """Axes with a row for each name, the name above it; below: inches to leave there."""
+    with _figure(path, 0.62 + ROW * len(names) + below) as axes:
+        yield axes
+        axes.set(xlim=limits, ylim=(len(names) - 0.6, -0.85), yticks=[], xlabel=unit)
+        axes.grid(axis="x")
+        for y, name in enumerate(names):
+            place: Any = {"xycoords": ("axes fraction", "data"), "annotation_clip": False, "in_layout": False}
+            axes.annotate(name, (0, y - 0.3), va="bottom", **place)
+
+
+@contextmanager
+def _figure(path: Path, height: float) -> Iterator[Axes]:
+    """Axes that are written to the file at the end, the same file every time."""
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": path.name}):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        axes = figure.add_subplot()
-        axes.set_axisbelow(True)
-        axes.tick_params(length=0)
-        draw(axes)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=not standalone, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    if standalone:
-        return svg.replace(INK, "#1c2530").replace(RULE, "#d5dae1")
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(RULE, "var(--rule)")
-    return svg.replace("<svg", '<svg role="img" preserveAspectRatio="xMinYMin meet"', 1)
+        yield figure.add_subplot()
+        figure.savefig(path, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))

@@ -1,140 +1,141 @@
-"""`python -m benchmarks.runtime_settings`: what ONNX Runtime's settings for CPUs are worth, one edit a picture.
+"""`python -m benchmarks.runtime_settings`: what ONNX Runtime's settings for CPUs are worth, one edit an image.
 
-Each variant has a process of its own, so that its memory and its threads are its own, and they take turns. Writes
+Each setting has a process of its own, so that its memory and its threads are its own, and they take turns. Writes
 runtime-settings.json and runtime-settings.md.
 """
-# The processes import this module, too, and are to have the memory of one that makes pictures: so what imports PyTorch
-# is imported in functions.
 
-import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import click
+import jinja2
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 
+from benchmarks.case import Candidate, Case, RuntimeSettings, WorkerConfig
+from benchmarks.formatting import interval, json_text, markdown_table
 from benchmarks.machine import environment
-from benchmarks.measure import CONFIDENCE, Latency, Ratio, Turns, ratio
-from benchmarks.runtime_variants import DEFAULTS, VARIANTS, Variant, make_picture, open_variant
-from mige_rt.bundle import DEFAULT_MODEL, read_manifest
+from benchmarks.measure import InterleavedRuns, Latency, OnIteration, Speedup, speedup
+from benchmarks.worker import CandidateError, RunOutput, Worker
+from mige_rt.atomic import atomic_file
+from mige_rt.bundle import DEFAULT_MODEL, read_config, read_manifest
 from mige_rt.errors import InputError
-from mige_rt.requests import ResolvedRequest, read_requests
 from trainer.evaluate.metrics import psnr
 
-REQUEST = "3-recolour"  # an edit with one reference, of the samples
 FILES = ("runtime-settings.json", "runtime-settings.md")
+DEFAULTS = "defaults"
+LEAN, OURS = "neither arena nor pattern", "batch in parallel, neither arena nor pattern"  # OURS: what the engine sets
+SETTINGS: dict[str, RuntimeSettings] = {
+    DEFAULTS: RuntimeSettings(),
+    "1 thread": RuntimeSettings(threads=1),
+    "2 threads": RuntimeSettings(threads=2),
+    "no arena": RuntimeSettings(arena=False),
+    "no memory pattern": RuntimeSettings(pattern=False),
+    LEAN: RuntimeSettings(arena=False, pattern=False),
+    "extended optimisation": RuntimeSettings(optimisation="extended"),
+    "basic optimisation": RuntimeSettings(optimisation="basic"),
+    "no spinning": RuntimeSettings(spinning=False),
+    f"1 thread, {LEAN}": RuntimeSettings(threads=1, arena=False, pattern=False),
+    "batch in parallel": RuntimeSettings(batch_parallel=True),
+    OURS: RuntimeSettings(batch_parallel=True, arena=False, pattern=False),
+    "int8": RuntimeSettings(int8=True),
+    "int8, batch in parallel": RuntimeSettings(int8=True, batch_parallel=True),
+    f"int8, {OURS}": RuntimeSettings(int8=True, batch_parallel=True, arena=False, pattern=False),
+    "int8, no spinning": RuntimeSettings(int8=True, spinning=False),
+    "int8, 1 thread": RuntimeSettings(int8=True, threads=1),
+}
 
 
 @dataclass(frozen=True)
-class Row:
-    """One variant. gain: how many times as fast as the defaults. psnr: of its picture against the defaults', dB; None
-    where nothing differs. ok: it is within the tolerance of its precision, or else the row does not count."""
+class SettingsResult:
+    """What one setting was measured at."""
 
     name: str
-    variant: Variant
-    seconds: Latency
-    gain: Ratio | None  # None of the defaults themselves
+    settings: RuntimeSettings
+    latency: Latency
+    speedup: Speedup | None  # over the defaults
     peak_bytes: int | None
-    psnr: float | None
-    ok: bool
+    psnr: float | None  # of its image against the defaults', dB; None where nothing differs
+    ok: bool  # within the tolerance of its precision, or else the result does not count
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureOptions:
+    """bundle and quantised: of one model, in fp32 and in int8."""
+
+    bundle: Path
+    quantised: Path
+    num_inference_steps: int = 60
+    iterations: int = 10
+    warmup: int = 3
 
 
 def measure_settings(
-    bundle: Path,
-    quantised: Path,
-    request: ResolvedRequest,
-    variants: Mapping[str, Variant],
-    steps: int,
-    runs: int,
-    warmups: int,
-    on_run: Callable[[str, int, int], None] = lambda name, done, total: None,
-) -> tuple[list[Row], bool]:
-    """A row for each variant, DEFAULTS first among them, and whether all runs were made: Ctrl-C keeps whole rounds if
-    there are two.
+    options: MeasureOptions,
+    settings: Mapping[str, RuntimeSettings],
+    on_iteration: OnIteration = lambda name, done, total: None,
+) -> tuple[list[SettingsResult], bool]:
+    """A result for each setting, DEFAULTS first among them, and whether all iterations were made.
 
-    bundle and quantised: of one model, in fp32 and in int8. Raises InputError when one cannot be run.
+    Ctrl-C keeps whole rounds if there are two. Raises CandidateError when a bundle cannot be run.
     """
-    seen: dict[str, tuple[NDArray[np.uint8], int | None]] = {}
-    complete = True
-    with ExitStack() as stack:
-
-        def make(name: str, process: ProcessPoolExecutor) -> float:
-            seconds, picture, peak = process.submit(make_picture, request, steps).result()
-            seen[name] = picture, peak
-            return seconds
-
-        candidates = {}
-        for name, variant in variants.items():
-            opened = (quantised if variant.int8 else bundle, variant)
-            process = ProcessPoolExecutor(1, get_context("spawn"), open_variant, opened)
-            candidates[name] = partial(make, name, stack.enter_context(process))
-        turns = Turns(candidates, ())
-        try:
-            turns.run(runs, warmups, on_run)
-        except KeyboardInterrupt:
-            complete = False
-            if min(map(len, turns.seconds.values())) < 2:
-                raise
     from export.validate import MIN_PSNR
 
-    base, base_seconds = seen[DEFAULTS][0], turns.seconds[DEFAULTS]
+    outputs: dict[str, RunOutput] = {}
+    timed: dict[str, Callable[[], float]] = {}
+    side, complete = read_config(options.bundle).size, True
+    case = Case(1, 1, options.num_inference_steps, (side, side), 5.0, 1.0)
+    with ExitStack() as stack:
+        for name, setting in settings.items():
+            bundle = options.quantised if setting.int8 else options.bundle
+            candidate = Candidate(WorkerConfig(bundle, "onnxruntime", "cpu", "auto", runtime=setting))
+            worker = Worker(candidate.worker)
+            stack.callback(worker.kill)
+            outputs[name], timed[name] = worker.run(candidate, case), partial(worker.seconds, candidate, case)
+        runs = InterleavedRuns(timed, ())
+        try:
+            runs.run(options.iterations, options.warmup, on_iteration)
+        except KeyboardInterrupt:
+            complete = False
+            if min(map(len, runs.seconds.values())) < 2:
+                raise
+    results = []
+    for name, setting in settings.items():
+        image, expected = outputs[name].images[0], outputs[DEFAULTS].images[0]
+        latency, peak = Latency.of(runs.seconds[name]), outputs[name].memory.host
+        gain = None if name == DEFAULTS else speedup(runs.seconds[DEFAULTS], runs.seconds[name])
+        decibels = psnr(image, expected)
+        ok = decibels >= MIN_PSNR["int8" if setting.int8 else "fp32"]
+        difference = None if np.array_equal(image, expected) else decibels
+        results.append(SettingsResult(name, setting, latency, gain, peak, difference, ok))
+    return results, complete
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """The results as a table to read."""
     rows = []
-    for name, variant in variants.items():
-        picture, peak = seen[name]
-        found = psnr(picture, base)
-        same, ok = np.array_equal(picture, base), found >= MIN_PSNR["int8" if variant.int8 else "fp32"]
-        gain = None if name == DEFAULTS else ratio(base_seconds, turns.seconds[name])
-        rows.append(Row(name, variant, Latency.of(turns.seconds[name]), gain, peak, None if same else found, ok))
-    return rows, complete
-
-
-def markdown(content: Mapping[str, Any], rows: list[Row]) -> str:
-    machine = content["machine"]
-    lines = [
-        "# ONNX Runtime's settings on a CPU",
-        "",
-        f"`{content['command']}`, {content['date']}: {machine['cores']} cores of {machine['cpu']}, ONNX Runtime "
-        f"{machine['versions']['onnxruntime']}"
-        + ("." if content["complete"] else "; **incomplete: it was interrupted**."),
-        "",
-        f"One edit of the model {content['model']} with one reference and {content['steps']} steps at the published "
-        "guidance scales, in a process for "
-        f"each variant. They took turns, {content['warmups']} rounds to warm up and {content['runs']} measured. A gain "
-        "is how many times as fast as the defaults it is, the median over rounds, in brackets its "
-        f"{CONFIDENCE:.0%} interval; where that spans 1, no difference was shown. Memory is the most that the process "
-        "had resident. PSNR is that of the picture against the defaults'.",
-        "",
-        "| variant | seconds | p10 to p90 | gain | | memory, MB | PSNR |",
-        "| --- | ---: | ---: | ---: | --- | ---: | --- |",
-    ]
-    for row in rows:
-        gain = verdict = ""
-        if row.gain is not None:
-            gain = f"{row.gain.value:.2f} ({row.gain.low:.2f} to {row.gain.high:.2f})"
-            verdict = row.gain.verdict if row.ok else "does not count"
-        memory = "?" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}"
-        picture = "no difference" if row.psnr is None else f"{row.psnr:.1f} dB"
-        took = f"{row.seconds.median:.3f} | {row.seconds.p10:.3f} to {row.seconds.p90:.3f}"
-        lines.append(f"| {row.name} | {took} | {gain} | {verdict} | {memory} | {picture} |")
-    return "\n".join(lines) + "\n"
+    for result in content["results"]:
+        gain, latency, peak, psnr = (result[name] for name in ("speedup", "latency", "peak_bytes", "psnr"))
+        row = [result["name"], f"{latency['median']:.3f}", f"{latency['p10']:.3f} to {latency['p90']:.3f}"]
+        row += [interval(gain), Speedup(**gain).verdict if result["ok"] else "does not count"] if gain else ["", ""]
+        row += ["?" if peak is None else f"{peak / 1e6:.0f}", "no difference" if psnr is None else f"{psnr:.1f} dB"]
+        rows.append(row)
+    headers = ["settings", "seconds", "p10 to p90", "speedup", "verdict", "memory, MB", "PSNR"]
+    template = jinja2.Environment(loader=jinja2.PackageLoader("benchmarks")).get_template("runtime-settings.md.j2")
+    return template.render(content, table=markdown_table(headers, rows, (4, 6))) + "\n"
 
 
 @contextmanager
-def _int8_of(bundle: Path, given: Path | None) -> Iterator[Path]:
-    """The quantised bundle that was given, or one made of `bundle` for the time being."""
-    if given is not None:
-        yield given
+def _int8_of(bundle: Path, quantised: Path | None) -> Iterator[Path]:
+    """The quantised bundle, or one made of `bundle` for the time being."""
+    if quantised is not None:
+        yield quantised
         return
     from export.exporter import ExportLimits, ExportOptions, export_bundle
 
@@ -146,68 +147,40 @@ def _int8_of(bundle: Path, given: Path | None) -> Iterator[Path]:
 
 
 @click.command(help=__doc__, context_settings={"max_content_width": 120})
-@click.option(
-    "--model",
-    type=click.Path(path_type=Path),
-    default=DEFAULT_MODEL,
-    help="a bundle in fp32  [default: the one with mige-rt]",
-)
+@click.option("--model", type=click.Path(path_type=Path), default=DEFAULT_MODEL, help="a bundle in fp32")
 @click.option("--int8", "quantised", type=click.Path(path_type=Path), help="the same in int8  [default: exported]")
-@click.option("--only", type=click.Choice(list(VARIANTS)), multiple=True, help="a variant; may be repeated")
-@click.option("--steps", type=click.IntRange(2), default=60, show_default=True, help="of the solver")
-@click.option("--runs", type=click.IntRange(2), default=10, show_default=True)
-@click.option("--warmups", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--only", type=click.Choice(list(SETTINGS)), multiple=True, help="settings; may be repeated")
+@click.option("--num-inference-steps", "--steps", type=click.IntRange(2), default=60, show_default=True)
+@click.option("--iterations", "--runs", type=click.IntRange(2), default=10, show_default=True)
+@click.option("--warmup", "--warmups", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results"), show_default=True)
-def main(
-    model: Path, quantised: Path | None, only: tuple[str, ...], steps: int, runs: int, warmups: int, out: Path
-) -> None:
-    from export.inputs import SAMPLES
-
-    console = Console(stderr=True)
-    request = read_requests(SAMPLES / "requests.jsonl")[REQUEST]
-    variants = {name: v for name, v in VARIANTS.items() if not only or name in (DEFAULTS, *only)}
-    command = "python -m benchmarks.runtime_settings"
-    for name, value, default in (("steps", steps, 60), ("runs", runs, 10), ("warmups", warmups, 3)):
-        command += f" --{name} {value}" if value != default else ""
-    command += "".join(f" --only '{name}'" for name in only)
+def main(model: Path, quantised: Path | None, only: tuple[str, ...], out: Path, **counts: int) -> None:
+    settings = {name: setting for name, setting in SETTINGS.items() if not only or name in (DEFAULTS, *only)}
+    defaults = {param.name: param.default for param in click.get_current_context().command.params}
+    changed = [f"--{name.replace('_', '-')} {value}" for name, value in counts.items() if value != defaults[name]]
+    command = " ".join(["python -m benchmarks.runtime_settings", *changed, *(f"--only '{name}'" for name in only)])
+    about = {"command": command, "date": date.today().isoformat(), "machine": environment()}
     try:
         manifest = read_manifest(model)
         for bundle, precision in ((model, "fp32"), (quantised, "int8")):
-            if bundle is not None and (found := read_manifest(bundle).precision) != precision:
-                raise InputError(f"{bundle} is in {found}, and a bundle in {precision} is expected here")
+            if bundle is not None and (actual := read_manifest(bundle).precision) != precision:
+                raise InputError(f"{bundle} is in {actual}, and a bundle in {precision} is expected here")
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{out} cannot be written ({error}): give a folder of your own") from error
-        needed = any(variant.int8 for variant in variants.values())
-        with _int8_of(model, quantised if needed else model) as int8, console.status("") as status:
-            rows, complete = measure_settings(
-                model,
-                int8,
-                request,
-                variants,
-                steps,
-                runs,
-                warmups,
-                lambda name, k, n: status.update(f"{k} of {n}: {name}"),
-            )
-    except InputError as error:
+        needed = any(setting.int8 for setting in settings.values())
+        with _int8_of(model, quantised if needed else model) as int8, Console(stderr=True).status("") as status:
+            options = MeasureOptions(bundle=model, quantised=int8, **counts)
+            show = lambda name, done, total: status.update(f"{done} of {total}: {name}")  # noqa: E731
+            results, complete = measure_settings(options, settings, show)
+        content = {**about, "complete": complete, "model": manifest.model.name, **counts}
+        content["results"] = [asdict(result) for result in results]
+        for name, text in zip(FILES, (json_text(content), markdown(content)), strict=True):
+            with atomic_file(out / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+    except (InputError, CandidateError) as error:
         raise click.UsageError(str(error)) from error
-    content = {
-        "command": command,
-        "date": date.today().isoformat(),
-        "complete": complete,
-        "machine": environment(),
-        "model": manifest.model.name,
-        "steps": steps,
-        "runs": runs,
-        "warmups": warmups,
-        "variants": [asdict(row) for row in rows],
-    }
-    for name, text in zip(FILES, (json.dumps(content, indent=1) + "\n", markdown(content, rows)), strict=True):
-        part = out / f".{name}.{os.getpid()}"
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, out / name)
     click.echo(out / FILES[1])
 
 

@@ -16,31 +16,33 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.baseline import AsPublished, CountingEngine
+from benchmarks.case import Variant
 from benchmarks.meter import flops, least_bytes
+from benchmarks.schedule import WorkOptions
 from benchmarks.work import (
-    PROGRAMS,
     REFERENCES,
     RESULTS,
     TASKS,
+    VARIANTS,
     WRITE,
-    Program,
     changes,
     count,
     engine_calls,
-    floor_seconds,
     full_size,
     main,
     regressions,
+    roofline_seconds,
 )
 from engines.interface import Array, to_numpy
 from engines.pytorch import PyTorchEngine
 from export.inputs import sample_requests
 from mige_rt.config import PRESETS, ModelConfig
 from mige_rt.errors import InputError
-from mige_rt.graphs import GRAPHS
+from mige_rt.graphs import GRAPHS, GraphName
 from mige_rt.instruction import Task, compose_prompt
-from mige_rt.pipeline import MigePipeline, ResolvedRequest
+from mige_rt.pipeline import MigePipeline
 from mige_rt.prompt_tokens import collate, tokenize_prompt
+from mige_rt.requests import ResolvedRequest
 from mige_rt.sampling_params import SamplingParams
 
 ENCODERS = ("vae_encoder", "image_encoder", "text_encoder", "conditioner")
@@ -50,7 +52,7 @@ TINY, XL = PRESETS["tiny"], PRESETS["xl"]
 class Tap(CountingEngine):
     """Keeps the final latents."""
 
-    def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, graph: GraphName, inputs: Mapping[str, Array]) -> dict[str, Array]:
         if graph == "vae_decoder":
             self.latents: NDArray[Any] = to_numpy(inputs["latents"])
         return super().run(graph, inputs)
@@ -66,17 +68,17 @@ def pipe() -> MigePipeline:
 
 
 def requests(task: Task) -> list[ResolvedRequest]:
-    """The project's two samples of a task, whose prompts differ in length and in pictures."""
+    """The project's two samples of a task, whose prompts differ in length and in images."""
     return [request for request in sample_requests() if request.task == task]
 
 
 def tapped(pipe: MigePipeline) -> tuple[MigePipeline, Tap]:
     tap = Tap(pipe.engine)
-    return MigePipeline(pipe.config, pipe.encoder.tokenize, tap), tap
+    return MigePipeline(pipe.config, pipe.condition_encoder.tokenize, tap), tap
 
 
-def maker(pipe: MigePipeline, program: Program) -> MigePipeline | AsPublished:
-    return pipe if program == "ours" else AsPublished(pipe, encode_once=program == "encode_once")
+def maker(pipe: MigePipeline, variant: Variant) -> MigePipeline | AsPublished:
+    return pipe if variant == "ours" else AsPublished(pipe, encode_once=variant == "encode_once")
 
 
 # The committed counts
@@ -160,19 +162,22 @@ def counted_flops() -> Iterator[FlopCounterMode]:
 
 def tokens_of(pipe: MigePipeline, request: ResolvedRequest) -> int:
     text, slots = compose_prompt(request.task, request.prompt), range(len(request.images))
-    return collate([tokenize_prompt(text, slots, pipe.encoder.tokenize, pipe.config.qformer.queries)])[0].shape[1]
+    return collate([tokenize_prompt(text, slots, pipe.condition_encoder.tokenize, pipe.config.qformer.queries)])[
+        0
+    ].shape[1]
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("task", TASKS)
-def test_the_count_is_what_the_running_program_computes(pipe: MigePipeline, task: Task, program: Program) -> None:
+def test_the_count_is_what_the_running_variant_computes(pipe: MigePipeline, task: Task, variant: Variant) -> None:
     request = requests(task)[1]
     counted, tap = tapped(pipe)
     with counted_flops() as counter:
-        maker(counted, program).make([request], SamplingParams(steps=3))
-    expected = count(
-        pipe.config, program, task=task, references=len(request.images), tokens=tokens_of(pipe, request), steps=3
+        maker(counted, variant).generate([request], SamplingParams(num_inference_steps=3))
+    options = WorkOptions(
+        task=task, references=len(request.images), tokens=tokens_of(pipe, request), num_inference_steps=3
     )
+    expected = count(pipe.config, variant, options)
     assert counter.get_total_flops() == expected.flops
     assert {graph: tap.calls[graph] for graph in GRAPHS} == {work.graph: work.calls for work in expected.graphs}
 
@@ -180,17 +185,19 @@ def test_the_count_is_what_the_running_program_computes(pipe: MigePipeline, task
 def test_batches_sizes_and_scales_are_counted(pipe: MigePipeline) -> None:
     batch = [replace(request, prompt=requests("edit")[0].prompt) for request in requests("edit")]
     with counted_flops() as counter:
-        pipe.make(batch, SamplingParams(steps=2, size=(96, 32), guidance_scale=3.0, image_guidance_scale=2.0))
-    expected = count(
-        pipe.config,
-        "ours",
+        pipe.generate(
+            batch,
+            SamplingParams(num_inference_steps=2, width=96, height=32, guidance_scale=3.0, image_guidance_scale=2.0),
+        )
+    options = WorkOptions(
         tokens=tokens_of(pipe, batch[0]),
-        steps=2,
+        num_inference_steps=2,
         batch=2,
         size=(96, 32),
         guidance_scale=3.0,
         image_guidance_scale=2.0,
     )
+    expected = count(pipe.config, "ours", options)
     assert counter.get_total_flops() == expected.flops
 
 
@@ -207,7 +214,7 @@ def test_bytes_are_weights_inputs_and_outputs(precision: Any, size: int) -> None
 
 
 def test_int8_weighs_a_quarter_but_for_the_vae() -> None:
-    full, quantised = count(TINY, "ours", precision="fp32"), count(TINY, "ours", precision="int8")
+    full, quantised = (count(TINY, "ours", WorkOptions(precision=p)) for p in ("fp32", "int8"))
     assert quantised.flops == full.flops
     for graph in GRAPHS:
         ratio = full.of(graph).bytes / quantised.of(graph).bytes
@@ -222,8 +229,8 @@ def test_word_embeddings_count_by_the_rows_that_are_read() -> None:
 
 def test_the_floor_is_the_larger_of_computing_and_moving() -> None:
     work = count(XL, "ours")
-    compute, memory = floor_seconds(work, 1e12, 1e30), floor_seconds(work, 1e30, 1e9)
-    both = floor_seconds(work, 1e12, 1e9)
+    compute, memory = roofline_seconds(work, 1e12, 1e30), roofline_seconds(work, 1e30, 1e9)
+    both = roofline_seconds(work, 1e12, 1e9)
     assert list(both) == list(GRAPHS)
     assert sum(compute.values()) == pytest.approx(work.flops / 1e12)
     assert sum(memory.values()) == pytest.approx(work.bytes / 1e9)
@@ -235,16 +242,16 @@ def test_the_floor_is_the_larger_of_computing_and_moving() -> None:
 
 @pytest.mark.parametrize("encode_once", [False, True], ids=["published", "encode_once"])
 @pytest.mark.parametrize("task", TASKS)
-def test_a_baseline_makes_the_pipeline_s_pictures(pipe: MigePipeline, task: Task, encode_once: bool) -> None:
-    batch, settings, steps = requests(task), SamplingParams(steps=4), 4
+def test_a_baseline_makes_the_pipeline_s_images(pipe: MigePipeline, task: Task, encode_once: bool) -> None:
+    batch, settings, steps = requests(task), SamplingParams(num_inference_steps=4), 4
     ours, kept = tapped(pipe)
-    pictures = ours.make(batch, settings)
+    images = ours.generate(batch, settings)
     theirs, tap = tapped(pipe)
     baseline = AsPublished(theirs, encode_once)
-    made = baseline.make(batch, settings)
+    made = baseline.generate(batch, settings)
     assert np.linalg.norm(tap.latents - kept.latents) < 1e-4 * np.linalg.norm(kept.latents)
-    for picture, expected in zip(made, pictures, strict=True):
-        error = np.mean((np.asarray(picture, np.float64) - np.asarray(expected, np.float64)) ** 2)
+    for image, expected in zip(made, images, strict=True):
+        error = np.mean((np.asarray(image, np.float64) - np.asarray(expected, np.float64)) ** 2)
         assert error < 255**2 / 10**6  # 60 dB
     times = 1 if encode_once else steps
     encoded = dict.fromkeys(("image_encoder", "text_encoder", "conditioner"), times)
@@ -256,31 +263,33 @@ def test_a_baseline_makes_the_pipeline_s_pictures(pipe: MigePipeline, task: Task
 def test_a_baseline_computes_branches_whatever_their_weights(pipe: MigePipeline) -> None:
     """Every pair of scales that leaves branches out: the source's alone, the null text's alone, the text's alone."""
     for guidance_scale, image_guidance_scale in ((1.0, 1.0), (0.0, 1.0), (0.0, 0.0), (3.0, 2.0)):
-        settings = SamplingParams(steps=2, guidance_scale=guidance_scale, image_guidance_scale=image_guidance_scale)
+        settings = SamplingParams(
+            num_inference_steps=2, guidance_scale=guidance_scale, image_guidance_scale=image_guidance_scale
+        )
         ours, kept = tapped(pipe)
-        ours.make(requests("edit")[:1], settings)
+        ours.generate(requests("edit")[:1], settings)
         theirs, tap = tapped(pipe)
-        AsPublished(theirs).make(requests("edit")[:1], settings)
+        AsPublished(theirs).generate(requests("edit")[:1], settings)
         assert np.linalg.norm(tap.latents - kept.latents) < 1e-4 * np.linalg.norm(kept.latents)
 
 
-def test_the_published_program_needs_no_picture(pipe: MigePipeline) -> None:
+def test_the_published_variant_needs_no_image(pipe: MigePipeline) -> None:
     request = ResolvedRequest("a plain green background", (), None, 0, "subject")
     baseline = AsPublished(pipe)
-    [picture] = baseline.make([request], SamplingParams(steps=2))
-    [expected] = pipe.make([request], SamplingParams(steps=2))
-    assert np.abs(np.asarray(picture, int) - np.asarray(expected, int)).max() <= 1
+    [image] = baseline.generate([request], SamplingParams(num_inference_steps=2))
+    [expected] = pipe.generate([request], SamplingParams(num_inference_steps=2))
+    assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).max() <= 1
     assert baseline.calls["image_encoder"] == 0 and baseline.calls["text_encoder"] == 2
 
 
-def test_the_published_program_takes_four_pictures_a_prompt(pipe: MigePipeline) -> None:
+def test_the_published_variant_takes_four_images_a_prompt(pipe: MigePipeline) -> None:
     request = requests("subject")[0]
     five = replace(request, prompt=" and ".join(["a <imagehere>"] * 5), images=request.images * 5)
-    with pytest.raises(InputError, match="5 pictures, and the published code takes at most 4"):
-        AsPublished(pipe).make([five], SamplingParams(steps=2))
+    with pytest.raises(InputError, match="5 images, and the published code takes at most 4"):
+        AsPublished(pipe).generate([five], SamplingParams(num_inference_steps=2))
     with pytest.raises(InputError, match="at most 4"):
-        count(TINY, "published", task="subject", references=5)
-    assert count(TINY, "ours", task="subject", references=5).of("vae_encoder").calls == 1
+        count(TINY, "published", WorkOptions(task="subject", references=5))
+    assert count(TINY, "ours", WorkOptions(task="subject", references=5)).of("vae_encoder").calls == 1
 
 
 # The command
@@ -290,9 +299,8 @@ def test_the_command_gives_json() -> None:
     result = CliRunner().invoke(main, ["--model", "tiny", "--task", "compose", "--steps", "7", "--json"])
     assert result.exit_code == 0, result.output
     content = json.loads(result.stdout)
-    expected = {
-        p: count(TINY, p, task="compose", references=REFERENCES["compose"], steps=7).to_json() for p in PROGRAMS
-    }
+    options = WorkOptions(task="compose", references=REFERENCES["compose"], num_inference_steps=7)
+    expected = {variant: count(TINY, variant, options).to_json() for variant in VARIANTS}
     assert content == expected
     assert content["published"]["graphs"]["denoiser"]["calls"] == 7
 
@@ -311,7 +319,7 @@ def test_the_command_prints_a_table() -> None:
         (["--tokens", "300"], "takes 1 to 256"),
         (["--steps", "1"], "the number of steps is 1"),
         (["--size", "500"], "multiples of 16"),
-        (["--batch", "0"], "pictures at once is 0"),
+        (["--batch", "0"], "images at once is 0"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments: list[str], said: str) -> None:

@@ -32,7 +32,7 @@ Place = tuple[int, int]  # its offset in the file and its bytes
 OPSET = 20  # of ONNX; the one that converts T5 with float32 parts, and the VAE
 ALIGNMENT = 64  # bytes, of the first weight in its file
 INLINE = 1024  # bytes of a quantised graph's constants that stay in the graph
-_MOST = {"N": 4096, "M": 63, "B": 63, "R": 4096}  # diffusers' VAE branches at 64 pictures
+_MOST = {"N": 4096, "M": 63, "B": 63, "R": 4096}  # diffusers' VAE branches at 64 images
 _TYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
 _STORED = {
     torch.float32: "F32",

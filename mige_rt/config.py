@@ -38,7 +38,7 @@ class QFormerConfig:
     depth: PositiveInt = 12
     heads: PositiveInt = 12
     mlp: PositiveInt = 3072
-    queries: PositiveInt = 32  # image tokens a picture
+    queries: PositiveInt = 32  # image tokens an image
     fusion_heads: PositiveInt = 8
 
 
@@ -118,12 +118,12 @@ class ModelConfig:
 
     @property
     def multiple(self) -> int:
-        """What the sides of a picture must be multiples of, in pixels."""
+        """What the sides of an image must be multiples of, in pixels."""
         return self.dit.patch * self.vae.factor
 
     @property
     def size(self) -> int:
-        """The trained side of a picture, in pixels."""
+        """The trained side of an image, in pixels."""
         return self.dit.trained_grid * self.dit.patch * self.vae.factor
 
     def to_json(self) -> dict[str, Any]:
@@ -185,7 +185,7 @@ PRESETS: dict[str, ModelConfig] = {
         text=TextConfig(vocabulary=384, width=64, head_width=16, mlp=128, depth=2, heads=4),
         dit=DiTConfig(depth=2),
     ),
-    # The default model, trained on two cores: 64 px pictures, 64 patches.
+    # The default model, trained on two cores: 64 px images, 64 patches.
     "tiny": ModelConfig(
         name="tiny",
         vision=VisionConfig(side=64, patch=8, width=192, depth=4, heads=6, mlp=576),

@@ -13,4 +13,4 @@ class NotAvailableError(InputError):
 
 
 class NotFiniteError(InputError):
-    """The model overflowed: there are NaN or infinite values where a picture should be."""
+    """The model overflowed: there are NaN or infinite values where an image should be."""

@@ -3,7 +3,21 @@
 import math
 from typing import Literal
 
+from mige_rt.errors import InputError
+
 Fit = Literal["crop", "pad", "aspect"]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(width, height) of a text such as 512 or 768x512.
+
+    Raises:
+        InputError: It is no size.
+    """
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isascii() and part.isdigit() and len(part) < 7 for part in parts):
+        raise InputError(f"{text!r} is no size; give pixels as 512, or as 768x512 (width x height)")
+    return int(parts[0]), int(parts[-1])
 
 
 def cropped_share(image_size: tuple[int, int], width: int, height: int) -> float:

@@ -56,7 +56,7 @@ def normalize_image(image: Image.Image, name: str = "the image") -> Image.Image:
     """
     width, height = image.size
     if width * height == 0:
-        raise InputError(f"{name} has no pixels ({width}x{height}); give a picture of at least 1x1")
+        raise InputError(f"{name} has no pixels ({width}x{height}); give an image of at least 1x1")
     if width * height > MAX_PIXELS:
         raise InputError(_too_large(f"{name} ({width}x{height})"))
     try:

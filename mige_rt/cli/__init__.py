@@ -24,7 +24,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="mige-rt")
 def main() -> None:
-    """MIGE: put the thing in a picture into a new scene, change a picture as told, or both at once."""
+    """MIGE: put the subject of an image into a new scene, edit an image as told, or both at once."""
 
 
 for command in (run, convert, export, build, info, bench, compare):

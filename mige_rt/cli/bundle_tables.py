@@ -14,12 +14,12 @@ def bundle_tables(content: dict[str, Any]) -> Iterator[Table | str]:
     for axis, span in content["ranges"].items():
         axes.add_row(axis, *(str(span[name]) for name in ("min", "opt", "max")))
     yield axes
-    graphs = Table("graph", "parameters", "MB", "port", "axes", title="Graphs")
+    graphs = Table("graph", "parameters", "MB", "input or output", "axes", title="Graphs")
     for name, graph in content["graphs"].items():
         size = (graph["onnx"]["bytes"] + graph["weights"]["bytes"]) / 1e6
-        for k, (port, own) in enumerate(graph["axes"].items()):
+        for k, (tensor, sizes) in enumerate(graph["axes"].items()):
             first = ("", "", "") if k else (name, f"{graph['parameters']:,}", f"{size:,.1f}")
-            graphs.add_row(*first, port, " x ".join(map(str, own)), end_section=k == len(graph["axes"]) - 1)
+            graphs.add_row(*first, tensor, " x ".join(map(str, sizes)), end_section=k == len(graph["axes"]) - 1)
     yield graphs
     precision = Table("graph", "layers", "computes in", title="Precision")
     for name, graph in content["graphs"].items():

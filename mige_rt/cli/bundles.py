@@ -35,7 +35,7 @@ _CAPABILITIES = click.option(
 )
 
 
-class _Sizes(click.ParamType):
+class _Sizes(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
     name = "A-B"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
@@ -65,34 +65,21 @@ class _Sizes(click.ParamType):
     help="what to build for; every bundle runs on ONNX Runtime, the others get plans of their own besides",
 )
 @_CAPABILITIES
-@click.option("--max-batch", type=click.IntRange(1, 63), default=4, show_default=True, help="pictures made at once")
+@click.option("--max-batch", type=click.IntRange(1, 63), default=4, show_default=True, help="images made at once")
 @click.option(
     "--max-references",
     type=click.IntRange(1, 63),
     default=4,
     show_default=True,
-    help="pictures referred to, for each of these",
+    help="images that prompts refer to, for each of these",
 )
-@click.option("--size", type=click.IntRange(1), help="side of the pictures in pixels  [default: the trained size]")
+@click.option("--size", type=click.IntRange(1), help="side of the images in pixels  [default: the trained size]")
 @click.option("--sizes", type=_Sizes(), help="smallest and largest side instead, as 256-1024: flexible, slower plans")
 @click.option("--vae", type=PATH, help="the folder sd-vae-ft-ema  [default: beside the checkpoint]")
 @click.option("--tokenizer", type=PATH, help="the folder t5-v1_1-xxl  [default: beside the checkpoint]")
 @click.option("--validate/--no-validate", default=True, show_default=True, help="compare every graph with PyTorch")
-def export(
-    ckpt: str,
-    precision: str,
-    out: Path,
-    engine: Any,
-    capabilities: tuple[str, ...],
-    max_batch: int,
-    max_references: int,
-    size: int | None,
-    sizes: tuple[int, int] | None,
-    vae: Path | None,
-    tokenizer: Path | None,
-    validate: bool,
-) -> None:
-    """Turn a checkpoint into a bundle of validated graphs that runs without PyTorch.
+def export(ckpt: str, out: Path, precision: str, **options: Any) -> None:
+    r"""Turn a checkpoint into a bundle of validated graphs that runs without PyTorch.
 
     \b
       mige-rt export --precision fp16 --out bundle
@@ -103,10 +90,12 @@ def export(
         from export.table import exported_table
     from rich.console import Console
 
-    if size is not None and sizes is not None:
+    if options["size"] is not None and options["sizes"] is not None:
         raise InputError("give either --size or --sizes")
-    limits = ExportLimits(max_batch, max_references, sizes or (None if size is None else (size, size)))
-    options = ExportOptions(vae=vae, tokenizer=tokenizer, validate=validate)
+    sizes = options["sizes"] or (None if options["size"] is None else (options["size"], options["size"]))
+    limits = ExportLimits(options["max_batch"], options["max_references"], sizes)
+    export_options = ExportOptions(**{name: options[name] for name in ("vae", "tokenizer", "validate")})
+    engine, capabilities = options["engine"], options["capabilities"]
     if capabilities and engine != "tensorrt-rtx":
         raise InputError(f"--compute-capability is for --engine tensorrt-rtx, and {engine} was given")
     if engine in PLAN_ENGINES:
@@ -115,7 +104,7 @@ def export(
         check_request(engine, precision, capabilities or None)  # now, since an export takes long
     with progress("export") as advance:
         try:
-            result = export_bundle(ckpt, out, precision, limits, options=options, on_progress=advance)
+            result = export_bundle(ckpt, out, precision, limits, options=export_options, on_progress=advance)
         except RuntimeError as error:
             raise click.ClickException(str(error)) from error
     Console(stderr=True).print(exported_table(result))
@@ -130,7 +119,7 @@ def export(
 @_CAPABILITIES
 @click.option("--device", default="auto", show_default=True, help="cuda, cuda:1: the GPU to build for")
 def build(bundle: Path, engine: PlanEngine, capabilities: tuple[str, ...], device: str) -> None:
-    """Build, or build anew, a bundle's plans for TensorRT or TensorRT for RTX.
+    r"""Build, or build anew, a bundle's plans for TensorRT or TensorRT for RTX.
 
     \b
       mige-rt build --bundle bundle --engine tensorrt-rtx

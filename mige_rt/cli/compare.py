@@ -25,28 +25,15 @@ _PRECISION = click.Choice(["auto", *get_args(Precision)])
     "--reference-precision", type=_PRECISION, help="[default: fp32 with pytorch, a bundle's own with the others]"
 )
 @click.option("--prompts", type=PATH, help="JSON lines as for `run --batch`  [default: six that come with mige-rt]")
-@click.option("--seeds", type=click.IntRange(1), default=4, show_default=True, help="pictures of each prompt")
-@click.option("--steps", type=int, help="of the solver; at least 2  [default: the model's for the task]")
-@click.option("--world", type=PATH, help="made by python -m trainer.synthetic.fetch: its evaluation by both as well")
-@click.option("--samples", type=click.IntRange(1), default=8, show_default=True, help="of the world, for each kind")
+@click.option("--seeds", type=click.IntRange(1), default=4, show_default=True, help="images of each prompt")
+@click.option("--num-inference-steps", "--steps", type=int, help="at least 2  [default: the model's for the task]")
+@click.option(
+    "--assets", "--world", type=PATH, help="made by python -m trainer.synthetic.fetch: its evaluation by both as well"
+)
+@click.option("--samples", type=click.IntRange(1), default=8, show_default=True, help="of the evaluation, of each kind")
 @click.option("--out", type=PATH, required=True, help="folder to make: compare.json, compare.md, grid.png")
-def compare(
-    reference: str,
-    candidate: str,
-    model: Path | None,
-    reference_model: Path | None,
-    device: str,
-    reference_device: str | None,
-    precision: Any,
-    reference_precision: Any,
-    prompts: Path | None,
-    seeds: int,
-    steps: int | None,
-    world: Path | None,
-    samples: int,
-    out: Path,
-) -> None:
-    """Compare two engines, or two models of one size, by the pictures that they make from the same noise.
+def compare(out: Path, prompts: Path | None, reference_precision: Any, **given: Any) -> None:
+    r"""Compare two engines, or two models of one size, by the images that they make from the same noise.
 
     \b
       mige-rt compare --candidate onnxruntime --out report
@@ -54,46 +41,38 @@ def compare(
       mige-rt compare --model bundle-int8 --reference-model mige_rt/models/tiny --out report
 
     Each graph is also compared by itself, with the inputs that the reference gives it. The exit code is 0 where every
-    figure is within the tolerance of the precisions, 1 where one is not, 130 after Ctrl-C, which keeps what was done.
+    metric is within the tolerance of the precisions, 1 where one is not, 130 after Ctrl-C, which keeps what was done.
     """
     with requires("bench", "comparing"):
         from benchmarks import compare as comparing
         from export.inputs import SAMPLES
-    from rich.console import Console
-
     from mige_rt.atomic import atomic_folder
     from mige_rt.bundle import DEFAULT_MODEL
     from mige_rt.requests import read_requests
     from mige_rt.sampling_params import SamplingParams
 
-    requests = read_requests(prompts or SAMPLES / "requests.jsonl")  # first, since it costs less than opening models
+    options = comparing.CompareOptions(
+        requests=read_requests(prompts or SAMPLES / "requests.jsonl"),  # first, since it costs less than opening models
+        params=SamplingParams(num_inference_steps=given["num_inference_steps"]),
+        command=command_line(),
+        **{name: given[name] for name in ("seeds", "assets", "samples")},
+    )
+    model, device = given["model"], given["device"]
     if reference_precision is None:
-        reference_precision = "fp32" if reference == "pytorch" else "auto"
+        reference_precision = "fp32" if given["reference"] == "pytorch" else "auto"
     with atomic_folder(out) as folder:
-        tried = open_pipeline(model, engine=candidate, device=device, precision=precision)
-        truth = open_pipeline(
-            reference_model or model or DEFAULT_MODEL,
-            engine=reference,
-            device=reference_device or device,
+        candidate = open_pipeline(model, engine=given["candidate"], device=device, precision=given["precision"])
+        reference = open_pipeline(
+            given["reference_model"] or model or DEFAULT_MODEL,
+            engine=given["reference"],
+            device=given["reference_device"] or device,
             precision=reference_precision,
         )
-        with progress("pictures") as advance:
-            found = comparing.compare(
-                truth,
-                tried,
-                requests,
-                seeds,
-                SamplingParams(num_inference_steps=steps),
-                command_line(),
-                folder,
-                world,
-                samples,
-                advance,
-            )
-    Console(stderr=True).print(*comparing.tables(found))
-    click.echo(found.verdict, err=True)
+        with progress("images") as advance:
+            comparison = comparing.compare(reference, candidate, options, folder, advance)
+    click.echo("\n\n".join([*comparing.summary(comparison), comparison.verdict]), err=True)
     click.echo(out)
-    if not found.complete:
+    if not comparison.complete:
         sys.exit(INTERRUPTED)
-    if not found.parity.ok:
+    if not comparison.parity.ok:
         sys.exit(1)

@@ -114,10 +114,12 @@ class Size(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         """See `click.ParamType.convert`."""
-        parts = str(value).lower().split("x")
-        if len(parts) > 2 or not all(part.isascii() and part.isdigit() and len(part) < 7 for part in parts):
-            self.fail(f"{value!r} is no size; give pixels as 512, or as 768x512 (width x height)", param, ctx)
-        return int(parts[0]), int(parts[-1])
+        from mige_rt.image_size import parse_size
+
+        try:
+            return parse_size(str(value))
+        except InputError as error:
+            self.fail(str(error), param, ctx)
 
 
 def open_pipeline(

@@ -2,24 +2,23 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.bench import Plan, bench
-from benchmarks.case import Effort
-from benchmarks.findings import Findings
+from benchmarks.bench import BenchOptions, bench
+from benchmarks.bench_results import BenchResults
 from benchmarks.report import write_report
-from mige_rt.bundle import DEFAULT_MODEL
 
-QUICK = {"effort": Effort(runs=3, warmups=0, cold_starts=1), "compile": False, "peak_side": 128}
+QUICK = {"iterations": 3, "warmup": 0, "cold_starts": 1, "compile": False, "peak_side": 128}
 
 
 @pytest.fixture(scope="session")
-def found() -> Findings:
+def results() -> BenchResults:
     """A real bench of the default model, very short."""
     engines = ("pytorch", "onnxruntime", "tensorrt")
-    return bench(Plan((DEFAULT_MODEL,), engines, "cpu", steps=(4,), command="mige-rt bench --steps 4", **QUICK))
+    command = "mige-rt bench --steps 4"
+    return bench(BenchOptions(engines=engines, device="cpu", num_inference_steps=(4,), command=command, **QUICK))
 
 
 @pytest.fixture(scope="session")
-def report(found: Findings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def report(results: BenchResults, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    write_report(found, folder)
+    write_report(results, folder)
     return folder

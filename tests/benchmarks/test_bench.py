@@ -1,7 +1,9 @@
 """`mige-rt bench` end to end, on the default model."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,57 +11,57 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from benchmarks.bench import Plan, bench
-from benchmarks.candidates import Case, requests
-from benchmarks.case import Effort
-from benchmarks.findings import Findings
+from benchmarks.bench import BenchOptions, bench
+from benchmarks.bench_results import BenchResults
+from benchmarks.case import Case, requests
+from benchmarks.formatting import json_text
 from benchmarks.report import write_report
 from benchmarks.worker import CandidateError, Worker
 from mige_rt.bundle import DEFAULT_MODEL, MANIFEST, file_entry
 from mige_rt.cli import main
 
-QUICK = {"effort": Effort(runs=2, warmups=0, cold_starts=0), "compile": False, "peak_side": 128}
+QUICK = {"warmup": 0, "cold_starts": 0, "compile": False, "peak_side": 128}
 
 
-def test_every_row_has_what_the_report_promises(found: Findings) -> None:
-    assert found.complete and not found.failed
-    names = [row.name for row in found.rows]
+def test_every_row_has_what_the_report_promises(results: BenchResults) -> None:
+    assert results.complete and not results.failed
+    names = [row.name for row in results.results]
     assert names[:4] == [
         "PyTorch fp32, as published",
         "PyTorch fp32, encode once",
         "PyTorch fp32",
         "ONNX Runtime fp32",
     ]
-    for row in found.rows:
-        assert row.latency is not None and len(row.latency.runs) == 3 and row.latency.median > 0
-        assert row.graphs["denoiser"][1] > 0
+    for row in results.results:
+        assert row.latency is not None and len(row.latency.iterations) == 3 and row.latency.median > 0
+        assert row.run.graphs["denoiser"][1] > 0
         if row.candidate.exact:
-            assert row.fidelity.ok and row.fidelity.latents < 1e-4 and row.fidelity.psnr > 40
+            assert row.fidelity.ok and row.fidelity.errors.latents < 1e-4 and row.fidelity.errors.psnr > 40
         else:
             assert row.fidelity.ok is None
-    shipped = next(row for row in found.rows if row.name == "ONNX Runtime fp32")
+    shipped = next(row for row in results.results if row.name == "ONNX Runtime fp32")
     assert shipped.cold_start is not None and shipped.latency is not None
     assert shipped.cold_start.median > shipped.latency.median
-    assert shipped.floor_seconds is not None and 0 < shipped.floor_seconds < shipped.latency.median
+    assert shipped.roofline_seconds is not None and 0 < shipped.roofline_seconds < shipped.latency.median
 
 
-def test_programs_run_the_graphs_that_they_are_counted_with(found: Findings) -> None:
-    for row in found.rows:
+def test_variants_run_the_graphs_that_they_are_counted_with(results: BenchResults) -> None:
+    for row in results.results:
         if row.work is not None:
             counted = {graph.graph: graph.calls for graph in row.work.graphs}
-            assert counted == {graph: calls for graph, (calls, _) in row.graphs.items()}, row.name
+            assert counted == {graph: calls for graph, (calls, _) in row.run.graphs.items()}, row.name
 
 
-def test_a_cached_prompt_is_not_encoded_again(found: Findings) -> None:
-    cached = next(row for row in found.rows if row.candidate.cached)
-    plain = next(row for row in found.rows if row.name == "ONNX Runtime fp32")
-    assert "text_encoder" in plain.graphs and "image_encoder" in plain.graphs
-    assert "text_encoder" not in cached.graphs and "image_encoder" not in cached.graphs
+def test_a_cached_prompt_is_not_encoded_again(results: BenchResults) -> None:
+    cached = next(row for row in results.results if row.candidate.prompt_cached)
+    plain = next(row for row in results.results if row.name == "ONNX Runtime fp32")
+    assert "text_encoder" in plain.run.graphs and "image_encoder" in plain.run.graphs
+    assert "text_encoder" not in cached.run.graphs and "image_encoder" not in cached.run.graphs
     assert cached.fidelity.ok
 
 
-def test_a_process_has_its_own_memory(found: Findings) -> None:
-    memory = {row.name: row.memory for row in found.rows}
+def test_a_process_has_its_own_memory(results: BenchResults) -> None:
+    memory = {row.name: row.memory for row in results.results}
     onnxruntime, pytorch = memory["ONNX Runtime fp32"], memory["PyTorch fp32"]
     assert onnxruntime is not None and pytorch is not None
     if onnxruntime.host is None or pytorch.host is None:
@@ -68,19 +70,20 @@ def test_a_process_has_its_own_memory(found: Findings) -> None:
     assert memory["ONNX Runtime fp32, prompt cached"] is None  # which runs in the process of another row
 
 
-def test_each_change_has_its_own_share(found: Findings) -> None:
-    changes = {(c.what, c.after): c for c in found.comparisons}
-    assert changes["encoding once", "PyTorch fp32, encode once"].before == "PyTorch fp32, as published"
-    assert changes["leaving out branches of weight zero", "PyTorch fp32"].before == "PyTorch fp32, encode once"
-    assert changes["the runtime", "ONNX Runtime fp32"].before == "PyTorch fp32"
+def test_each_change_has_its_own_share(results: BenchResults) -> None:
+    changes = {(c.change, c.candidate): c for c in results.changes}
+    assert changes["encoding once", "PyTorch fp32, encode once"].baseline == "PyTorch fp32, as published"
+    assert changes["leaving out branches of weight zero", "PyTorch fp32"].baseline == "PyTorch fp32, encode once"
+    assert changes["the runtime", "ONNX Runtime fp32"].baseline == "PyTorch fp32"
     whole = changes["all together", "ONNX Runtime fp32"]
-    assert whole.before == "PyTorch fp32, as published" and whole.ratio.pairs == 3
+    assert whole.baseline == "PyTorch fp32, as published" and whole.speedup.pairs == 3
 
 
-def test_an_engine_that_is_not_there_is_skipped_with_its_reason(found: Findings) -> None:
-    (skipped,) = found.skipped
-    assert skipped["what"] == "TensorRT" and "tensorrt" in skipped["why"].lower() and not skipped["wrong"]
-    assert str(DEFAULT_MODEL) not in json.dumps(found.to_json())  # it is elsewhere on every machine
+def test_an_engine_that_is_not_there_is_skipped_with_its_reason(results: BenchResults) -> None:
+    (skipped,) = results.skipped
+    assert skipped["name"] == "TensorRT" and "tensorrt" in skipped["reason"].lower()
+    assert not skipped["invalid_output"]
+    assert str(DEFAULT_MODEL) not in json_text(results.to_json())  # it is elsewhere on every machine
 
 
 def test_the_json_has_the_machine_and_the_command(report: Path) -> None:
@@ -93,22 +96,23 @@ def test_the_json_has_the_machine_and_the_command(report: Path) -> None:
         {
             "references": 1,
             "batch": 1,
-            "steps": 4,
+            "num_inference_steps": 4,
             "size": [64, 64],
             "guidance_scale": 5.0,
             "image_guidance_scale": 1.0,
             "task": "edit",
+            "title": "64x64, 1 reference, 4 steps",
             "tokens": data["cases"][0]["tokens"],
         }
     ]
-    assert len(data["rows"][0]["latency_seconds"]["runs"]) == 3
+    assert len(data["results"][0]["latency"]["iterations"]) == 3
 
 
-def test_a_batch_has_pictures_of_its_own() -> None:
+def test_a_batch_has_images_of_its_own() -> None:
     for references in (1, 4):
         batch = requests(Case(references, 4, 60, (64, 64), 5.0, 1.0))
-        pictures = {image.tobytes() for request in batch for image in request.images}
-        assert len(pictures) == 4 * references
+        images = {image.tobytes() for request in batch for image in request.images}
+        assert len(images) == 4 * references
         assert all(request.source is not None and request.source in request.images for request in batch)
         assert {request.task for request in batch} == {"edit" if references == 1 else "compose"}
 
@@ -119,11 +123,11 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
             raise KeyboardInterrupt  # what SIGINT comes to, which a background job's shell may have it ignore
 
     candidates = 5  # the plain one and what it can do besides
-    plan = Plan((DEFAULT_MODEL,), ("onnxruntime",), "cpu", steps=(2,), **{**QUICK, "effort": Effort(5, 0, 0)})
-    found = bench(plan, interrupt)
-    assert not found.complete
-    assert [len(row.latency.runs) for row in found.rows if row.latency] == [3, 2, 2, 2, 2]
-    write_report(found, tmp_path)
+    options = BenchOptions(engines=("onnxruntime",), device="cpu", num_inference_steps=(2,), iterations=5, **QUICK)
+    results = bench(options, interrupt)
+    assert not results.complete
+    assert [len(row.latency.iterations) for row in results.results if row.latency] == [3, 2, 2, 2, 2]
+    write_report(results, tmp_path)
     assert (
         "incomplete" in (tmp_path / "report.html").read_text() and "incomplete" in (tmp_path / "report.md").read_text()
     )
@@ -131,8 +135,9 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
 
 
 def _damaged(out: Path, precision: str, byte: int) -> Path:
-    """The default model with half of its decoder's weights made of one byte, said to be of another precision, so that
-    it is measured beside the whole one.
+    """The default model with half of its decoder's weights made of one byte, said to be of another precision.
+
+    So it is measured beside the whole one.
     """
     shutil.copytree(DEFAULT_MODEL, out)
     manifest = json.loads((out / MANIFEST).read_text())
@@ -153,13 +158,15 @@ def test_what_fails_parity_is_shown_and_the_exit_code_tells(tmp_path: Path) -> N
     assert result.exit_code == 1, result.output
     assert "parity fails" in result.stderr and result.stdout == f"{tmp_path / 'report'}\n"
     data = json.loads((tmp_path / "report" / "report.json").read_text())
-    rows = {row["name"]: row for row in data["rows"]}
+    rows = {row["name"]: row for row in data["results"]}
     assert rows["ONNX Runtime fp32"]["counts"] and not rows["ONNX Runtime fp16"]["counts"]
     assert rows["ONNX Runtime fp16"]["fidelity"]["ok"] is False
-    assert [skipped["what"].split(",")[0] for skipped in data["skipped"] if skipped["wrong"]] == ["ONNX Runtime int8"]
-    assert "ONNX Runtime fp16" not in json.dumps(data["comparisons"])
+    assert [skipped["name"].split(",")[0] for skipped in data["skipped"] if skipped["invalid_output"]] == [
+        "ONNX Runtime int8"
+    ]
+    assert "ONNX Runtime fp16" not in json.dumps(data["speedups"])
     page = (tmp_path / "report" / "report.html").read_text()
-    assert "2 rows fail parity" in page and "fails parity" in page
+    assert "2 results fail parity" in page and "fails parity" in page
 
 
 @pytest.mark.parametrize(
@@ -202,10 +209,10 @@ def test_without_its_packages_it_says_how_to_get_them(tmp_path: Path) -> None:
     assert done.returncode == 2 and "pip install 'mige-rt[bench]'" in done.stderr
 
 
-def test_a_process_that_dies_is_told_and_is_not_waited_for(found: Findings) -> None:
-    home = next(row.candidate.home for row in found.rows if row.name == "ONNX Runtime fp32")
-    worker = Worker(home)
-    worker._process.kill()
+def test_a_process_that_dies_is_told_and_is_not_waited_for(results: BenchResults) -> None:
+    config = next(row.candidate.worker for row in results.results if row.name == "ONNX Runtime fp32")
+    worker = Worker(config)
+    os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(CandidateError, match="killed"):
-        worker.seconds(found.rows[3].candidate, found.cases[0])
-    worker.close()
+        worker.seconds(results.results[3].candidate, results.cases[0])
+    worker.kill()

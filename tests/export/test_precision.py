@@ -65,13 +65,14 @@ def largest_by_type(path: Path, feed: Feed) -> dict[int, float]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(watched), options, providers=["CPUExecutionProvider"])
-    found: dict[int, float] = {}
-    for port, values in zip(session.get_outputs(), session.run(None, feed), strict=True):
-        values = np.asarray(values)
+    largest: dict[int, float] = {}
+    for output, result in zip(session.get_outputs(), session.run(None, feed), strict=True):
+        values = np.asarray(result)
         # The lowest number stands for what a mask hides.
-        seen = np.abs(values[values != np.finfo(values.dtype).min].astype(np.float64))
-        found[floats[port.name]] = max(found.get(floats[port.name], 0.0), float(seen.max(initial=0)))
-    return found
+        magnitudes = np.abs(values[values != np.finfo(values.dtype).min].astype(np.float64))
+        kind = floats[output.name]
+        largest[kind] = max(largest.get(kind, 0.0), float(magnitudes.max(initial=0)))
+    return largest
 
 
 def test_t5_past_the_range_of_half_precision_stays_finite_in_our_export_and_not_in_a_plain_one(

@@ -289,7 +289,7 @@ class Stages:
         return rows, np.repeat(self.noise, len(rows), axis=0), np.concatenate(source), timestep
 
     def _denoise(self, denoiser: Any, steps: int, conditions: Callable[[list[Branch]], tuple[Any, Any]]) -> Any:
-        """The final latents; `conditions` gives the branches' cross_kv and text_mask, of the denoiser's kind of array."""
+        """The final latents; `conditions` gives the branches' cross_kv and text_mask as the denoiser's arrays."""
         rows = branches(self.case.guidance_scale, self.case.image_guidance_scale)
         cross_kv, text_mask = conditions(rows)
         noise, source = self.noise, np.zeros_like(self.noise) if self.source is None else self.source
@@ -309,7 +309,7 @@ class PyTorchStages(Stages):
     def run(self, wanted: list[str]) -> dict[str, NDArray[Any]]:
         with torch.inference_mode():
             stages = self._encode()
-            if any(stage == "t_block" or stage == "dit" or stage.startswith("block") for stage in wanted):
+            if any(stage in ("t_block", "dit") or stage.startswith("block") for stage in wanted):
                 stages |= self._predict()
             for stage in wanted:
                 if stage.startswith("sample"):
@@ -443,9 +443,9 @@ def run_check(folder: Path, salt: str | None = None, backend: str = "pytorch") -
                 ours = {"pos_embed": sincos_positions(grid, grid, width, grid)[None].numpy()}
             for output in recorded:
                 if output.stage in ours:
-                    if inner and output.stage == "dit":
-                        output = output.first_channels(golden.config.vae.channels)
-                    yield output.compare(ours[output.stage], GRAPH_LIMIT if inner else STAGE_LIMIT)
+                    is_prediction = inner and output.stage == "dit"
+                    stored = output.first_channels(golden.config.vae.channels) if is_prediction else output
+                    yield stored.compare(ours[output.stage], GRAPH_LIMIT if inner else STAGE_LIMIT)
                 elif inner and _is_inside(output.stage, golden.config):
                     yield Comparison(case, output.stage, output.shape or (), None)
                 else:
