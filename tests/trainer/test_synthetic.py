@@ -33,7 +33,7 @@ def test_a_background_in_another_colour_keeps_its_pattern(pattern: str) -> None:
     red, blue = (draw(Background(pattern, colour, seed=4), 64).astype(float) for colour in ("red", "blue"))
     # Where one is lighter than its neighbour, the other is too.
     for axis in (0, 1):
-        edges = [np.diff(picture.sum(axis=2), axis=axis) for picture in (red, blue)]
+        edges = [np.diff(image.sum(axis=2), axis=axis) for image in (red, blue)]
         assert (edges[0] * edges[1] >= 0).all()
     assert red[..., 0].mean() > red[..., 2].mean() and blue[..., 2].mean() > blue[..., 0].mean()
 
@@ -44,9 +44,9 @@ def test_a_mask_is_where_a_subject_is_seen(concepts: list[Concept]) -> None:
     below, above = (random_subject(rng, concepts[i], place) for i, place in enumerate(places))
     background = Background("plain", "grey", 0)
     drawing = draw_scene(Scene(background, (below, above)), 64)
-    picture, masks, empty = drawing.picture, drawing.masks, draw_scene(Scene(background), 64).picture
+    image, masks, empty = drawing.image, drawing.masks, draw_scene(Scene(background), 64).image
     assert not (masks[0] & masks[1]).any()
-    changed = np.any(picture != empty, axis=-1)
+    changed = np.any(image != empty, axis=-1)
     assert (masks[0] | masks[1])[changed].mean() > 0.7  # the rest is soft edges and shadows
     assert changed[masks[0] | masks[1]].mean() > 0.95
 

@@ -62,8 +62,8 @@ def test_kinds_come_as_often_as_asked(concepts: list[Concept]) -> None:
 def test_a_sample_is_whole(concepts: list[Concept], kind: str) -> None:
     for sample in _some(concepts, kind):
         assert sample.kind == kind and count_placeholders(sample.prompt) == len(sample.images) <= MAX_IMAGES
-        for picture in (*sample.images, sample.target):
-            assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
+        for image in (*sample.images, sample.target):
+            assert image.shape == (64, 64, 3) and image.dtype == np.uint8
         assert (sample.task == "subject") == (sample.source is None)
         assert sample.source is None or sum(image is sample.source for image in sample.images) == 1
         references = [mark.reference for mark in sample.after if mark.reference is not None]

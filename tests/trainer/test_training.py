@@ -270,8 +270,8 @@ def test_normalising_latents_changes_no_reconstruction(concepts: list[Concept]) 
     torch.manual_seed(0)
     vae = make_vae(TINY.vae)
     encode, decode = VAEEncoder(vae), VAEDecoder(vae)
-    pictures = np.stack([make_sample(0, i, concepts, TINY.size).target for i in range(16)])
-    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    images = np.stack([make_sample(0, i, concepts, TINY.size).target for i in range(16)])
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         mean, logvar = encode(pixels)
         before = decode(mean)

@@ -43,7 +43,7 @@ def concatenate(parts: Sequence[Images]) -> Images:
 
 
 class ImageSeries:
-    """An unlimited series of references and scenes of the small world, in chunks of CHUNK images."""
+    """An unlimited series of references and scenes of the synthetic data, in chunks of CHUNK images."""
 
     def __init__(self, model: Mige, concepts: Sequence[Concept], seed: int, varied: float) -> None:
         """Make a series.

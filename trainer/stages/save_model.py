@@ -27,6 +27,6 @@ def save(config: ModelConfig, state: Path, start: Path | None = None) -> Path:
     average = {k.removeprefix("module."): v for k, v in kept["average"].items() if k.startswith("module.")}
     TrainedPart(model).load_state_dict(average)
     tokenizer = Tokenizer.from_file(str(state / "tokenizer.json"))
-    source = f"trained on the small world: {kept['step']} steps, {kept['hours']:.2f} hours"
+    source = f"trained on synthetic data: {kept['step']} steps, {kept['hours']:.2f} hours"
     save_model(model, tokenizer, state / "model", torch.float16, source)
     return state / "model"

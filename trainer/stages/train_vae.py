@@ -1,4 +1,4 @@
-"""Stage 1: the autoencoder, on pictures of the small world; its latents get mean 0 and deviation 1 a channel."""
+"""Stage 1: the autoencoder, on images of the synthetic data; its latents get mean 0 and deviation 1 a channel."""
 
 import math
 from collections.abc import Iterator
@@ -37,10 +37,10 @@ class Autoencoder(nn.Module):
         return self.decode(mean + torch.exp(logvar / 2) * torch.randn_like(mean)), mean, logvar
 
 
-def _pictures(
+def _images(
     concepts: list[Concept], settings: StageSettings, side: int, step: int, rank: int, ranks: int
 ) -> Iterator[Tensor]:
-    """Batches [batch,3,side,side] in [-1,1]: every picture of the samples that belong to a step."""
+    """Batches [batch,3,side,side] in [-1,1]: every image of the samples that belong to a step."""
     while True:
         kept: list[np.ndarray] = []
         index = (step * ranks + rank) * settings.batch
@@ -87,7 +87,7 @@ def train_vae(config: ModelConfig, settings: StageSettings, concepts: list[Conce
     """Train the VAE; returns the folder with it in diffusers' layout, state/vae/trained."""
     torch.manual_seed(settings.seed)
     folder = state / "vae"
-    batches = partial(_pictures, concepts, settings, config.size)
+    batches = partial(_images, concepts, settings, config.size)
 
     @torch.no_grad()
     def preview(average: nn.Module, step: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Stage 2: the image encoder's ViT, contrastively on pictures and names (as CLIP, Radford et al., 2021)."""
+"""Stage 2: the image encoder's ViT, contrastively on images and names (as CLIP, Radford et al., 2021)."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -20,10 +20,10 @@ from trainer.synthetic.backgrounds import draw
 from trainer.synthetic.concepts import Concept, paste
 from trainer.synthetic.scene import random_background
 
-WIDTH = 128  # of the space in which pictures and names are compared
+WIDTH = 128  # of the space in which images and names are compared
 
 
-class PictureNameTowers(nn.Module):
+class ImageNameTowers(nn.Module):
     """The ViT with a projection, and names as the mean of their words' embeddings."""
 
     def __init__(self, config: ModelConfig, concepts: list[Concept]) -> None:
@@ -37,7 +37,7 @@ class PictureNameTowers(nn.Module):
                 counts[row, index[word]] += 1
         self.register_buffer("names", counts / counts.sum(1, keepdim=True), persistent=False)
         self.words = nn.Linear(len(words), WIDTH, bias=False)
-        self.picture = nn.Linear(config.vision.width, WIDTH)
+        self.image = nn.Linear(config.vision.width, WIDTH)
         self.temperature = nn.Parameter(torch.tensor(2.5))  # log of the inverse temperature
 
     names: Tensor
@@ -54,17 +54,17 @@ class PictureNameTowers(nn.Module):
         """
         features = self.encoder(pixel_values=pixels).last_hidden_state.mean(dim=1)
         heat = self.temperature.clamp(max=4.6).exp()
-        return F.normalize(self.picture(features), dim=-1), F.normalize(self.words(self.names), dim=-1), heat
+        return F.normalize(self.image(features), dim=-1), F.normalize(self.words(self.names), dim=-1), heat
 
 
 def _view(rng: np.random.Generator, concept: Concept, side: int) -> np.ndarray:
     """The concept somewhere on a random background, in either drawing style, mirrored or not; float32 [3,side,side]."""
-    picture = draw(random_background(rng), side)
+    image = draw(random_background(rng), side)
     path = concept.noto if concept.noto is not None and rng.random() < 0.4 else concept.fluent
     size = rng.uniform(0.45, 0.98)
     x, y = rng.uniform(0.5 - (1 - size) / 2, 0.5 + (1 - size) / 2, 2) * side
-    paste(picture, path, (float(x), float(y)), round(size * side), bool(rng.integers(2)))
-    return vit_pixels(Image.fromarray(picture), side)
+    paste(image, path, (float(x), float(y)), round(size * side), bool(rng.integers(2)))
+    return vit_pixels(Image.fromarray(image), side)
 
 
 def _views(
@@ -81,24 +81,24 @@ def _views(
 
 def _loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, float]]:
     pixels, chosen = batch
-    pictures, names, heat = module(pixels)
-    logits = heat * pictures @ names.T  # [batch,concepts]
+    images, names, heat = module(pixels)
+    logits = heat * images @ names.T  # [batch,concepts]
     by_name = F.cross_entropy(logits, chosen.repeat(2), label_smoothing=0.1)
-    first, second = pictures.chunk(2)
+    first, second = images.chunk(2)
     pairs = heat * first @ second.T
     here = torch.arange(len(chosen), device=chosen.device)
-    by_picture = (F.cross_entropy(pairs, here) + F.cross_entropy(pairs.T, here)) / 2
+    by_image = (F.cross_entropy(pairs, here) + F.cross_entropy(pairs.T, here)) / 2
     right = (logits.detach().argmax(1) == chosen.repeat(2)).float().mean()
-    return by_name + by_picture, {"by_name": by_name.item(), "by_picture": by_picture.item(), "right": right.item()}
+    return by_name + by_image, {"by_name": by_name.item(), "by_picture": by_image.item(), "right": right.item()}
 
 
 def train_vit(config: ModelConfig, settings: StageSettings, concepts: list[Concept], state: Path) -> Path:
     """Train the ViT; returns the file with its weights, state/vit/trained.safetensors (MIGE trains ln_vision anew)."""
     torch.manual_seed(settings.seed)
     folder = state / "vit"
-    module = PictureNameTowers(config, concepts)
+    module = ImageNameTowers(config, concepts)
     task = Task("vit", _loss, partial(_views, concepts, settings, config.vision.side))
     average = train(module, task, settings, folder)
-    assert isinstance(average, PictureNameTowers)
+    assert isinstance(average, ImageNameTowers)
     save_model(average.encoder, str(folder / "trained.safetensors"))
     return folder / "trained.safetensors"

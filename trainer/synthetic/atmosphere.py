@@ -1,4 +1,4 @@
-"""Light and weather over a whole picture. Each is one fixed change, so that its words alone say what it does."""
+"""Light and weather over a whole image. Each is one fixed change, so that its words alone say what it does."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Weather:
     veil: tuple[int, int, int]
     thickness: tuple[float, float]
     pieces: int = 0
-    piece: tuple[float, float] = (0, 0)  # breadth and length of one, fractions of the picture's side
+    piece: tuple[float, float] = (0, 0)  # breadth and length of one, fractions of the image's side
     strength: float = 0  # of a piece's whiteness
 
 
@@ -55,11 +55,11 @@ WEATHERS: dict[str, Weather] = {
 }
 
 
-def relight(picture: np.ndarray, name: str) -> np.ndarray:
-    """A picture, uint8 [h,w,3], in one of LIGHTS."""
+def relight(image: np.ndarray, name: str) -> np.ndarray:
+    """A image, uint8 [h,w,3], in one of LIGHTS."""
     light = LIGHTS[name]
-    grey = picture @ np.array([0.3, 0.59, 0.11], np.float32)[:, None]
-    colour = grey + light.saturation * (picture - grey)
+    grey = image @ np.array([0.3, 0.59, 0.11], np.float32)[:, None]
+    colour = grey + light.saturation * (image - grey)
     changed = colour * np.array(light.gain, np.float32) + np.array(light.lift, np.float32)
     return np.clip(np.rint(changed), 0, 255).astype(np.uint8)
 
@@ -80,16 +80,16 @@ def _pieces(name: str, side: int) -> np.ndarray:
     return small[..., None] / 255 * weather.strength
 
 
-def cover(picture: np.ndarray, name: str) -> np.ndarray:
-    """A picture, uint8 [side,side,3], in one of WEATHERS; drops and flakes fall at the same places in every picture."""
-    weather, side = WEATHERS[name], len(picture)
+def cover(image: np.ndarray, name: str) -> np.ndarray:
+    """A image, uint8 [side,side,3], in one of WEATHERS; drops and flakes fall at the same places in every image."""
+    weather, side = WEATHERS[name], len(image)
     thickness = np.linspace(*weather.thickness, side, dtype=np.float32)[:, None, None]
-    veiled = picture * (1 - thickness) + np.array(weather.veil, np.float32) * thickness
+    veiled = image * (1 - thickness) + np.array(weather.veil, np.float32) * thickness
     white = _pieces(name, side)
     return np.rint(veiled * (1 - white) + 250 * white).astype(np.uint8)
 
 
-def apply(picture: np.ndarray, name: str) -> np.ndarray:
-    """A picture, uint8 [side,side,3], in the light or the weather of that name."""
+def apply(image: np.ndarray, name: str) -> np.ndarray:
+    """A image, uint8 [side,side,3], in the light or the weather of that name."""
     change: Callable[[np.ndarray, str], np.ndarray] = relight if name in LIGHTS else cover
-    return change(picture, name)
+    return change(image, name)

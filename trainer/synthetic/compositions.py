@@ -1,4 +1,4 @@
-"""Tasks with pictures of things: generating them in a scene, adding them to one, replacing another with one."""
+"""Tasks with images of things: generating them in a scene, adding them to one, replacing another with one."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -39,7 +39,7 @@ PAIRS = {  # words between two subjects that say where they stand
 }
 SIZED_SHARE = 0.25  # of the subjects that may be asked for in a size: those that are
 SCENE_SHARE = 0.4  # of the images to be painted again: those that are scenes
-AIR_SHARE = 0.15  # of the generated pictures: those at a time of day or in some weather
+AIR_SHARE = 0.15  # of the generated images: those at a time of day or in some weather
 
 
 def _sized(rng: np.random.Generator, subject: Subject) -> tuple[str, Subject]:
@@ -127,7 +127,7 @@ def again(rng: np.random.Generator, stock: Stock) -> Sample | None:
     else:
         scene = reference_scene(rng, random_subjects(rng, stock.concepts, 1)[0])
     prompt = pick(rng, ("<imagehere>", "show <imagehere>", "paint <imagehere>"))
-    return generation("again", stock, prompt, scene, [draw_scene(scene, stock.side).picture])
+    return generation("again", stock, prompt, scene, [draw_scene(scene, stock.side).image])
 
 
 def another_ground(rng: np.random.Generator, stock: Stock) -> Sample | None:
@@ -136,7 +136,7 @@ def another_ground(rng: np.random.Generator, stock: Stock) -> Sample | None:
     background = random_pattern(rng)
     ground, air = _ground(rng, background)
     prompt = f"{pick(rng, ('a', 'the'))} <imagehere> {ground}"
-    image = draw_scene(reference, stock.side).picture
+    image = draw_scene(reference, stock.side).image
     return generation("another_ground", stock, prompt, replace(reference, background=background, air=air), [image])
 
 

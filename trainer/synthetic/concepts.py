@@ -1,4 +1,4 @@
-"""The things of the small world: what each is called, and its pictures in two drawing styles."""
+"""The things of the synthetic data: what each is called, and its images in two drawing styles."""
 
 import json
 import zlib
@@ -42,7 +42,7 @@ class Concept:
     noto: CutOut | None
     named: bool = True
 
-    def picture(self, style: Style) -> CutOut:
+    def image(self, style: Style) -> CutOut:
         """The cut-out in a style. Raises ValueError where this thing lacks it."""
         path = self.fluent if style == "fluent" else self.noto
         if path is None:
@@ -92,29 +92,29 @@ def _drawn(draw: Callable[[], Image.Image]) -> Image.Image:
 
 
 def sprite(cut_out: CutOut) -> Image.Image:
-    """A concept's picture as a square RGBA of SPRITE_SIDE pixels; not to be changed."""
+    """A concept's image as a square RGBA of SPRITE_SIDE pixels; not to be changed."""
     return _opened(cut_out) if isinstance(cut_out, Path) else _drawn(cut_out)
 
 
-def centred(picture: Image.Image) -> Image.Image:
-    """An RGBA picture, cut to its visible box and put in the middle of a square of SPRITE_SIDE pixels."""
-    box = picture.getchannel("A").point([0] * 8 + [255] * 248).getbbox() or (0, 0, *picture.size)
-    picture = picture.crop(box)
-    scale = SPRITE_SIDE / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+def centred(image: Image.Image) -> Image.Image:
+    """An RGBA image, cut to its visible box and put in the middle of a square of SPRITE_SIDE pixels."""
+    box = image.getchannel("A").point([0] * 8 + [255] * 248).getbbox() or (0, 0, *image.size)
+    image = image.crop(box)
+    scale = SPRITE_SIDE / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     square = Image.new("RGBA", (SPRITE_SIDE, SPRITE_SIDE))
     square.paste(
-        picture.resize(size, Image.Resampling.LANCZOS), ((SPRITE_SIDE - size[0]) // 2, (SPRITE_SIDE - size[1]) // 2)
+        image.resize(size, Image.Resampling.LANCZOS), ((SPRITE_SIDE - size[0]) // 2, (SPRITE_SIDE - size[1]) // 2)
     )
     return square
 
 
 @lru_cache(maxsize=4096)
 def main_colour(cut_out: CutOut) -> str | None:
-    """The colour word for most of a concept's picture; None where no colour has MAIN_COLOUR_SHARE of it."""
-    picture = sprite(cut_out)
-    hue, saturation, value = np.moveaxis(np.asarray(picture.convert("RGB").convert("HSV")), -1, 0)[
-        :, np.asarray(picture)[..., 3] > 128
+    """The colour word for most of a concept's image; None where no colour has MAIN_COLOUR_SHARE of it."""
+    image = sprite(cut_out)
+    hue, saturation, value = np.moveaxis(np.asarray(image.convert("RGB").convert("HSV")), -1, 0)[
+        :, np.asarray(image)[..., 3] > 128
     ]
     # Borders of the hues, in 256ths of a turn. Dull red is pink or, where it is dark, brown.
     names = np.array(["red", "orange", "yellow", "green", "turquoise", "blue", "purple", "pink", "red"])
@@ -148,15 +148,15 @@ def paste(
 
     flip: mirrored. tint: one of COLOURS, in whose hue the sprite is drawn.
     """
-    picture = sprite(cut_out).resize(
+    image = sprite(cut_out).resize(
         (size, size), Image.Resampling.BOX if size * 2 <= SPRITE_SIDE else Image.Resampling.BILINEAR
     )
     if flip:
-        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     side = scene.shape[0]
     left, top = round(centre[0] - size / 2), round(centre[1] - size / 2)
     x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + size, side), min(top + size, side)
-    pixels = np.asarray(picture)[y0 - top : y1 - top, x0 - left : x1 - left].astype(np.float32)
+    pixels = np.asarray(image)[y0 - top : y1 - top, x0 - left : x1 - left].astype(np.float32)
     rgb, alpha = pixels[..., :3], pixels[..., 3:] / 255
     if tint is not None:
         rgb = _tinted(rgb, tint)

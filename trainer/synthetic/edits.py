@@ -90,7 +90,7 @@ def recolour_subject(rng: np.random.Generator, stock: Stock) -> Sample | None:
     scene = _scene(rng, stock, 3)
     index = int(rng.integers(len(scene.subjects)))
     subject = scene.subjects[index]
-    taken = [main_colour(subject.concept.picture(subject.style))]
+    taken = [main_colour(subject.concept.image(subject.style))]
     if isinstance(scene.background, Background):
         taken.append(scene.background.colour)
     colour = pick(rng, [c for c in TINTS if c not in taken])
@@ -165,20 +165,20 @@ def restyle(rng: np.random.Generator, stock: Stock) -> Sample | None:
         asked = [int(rng.integers(len(scene.subjects)))]
         what = naming(rng, scene, asked[0])
         plain = [f"make {what} {word}", f"redraw {what} in a {manner} style", f"turn {what} into a {manner} drawing"]
-        with_picture = [f"draw {what} in <imagehere> in a {manner} style", f"make {what} in <imagehere> {word}"]
+        with_image = [f"draw {what} in <imagehere> in a {manner} style", f"make {what} in <imagehere> {word}"]
     else:
         asked = list(range(len(scene.subjects)))
         plain = [f"make everything {word}", f"redraw the picture in a {manner} style"]
-        with_picture = [f"draw <imagehere> in a {manner} style", f"make everything in <imagehere> {word}"]
+        with_image = [f"draw <imagehere> in a {manner} style", f"make everything in <imagehere> {word}"]
     before, after = (
         replace(scene, subjects=tuple(replace(s, style=t) if i in asked else s for i, s in enumerate(scene.subjects)))
         for t in (other, style)
     )
-    return edit("restyle", stock, multimodal(rng, plain, with_picture), before, after, asked)
+    return edit("restyle", stock, multimodal(rng, plain, with_image), before, after, asked)
 
 
 def light(rng: np.random.Generator, stock: Stock) -> Sample | None:
-    """Another time of day or another look of the whole picture; sometimes from such a time back to the day."""
+    """Another time of day or another look of the whole image; sometimes from such a time back to the day."""
     scene = _scene(rng, stock, 3)
     word = pick(rng, list(TIMES) if rng.random() < 0.5 else list(LOOKS))
     changed = replace(scene, air=word)

@@ -1,4 +1,4 @@
-"""Fetch the world's pictures from the npm registry: `python -m trainer.synthetic.fetch --out DIR`.
+"""Fetch the emoji images from the npm registry: `python -m trainer.synthetic.fetch --out DIR`.
 
 With --photos, copies of photos from packages that are installed go to DIR/photos, for backgrounds; DIR may be there.
 """
@@ -16,7 +16,7 @@ from mige_rt.errors import InputError
 from trainer.synthetic.photos import fetch_photos
 
 FLUENT = "@lobehub/fluent-emoji-3d@1.1.0"  # MIT; 256x256 WebP with alpha
-NOTO = "emoji-datasource-google@16.0.0"  # data MIT, pictures Apache-2.0; 64x64 PNG with alpha
+NOTO = "emoji-datasource-google@16.0.0"  # data MIT, images Apache-2.0; 64x64 PNG with alpha
 
 
 def _unpack(package: str, out: Path, wanted: dict[str, str]) -> None:

@@ -12,7 +12,7 @@ else is known of a sample is in `truth`:
 
 and a subject has its concept's `code` and `name`, `held_out`, `style` ("fluent" or "noto"), the `mask` of its visible
 part, that part's `box` (left, top, right, bottom in pixels, the last two exclusive) and `reference`, the index in
-`images` of the picture that shows it alone, or null. Pictures are PNG; masks are, too, of one bit.
+`images` of the image that shows it alone, or null. Images are PNG; masks are, too, of one bit.
 """
 
 import json
@@ -30,12 +30,12 @@ from trainer.synthetic.concepts import Concept, load_concepts
 from trainer.synthetic.photos import load_photos
 from trainer.synthetic.tasks import Mark, Sample, make_sample
 
-FOLDER_SAMPLES = 1000  # whose pictures share a folder
+FOLDER_SAMPLES = 1000  # whose images share a folder
 
 
-def _save(out: Path, path: str, picture: np.ndarray) -> str:
-    """Write a picture or a mask to out/path; returns that path."""
-    Image.fromarray(picture).save(out / path, compress_level=1)
+def _save(out: Path, path: str, image: np.ndarray) -> str:
+    """Write a image or a mask to out/path; returns that path."""
+    Image.fromarray(image).save(out / path, compress_level=1)
     return path
 
 
@@ -55,7 +55,7 @@ def _subjects(out: Path, stem: str, marks: Sequence[Mark]) -> list[dict[str, Any
 
 
 def write_sample(out: Path, sample: Sample, number: int) -> dict[str, Any]:
-    """Write a sample's pictures below out; returns its line of the manifest."""
+    """Write a sample's images below out; returns its line of the manifest."""
     stem = f"{number // FOLDER_SAMPLES:04d}/{number:07d}"
     (out / stem).parent.mkdir(exist_ok=True)
     source = None if sample.source is None else _save(out, f"{stem}-source.png", sample.source)

@@ -1,6 +1,6 @@
-"""Photos for backgrounds, from packages that are installed; the world can do without them.
+"""Photos for backgrounds, from packages that are installed; the synthetic data can do without them.
 
-They are kept in the world's folder, in `photos`, with a list of where each is from. None comes with this repository.
+They are kept in the assets' folder, in `photos`, with a list of where each is from. None comes with this repository.
 """
 
 import importlib.util
@@ -45,7 +45,7 @@ ORIGINS = (
 
 
 def load_photos(root: Path) -> list[Path]:
-    """The photos in a world's folder, in order of name; none where none were fetched."""
+    """The photos in a folder of assets, in order of name; none where none were fetched."""
     return sorted((root / "photos").glob("*.jpg"))
 
 

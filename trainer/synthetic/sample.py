@@ -1,4 +1,4 @@
-"""What a sample of the world is, and how it is made of the scenes before and after."""
+"""What a sample is, and how it is made of the scenes before and after."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from trainer.synthetic.scene import Drawing, Scene, draw_reference, draw_scene
 
 MOSTLY = 0.6  # share of every subject that is to be seen
 CONTRAST = 24  # of 255, in some channel: what counts as a change that can be seen
-SEEN = 0.03  # share of the picture that has to change so
+SEEN = 0.03  # share of the image that has to change so
 
 
 @dataclass(frozen=True)
 class Mark:
-    """One subject that is to be seen in a picture.
+    """One subject that is to be seen in a image.
 
     mask: bool [side,side], the visible part. box: left, top, right, bottom of that part in pixels, the last two
-    exclusive; None if nothing is visible. reference: index in Sample.images of the picture that shows this subject
+    exclusive; None if nothing is visible. reference: index in Sample.images of the image that shows this subject
     alone, if there is one.
     """
 
@@ -33,7 +33,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Sample:
-    """One training or evaluation sample; pictures are uint8 [side,side,3].
+    """One training or evaluation sample; images are uint8 [side,side,3].
 
     prompt: the caption without the task's prefix. images: in placeholder order; where one is the source, it is the very
     same array. changed: bool [side,side], the pixels in which the ground truth differs from the source (all, for
@@ -55,7 +55,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Stock:
-    """What scenes are made of: things, and photos for some of the backgrounds; and the pictures' side in pixels."""
+    """What scenes are made of: things, and photos for some of the backgrounds; and the images' side in pixels."""
 
     concepts: Sequence[Concept]
     side: int
@@ -86,7 +86,7 @@ def _marks(scene: Scene, drawing: Drawing, references: dict[int, int]) -> tuple[
 
 def _fair(before: Drawing, after: Drawing) -> bool:
     """Whether the change can be seen, and every subject mostly."""
-    difference = np.abs(before.picture.astype(np.int16) - after.picture).max(axis=-1)
+    difference = np.abs(before.image.astype(np.int16) - after.image).max(axis=-1)
     return min([1.0, *before.shown, *after.shown]) >= MOSTLY and float((difference >= CONTRAST).mean()) >= SEEN
 
 
@@ -109,15 +109,15 @@ def generation(kind: str, stock: Stock, prompt: str, scene: Scene, images: list[
     marks = _marks(scene, drawing, {i: min(i, len(images) - 1) for i in range(len(scene.subjects))})
     everywhere = np.ones((stock.side, stock.side), bool)
     asked = tuple(range(len(marks)))
-    return Sample(kind, "subject", prompt, images, None, drawing.picture, everywhere, (), marks, asked)
+    return Sample(kind, "subject", prompt, images, None, drawing.image, everywhere, (), marks, asked)
 
 
 def edit(kind: str, stock: Stock, prompt: str, before: Scene, after: Scene, asked: Sequence[int] = ()) -> Sample | None:
-    """A sample whose one picture is the source; asked as in Sample."""
+    """A sample whose one image is the source; asked as in Sample."""
     source, target = draw_scene(before, stock.side), draw_scene(after, stock.side)
     if not _fair(source, target):
         return None
-    return _edited(kind, prompt, [source.picture], (before, source), (after, target), {}, asked)
+    return _edited(kind, prompt, [source.image], (before, source), (after, target), {}, asked)
 
 
 def composition(
@@ -129,14 +129,14 @@ def composition(
     after: Scene,
     named: Sequence[int | None],
 ) -> Sample | None:
-    """A sample with a source and pictures of what comes in.
+    """A sample with a source and images of what comes in.
 
     named: what each placeholder of the prompt stands for, a subject of `after` or, if None, the source.
     """
     source, target = draw_scene(before, stock.side), draw_scene(after, stock.side)
     if not _fair(source, target):
         return None
-    images = [source.picture if i is None else draw_reference(rng, after.subjects[i], stock.side) for i in named]
+    images = [source.image if i is None else draw_reference(rng, after.subjects[i], stock.side) for i in named]
     references = {subject: image for image, subject in enumerate(named) if subject is not None}
     return _edited(kind, prompt, images, (before, source), (after, target), references, sorted(references))
 
@@ -150,7 +150,7 @@ def _edited(
     references: dict[int, int],
     asked: Sequence[int],
 ) -> Sample:
-    source, target = before[1].picture, after[1].picture
+    source, target = before[1].image, after[1].image
     changed = np.any(source != target, axis=-1)
     return Sample(
         kind,

@@ -70,31 +70,31 @@ class Drawing:
     """A scene as it looks.
 
     Attributes:
-        picture: uint8 [side,side,3]
+        image: uint8 [side,side,3]
         masks: Each subject's visible part, bool [side,side].
         shown: That part's share of the subject's pixels in the image, were it alone.
     """
 
-    picture: np.ndarray
+    image: np.ndarray
     masks: list[np.ndarray]
     shown: list[float]
 
 
 def draw_scene(scene: Scene, side: int) -> Drawing:
     """Draw a scene, from the rearmost subject to the foremost, then the light or the weather."""
-    picture = draw(scene.background, side)
+    image = draw(scene.background, side)
     masks: list[np.ndarray] = []
     areas: list[int] = []
     for subject in scene.subjects:
         x, y = subject.centre
-        path, size = subject.concept.picture(subject.style), round(subject.size * side)
-        mask = paste(picture, path, (x * side, y * side), size, subject.flip, subject.tint)
+        path, size = subject.concept.image(subject.style), round(subject.size * side)
+        mask = paste(image, path, (x * side, y * side), size, subject.flip, subject.tint)
         masks = [below & ~mask for below in masks] + [mask]
         areas.append(int(mask.sum()))
     if scene.air is not None:
-        picture = atmosphere.apply(picture, scene.air)
+        image = atmosphere.apply(image, scene.air)
     shown = [mask.sum() / max(area, 1) for mask, area in zip(masks, areas, strict=True)]
-    return Drawing(picture, masks, shown)
+    return Drawing(image, masks, shown)
 
 
 def grid_way(start: str, end: str) -> tuple[int, int]:
@@ -184,4 +184,4 @@ def reference_scene(rng: np.random.Generator, subject: Subject) -> Scene:
 
 def draw_reference(rng: np.random.Generator, subject: Subject, side: int) -> np.ndarray:
     """An image of the subject alone, as `reference_scene` says; uint8 [side,side,3]."""
-    return draw_scene(reference_scene(rng, subject), side).picture
+    return draw_scene(reference_scene(rng, subject), side).image

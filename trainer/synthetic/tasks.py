@@ -1,6 +1,6 @@
-"""Samples of the paper's tasks, each with its instruction, its pictures and its ground truth.
+"""Samples of the paper's tasks, each with its instruction, its images and its ground truth.
 
-The paper (section 3.1) states every task in one multimodal form: words with `<imagehere>` where a picture stands.
+The paper (section 3.1) states every task in one multimodal form: words with `<imagehere>` where a image stands.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,7 +53,7 @@ PRACTICE: dict[str, Kind] = {
     "generate_several": partial(_until_fair, compositions.generate_several),
 }
 ALL_KINDS = {**KINDS, **PRACTICE}
-# How often each kind is drawn: what brings in a thing from a picture needs the most practice.
+# How often each kind is drawn: what brings in a thing from a image needs the most practice.
 SHARES: Mapping[str, float] = {
     "recolour": 0.08,
     "remove": 0.10,
@@ -81,7 +81,7 @@ def make_sample(
     """Sample number `index` of the unlimited series `seed`: the same arguments give the same sample everywhere.
 
     concepts: two or more. shares: how often each kind is drawn, in any unit, SHARES by default; a kind left out is
-    never drawn. photos: pictures that some backgrounds are cut from. varied: the share of the things that are varied
+    never drawn. photos: images that some backgrounds are cut from. varied: the share of the things that are varied
     (`trainer.synthetic.variation`), which leaves held-out concepts as they are.
     """
     rng = np.random.default_rng([seed, index])

@@ -33,10 +33,10 @@ def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
     return options[int(rng.integers(len(options)))]
 
 
-def multimodal(rng: np.random.Generator, plain: Sequence[str], with_picture: Sequence[str]) -> str:
-    """Half of the wordings name the picture themselves; the others are rewritten as the pipeline rewrites them."""
+def multimodal(rng: np.random.Generator, plain: Sequence[str], with_image: Sequence[str]) -> str:
+    """Half of the wordings name the image themselves; the others are rewritten as the pipeline rewrites them."""
     if rng.random() < 0.5:
-        return pick(rng, with_picture)
+        return pick(rng, with_image)
     return rewrite_instruction(pick(rng, plain), "local" if rng.random() < 0.7 else "global")
 
 
@@ -46,7 +46,7 @@ def naming(rng: np.random.Generator, scene: Scene, index: int) -> str:
     if subject.concept.named and not subject.concept.held_out and rng.random() < NAMED_SHARE:
         return f"the {subject.concept.name}"
     thing = pick(rng, ("thing", "object"))
-    colours = [main_colour(s.concept.picture(s.style)) for s in scene.subjects]
+    colours = [main_colour(s.concept.image(s.style)) for s in scene.subjects]
     if colours[index] is not None and colours.count(colours[index]) == 1 and rng.random() < 0.3:
         return f"the {colours[index]} {thing}"
     if len(scene.subjects) == 1 and rng.random() < 0.5:
