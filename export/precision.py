@@ -97,35 +97,37 @@ _WIDE = {F.softmax, torch.softmax, Tensor.softmax, F.layer_norm, torch.layer_nor
 _PRODUCTS = {torch.matmul, Tensor.matmul}
 
 
-def _attention(
+def _attention(  # noqa: PLR0913, the signature of torch's scaled_dot_product_attention, which it stands in for
     q: Tensor,
     k: Tensor,
     v: Tensor,
     attn_mask: Tensor | None = None,
-    *flags: float,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
     scale: float | None = None,
-    **named_flags: float,
+    enable_gqa: bool = False,
 ) -> Tensor:
     """Scaled dot-product attention, written out with its softmax in float32.
 
     It has no case for a query that may attend to nothing, which would need NaNs replaced: our masks all keep a token.
 
     Args:
-        q: queries, [...,T,d].
-        k: keys, [...,S,d].
-        v: values, [...,S,d].
+        q: Queries, [...,T,d].
+        k: Keys, [...,S,d].
+        v: Values, [...,S,d].
         attn_mask: bool, broadcast to [...,T,S], true where a token is attended to.
-        flags: torch's dropout_p and is_causal, which must be off.
-        scale: the factor of the scores; None: d ** -0.5.
-        named_flags: the same by name, and enable_gqa.
+        dropout_p: Must be 0.
+        is_causal: Must be off.
+        scale: The factor of the scores; None: d ** -0.5.
+        enable_gqa: Must be off.
 
     Returns:
         [...,T,d], of the values' dtype.
 
     Raises:
-        NotImplementedError: a flag is on.
+        NotImplementedError: A flag is on.
     """
-    if any(flags) or any(named_flags.values()):
+    if is_causal or enable_gqa or dropout_p:
         raise NotImplementedError("causal, grouped or dropped-out attention, which no module of ours has")
     scores = (q * (scale if scale is not None else q.shape[-1] ** -0.5)) @ k.transpose(-2, -1)
     if attn_mask is not None:
