@@ -97,7 +97,7 @@ _WIDE = {F.softmax, torch.softmax, Tensor.softmax, F.layer_norm, torch.layer_nor
 _PRODUCTS = {torch.matmul, Tensor.matmul}
 
 
-def _attention(  # noqa: PLR0913, the signature of torch's scaled_dot_product_attention, which it stands in for
+def _attention(  # noqa: PLR0913, PLR0917, the signature of torch's scaled_dot_product_attention, which it stands in for
     q: Tensor,
     k: Tensor,
     v: Tensor,
