@@ -50,7 +50,7 @@ class _Builder:
     def build(
         self, graph: GraphName, plan: Path, timing_cache: Path, on_phase: OnPhase = lambda phase: None
     ) -> BuiltPlan:
-        """Write the file `plan` by `export.plan_worker`. Raises as `build` does."""
+        """Write the file `plan` by `export.plan_worker`; errors are those of the function `build`."""
         job = PlanJob(
             engine=self.target.engine,
             graph=graph,
@@ -131,14 +131,23 @@ def build(
 
 
 def check_request(engine: PlanEngine, precision: str, capabilities: Sequence[str] | None, device: str = "auto") -> None:
-    """Raises InputError when plans of this precision cannot be built here for these GPUs."""
+    """Check that plans of this precision can be built here for these GPUs.
+
+    Raises:
+        InputError: they cannot.
+    """
     if precision == "int8":
         raise InputError("int8 is for ONNX Runtime on the CPU: export with --precision fp16 for plans")
     _target(engine, capabilities, device)
 
 
 def rehearse_plan(folder: Path, graph: GraphName, plan: Path) -> BuiltPlan:
-    """Build one graph's plan for the portable set of TensorRT for RTX, as the file `plan`. Raises as `build` does."""
+    """Build one graph's plan for the portable set of TensorRT for RTX, as the file `plan`.
+
+    Raises:
+        InputError: memory runs out, or the builder refuses the graph.
+        RuntimeError: the builder's process ends otherwise.
+    """
     target, gpu = _target("tensorrt-rtx", PORTABLE, "auto")
     return _Builder(folder, read_manifest(folder), target, gpu).build(graph, plan, plan.with_suffix(".cache"))
 

@@ -86,11 +86,20 @@ class DividedGraph:
                 self.live.append(node)
 
     def is_constant(self, name: str) -> bool:
+        """Whether a value is a weight or depends on weights alone; so does "", an input that is left out."""
         return not name or name in self.weights or name in self.constant_nodes
 
     def divide(self, limit: int | None) -> list[Chunk]:
-        """The nodes in as few consecutive chunks as the limit allows; nodes that depend on weights alone, such as
-        those that widen one, are repeated wherever they are needed."""
+        """Split the nodes into as few consecutive chunks as the limit allows.
+
+        Nodes that depend on weights alone, such as those that widen one, are repeated wherever they are needed.
+
+        Args:
+            limit: bytes of weights a chunk, counted as float32, which only a single node's may pass; None: one chunk.
+
+        Raises:
+            NotImplementedError: there is a limit, and the graph has control flow.
+        """
         if limit is not None and any(attribute.HasField("g") for node in self.live for attribute in node.attribute):
             raise NotImplementedError("a graph with control flow, whose inner graphs read values by name, in parts")
         chunks = [Chunk()]
@@ -121,11 +130,17 @@ class DividedGraph:
         return {**(self.closure(self.constant_nodes[name]) if name in self.constant_nodes else {}), name: None}
 
     def size(self, name: str) -> int:
+        """A weight's bytes, counted as float32; 0 for any other value."""
         return 4 * int(np.prod(self.weights[name].dims, dtype=np.int64)) if name in self.weights else 0
 
     def model(self, chunk: Chunk, values: Feed, wanted: set[str]) -> onnx.ModelProto:
-        """A chunk as a model of its own; `values` has arrays of the types that come in, `wanted` names the outputs
-        that it gives if it computes them."""
+        """A chunk as a model of its own.
+
+        Args:
+            chunk: the nodes, with the constants they need.
+            values: arrays of the types that its inputs have; shapes are left open.
+            wanted: names of values; those that the chunk computes are its outputs.
+        """
         constant_nodes = {
             self.constant_nodes[name].output[0]: self.constant_nodes[name]
             for name in chunk.constants

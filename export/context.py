@@ -30,9 +30,11 @@ class ExportTarget:
     folder: Path
 
     def onnx_path(self, graph: GraphName) -> Path:
+        """The file of a graph's nodes."""
         return self.folder / f"{graph}.onnx"
 
     def weights_path(self, graph: GraphName) -> Path:
+        """The file of a graph's weights, which GRAPH.onnx refers to."""
         return self.folder / f"{graph}.safetensors"
 
 
@@ -54,6 +56,7 @@ class ExportContext:
 
     @property
     def config(self) -> ModelConfig:
+        """The sizes of the checkpoint's model."""
         return self.checkpoint.config
 
     def module(self, graph: GraphName) -> nn.Module:
@@ -63,10 +66,10 @@ class ExportContext:
 
 @dataclass(frozen=True)
 class ExportJob:
-    """What a worker is told: a graph to export, or with None the pipeline to validate.
+    """A worker's job: a graph to export, or the pipeline to validate.
 
     Attributes:
-        graph: the graph.
+        graph: the graph; None: the pipeline.
         checkpoint: where the checkpoint is.
         bundle: the folder that becomes the bundle.
         precision: what the bundle computes in.

@@ -93,7 +93,11 @@ def _as_json(result: GraphResult | PipelineResult) -> dict[str, Any]:
 
 
 def axis_ranges(config: ModelConfig, limits: ExportLimits) -> dict[str, AxisRange]:
-    """The named axes' ranges. Raises InputError when the limits are not possible for this model."""
+    """The named axes' ranges.
+
+    Raises:
+        InputError: the limits are not possible for this model.
+    """
     low, high = limits.sizes or (config.size, config.size)
     if not 0 < low <= high or low % config.multiple or high % config.multiple:
         raise InputError(
@@ -122,8 +126,15 @@ def axis_ranges(config: ModelConfig, limits: ExportLimits) -> dict[str, AxisRang
 
 
 def locate_checkpoint(ckpt: str, options: ExportOptions = ExportOptions()) -> CheckpointLocation:
-    """Where the weights are: the shipped bundle for `tiny`, the path given, or the folder that a repository of the
-    Hugging Face hub is downloaded to. Raises InputError when it is neither a path nor a repository."""
+    """Find the weights, and download them if they are on the Hugging Face hub.
+
+    Args:
+        ckpt: `tiny` for the shipped bundle, a path, or the name of a repository on the hub.
+        options: the VAE's and the tokenizer's paths and the sizes, where they are given.
+
+    Raises:
+        InputError: the repository cannot be downloaded. A path is not checked here.
+    """
     path = Path(ckpt)
     if ckpt == "tiny" and not path.exists():
         path = DEFAULT_MODEL
@@ -164,7 +175,7 @@ def export_bundle(
         precision: fp32, fp16, bf16 or int8.
         limits: what the graphs are made for.
         options: how they are exported.
-        on_progress: is told what is being done, how many jobs are done, and how many there are.
+        on_progress: gets what is being done, how many jobs are done, and how many there are.
 
     Raises:
         InputError: the input cannot be used, a graph fails its validation, or the disk is full. Nothing is left at

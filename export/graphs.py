@@ -162,7 +162,7 @@ def _axis(axis: int | str, sizes: Mapping[str, int], dims: Mapping[str, Any]) ->
 
 
 def _optimise(model: ir.Model) -> None:
-    """Fold what does not depend on inputs or weights; weights are kept as they are, to be found again by name."""
+    """Fold what does not depend on inputs or weights; weights stay as they are, under their names."""
     for name, value in model.graph.initializers.items():
         if name.startswith("module."):
             value.const_value = None
@@ -171,7 +171,7 @@ def _optimise(model: ir.Model) -> None:
 
 
 def strip(model: ir.Model) -> None:
-    """Take out what tells of this machine: the code's paths, and stack traces."""
+    """Remove what describes this machine: the code's paths, and stack traces."""
     model.producer_name, model.producer_version, model.doc_string = "mige-rt", None, None
     model.metadata_props.clear()
     for part in (model.graph, *model.graph.all_nodes()):

@@ -1,5 +1,7 @@
-"""What exported graphs are tried with: shapes from the smallest to the largest, filled with random tensors, and with
-what the samples that come with the project give when the graphs before have run on them."""
+"""Inputs that exported graphs are validated with, at shapes from the smallest to the largest.
+
+They are random tensors, and what the project's samples give when the preceding graphs have run on them.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -70,8 +72,20 @@ def shapes_of(
 
 
 def random_feed(graph: GraphName, config: ModelConfig, sizes: Sizes, seed: int = 0) -> Feed:
-    """Random tensors of the graph's types and about the sizes of real ones: normal numbers, latents as large as the
-    VAE's, pixels from -1 to 1, timesteps with fractions, and masks that keep the first token."""
+    """Random tensors of the graph's types, about as large as real ones.
+
+    Floats are normal numbers, latents are scaled as the VAE's, pixels are from -1 to 1, timesteps have fractions, and
+    text masks keep the first token.
+
+    Args:
+        graph: the graph that takes them.
+        config: the model's sizes.
+        sizes: the named axes' sizes.
+        seed: the same seed gives the same tensors.
+
+    Returns:
+        An array for each input, by its name.
+    """
     rng = np.random.default_rng(seed)
     axes = resolved_axes(config)[graph]
     feed: dict[str, NDArray[Any]] = {}
@@ -187,8 +201,10 @@ class RealInputs:
         return {"token_ids": token_ids, "slot_index": slot_index, "text_mask": text_mask}
 
     def _texts(self, shapes: Sequence[Sizes], prompts: Sequence[Feed]) -> list[Feed]:
-        """text_states [R,L,D], has_text [R], text_mask [R,L], as guidance arranges them: two branches, the first
-        without text; a batch of one sees its text."""
+        """Encoded prompts as guidance arranges them: text_states [R,L,D], has_text [R], text_mask [R,L].
+
+        There are two branches, the first without text; a batch of one sees its text.
+        """
         encoded = run_reference(self.checkpoint, "text_encoder", prompts)
         feeds: list[Feed] = []
         for sizes, prompt, output in zip(shapes, prompts, encoded, strict=True):
@@ -215,14 +231,16 @@ class RealInputs:
         }
 
     def _latents(self, shapes: Sequence[LatentShape]) -> list[NDArray[Any]]:
-        """Unscaled, [count,c,h,w], for each (count, h, w); images pass one at a time, which is all the same to a VAE
-        and needs the least memory."""
+        """Unscaled latents, [count,c,h,w], for each (count, h, w).
+
+        Images are encoded one at a time, which does not change a VAE's outputs and needs the least memory.
+        """
         feeds = [{"pixels_vae": pixels[None]} for shape in shapes for pixels in self._pixels(*shape)]
         outputs = iter(run_reference(self.checkpoint, "vae_encoder", feeds))
         return [np.concatenate([next(outputs)["latent_mean"] for _ in range(count)]) for count, _, _ in shapes]
 
     def _pixels(self, count: int, h: int, w: int) -> NDArray[np.float32]:
-        """[count,3,f*h,f*w]"""
+        """The first images, cropped to the size of h x w latents: [count,3,f*h,f*w], from -1 to 1."""
         factor = self.config.vae.factor
         return np.stack([vae_pixels(self._image(i), w * factor, h * factor, "crop") for i in range(count)])
 

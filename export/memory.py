@@ -4,8 +4,10 @@ from pathlib import Path
 
 
 def peak_bytes() -> int | None:
-    """The most memory that this process has had; None where the system does not say. (getrusage's is at least that of
-    the process which started this one.)"""
+    """This process's peak resident memory in bytes; None where the system does not report it.
+
+    getrusage cannot be used: its peak is at least that of the process which started this one.
+    """
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:

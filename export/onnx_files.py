@@ -17,17 +17,25 @@ class NamedValue(Protocol):
     """An input or output of a session."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Its name in the graph."""
+        ...
 
 
 class Session(Protocol):
     """An `onnxruntime.InferenceSession`."""
 
-    def get_inputs(self) -> Sequence[NamedValue]: ...
+    def get_inputs(self) -> Sequence[NamedValue]:
+        """The model's inputs, in its order."""
+        ...
 
-    def get_outputs(self) -> Sequence[NamedValue]: ...
+    def get_outputs(self) -> Sequence[NamedValue]:
+        """The model's outputs, in its order."""
+        ...
 
-    def run(self, output_names: Sequence[str], input_feed: Mapping[str, NDArray[Any]]) -> Sequence[Any]: ...
+    def run(self, output_names: Sequence[str], input_feed: Mapping[str, NDArray[Any]]) -> Sequence[Any]:
+        """Compute the outputs named, in that order, from arrays by the inputs' names."""
+        ...
 
 
 def open_session(model: Path | bytes, weights_folder: Path | None = None) -> Session:
@@ -60,5 +68,9 @@ def save_ir(model: ir.Model, path: Path, external_data: str | None = None) -> No
 
 
 def check_file(path: Path) -> None:
-    """Raises onnx.checker.ValidationError when the file is no valid model."""
+    """Check that a file is a valid model.
+
+    Raises:
+        onnx.checker.ValidationError: it is not.
+    """
     onnx.checker.check_model(str(path))  # pyright: ignore[reportUnknownMemberType]

@@ -1,4 +1,4 @@
-"""What the builder of a plan is told, and what it gives back."""
+"""The job of a plan's builder, and its result."""
 
 from dataclasses import dataclass
 from pathlib import Path

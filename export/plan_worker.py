@@ -105,8 +105,11 @@ def work(job: PlanJob, on_phase: OnPhase) -> BuiltPlan:
 
 
 def _for_rtx(trt: Any, config: "IBuilderConfig", capabilities: Sequence[str]) -> None:
-    """What TensorRT for RTX alone has: GPUs that are not here, and a promise that running allocates nothing by itself,
-    without which a CUDA graph cannot be captured."""
+    """Set what TensorRT for RTX alone has.
+
+    These are compute capabilities of GPUs that are not here, and a promise that running allocates nothing by itself,
+    without which a CUDA graph cannot be captured.
+    """
     config.num_compute_capabilities = len(capabilities)
     for i, capability in enumerate(capabilities):
         member = getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}")
@@ -130,6 +133,7 @@ def _write_timings(config: "IBuilderConfig", path: Path) -> None:
 
 
 def main() -> None:
+    """Build the plan that stdin describes."""
     serve(work, PlanJob, (BuildError, MemoryError))
 
 

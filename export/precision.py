@@ -1,5 +1,8 @@
-"""What computes in what. Precision is put into the modules before export: the runtimes that we build for are strongly
-typed, so that the graph's own types decide."""
+"""The types that each kind of layer computes in.
+
+Precision is put into the modules before export: the runtimes that we build for are strongly typed, so that the graph's
+own types decide.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
@@ -57,7 +60,11 @@ _INNER = {"image_tokens", "text_states", "cross_kv"}  # inputs that the modules 
 
 
 def check_precision(precision: str) -> Precision:
-    """Raises InputError when it is none of fp32, fp16, bf16, int8."""
+    """The precision of this name.
+
+    Raises:
+        InputError: it is none of fp32, fp16, bf16, int8.
+    """
     if precision not in TABLES:
         raise InputError(f"there is no precision {precision!r}; expected one of {', '.join(get_args(Precision))}")
     return precision
@@ -90,7 +97,7 @@ _WIDE = {F.softmax, torch.softmax, Tensor.softmax, F.layer_norm, torch.layer_nor
 _PRODUCTS = {torch.matmul, Tensor.matmul}
 
 
-def _attention(
+def _attention(  # noqa: PLR0913, PLR0917, the signature of torch's scaled_dot_product_attention, which it stands in for
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -100,8 +107,26 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """torch's scaled_dot_product_attention without the case of a query that may attend to nothing, which would need
-    NaNs replaced: every mask of ours keeps a token. The mask is bool, true where a token is attended to."""
+    """Scaled dot-product attention, written out with its softmax in float32.
+
+    It has no case for a query that may attend to nothing, which would need NaNs replaced: our masks all keep a token.
+
+    Args:
+        q: Queries, [...,T,d].
+        k: Keys, [...,S,d].
+        v: Values, [...,S,d].
+        attn_mask: bool, broadcast to [...,T,S], true where a token is attended to.
+        dropout_p: Must be 0.
+        is_causal: Must be off.
+        scale: The factor of the scores; None: d ** -0.5.
+        enable_gqa: Must be off.
+
+    Returns:
+        [...,T,d], of the values' dtype.
+
+    Raises:
+        NotImplementedError: A flag is on.
+    """
     if is_causal or enable_gqa or dropout_p:
         raise NotImplementedError("causal, grouped or dropped-out attention, which no module of ours has")
     scores = (q * (scale if scale is not None else q.shape[-1] ** -0.5)) @ k.transpose(-2, -1)

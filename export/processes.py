@@ -39,7 +39,7 @@ class WorkerHooks:
     """What a worker's parent does besides.
 
     Attributes:
-        on_phase: is told what the worker is doing.
+        on_phase: gets what the worker is doing.
         on_start: is given the process.
         environment: variables that the worker has besides its parent's.
     """
@@ -98,8 +98,16 @@ def _follow(lines: IO[str], on_phase: OnPhase) -> dict[str, Any]:
 
 
 def serve(work: Callable[[Job, OnPhase], object], job_type: type[Job], expected: tuple[type[Exception], ...]) -> None:
-    """The worker's side: do the job on stdin by work(job, on_phase). Exceptions of the types `expected` are reported
-    with their own messages, and those of the disk in plain words. Whatever a library prints goes to stderr."""
+    """Run the worker's side: read a job from stdin, do it, and write its result to stdout.
+
+    Whatever a library prints goes to stderr. On Linux the worker ends with the process that started it.
+
+    Args:
+        work: does the job; takes it and on_phase, and returns the result.
+        job_type: what stdin is read as.
+        expected: types of exceptions that are reported with their own messages. Those of the disk are reported with
+            what to do; all others end the process.
+    """
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     if sys.platform == "linux":

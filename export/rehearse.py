@@ -40,8 +40,18 @@ BLOCK = 4_194_301  # numbers drawn once and repeated; a prime, so that no two we
 
 
 def made_up(name: str, shape: tuple[int, ...], block: Tensor) -> Tensor:
-    """A bf16 weight of about the size that a trained one has, fixed by its name and shape: norms near 1, biases small,
-    products that keep the size of what they are applied to."""
+    """A weight of about the size that a trained one has, fixed by its name and shape.
+
+    Norms are near 1, biases are small, and products keep the size of what they are applied to.
+
+    Args:
+        name: the weight's name.
+        shape: its shape.
+        block: normal numbers, [n], which are repeated.
+
+    Returns:
+        A bfloat16 tensor of the shape.
+    """
     size, start = math.prod(shape), zlib.crc32(name.encode()) % len(block)
     values = block.roll(-start).repeat(-(-size // len(block)))[:size].reshape(shape)
     leaf = name.rpartition(".")[2]
@@ -83,8 +93,10 @@ class PlanAttempt:
 
 
 def _build_plans(bundle: Path, manifest: Manifest, scratch: Path) -> dict[GraphName, PlanAttempt]:
-    """The plans that fit into the memory: the builder's memory for the denoiser, which comes first, tells what the
-    others need."""
+    """Build the plans that fit into the memory.
+
+    What the others need is estimated from the builder's memory for the denoiser, which comes first.
+    """
     attempts: dict[GraphName, PlanAttempt] = {}
     per_byte, memory = 0.0, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for graph in sorted(GRAPHS, key=lambda name: name != "denoiser"):
@@ -116,14 +128,16 @@ class Rehearsal:
 
     @property
     def parameters(self) -> int:
+        """The parameters of all graphs."""
         return sum(graph.parameters for graph in self.result.graphs.values())
 
     def file_bytes(self, graph: GraphName) -> int:
-        """The size of a graph's two files."""
+        """The size of a graph's two files, in bytes."""
         entry = self.result.manifest.graphs[graph]
         return entry.onnx.bytes + entry.weights.bytes
 
     def to_json(self) -> dict[str, Any]:
+        """The content of the JSON report; sizes are in bytes, times in seconds."""
         graphs = self.result.report()["graphs"]
         return {
             "precision": self.result.manifest.precision,
@@ -199,6 +213,7 @@ def markdown(rehearsal: Rehearsal) -> str:
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="xl", show_default=True, help="sizes of the model")
 @click.option("--scratch", type=click.Path(path_type=Path), help="where the disk has room  [default: the system's]")
 def main(precision: str, out: Path, preset: str, scratch: Path | None) -> None:
+    """Export a model of made-up weights, and write what it took to rehearsal-PRECISION.json and .md in `out`."""
     console = Console(stderr=True)
     last = ""
 

@@ -154,8 +154,19 @@ class _PreciseEngine(PyTorchEngine):
 
 
 def validate_pipeline(checkpoint: Checkpoint, bundle: Path, precision: Precision) -> list[Check]:
-    """Make an image of each task from the same noise by PyTorch in float32 and by the bundle on the CPU, and compare
-    the final latents and the images. For small models: both are in memory at once."""
+    """Compare the bundle's final latents and images, one of each task, with those of PyTorch.
+
+    Both start from the same noise. The bundle runs on the CPU, PyTorch in float32. For small models: both are in memory
+    at once.
+
+    Args:
+        checkpoint: the weights that the bundle was exported from.
+        bundle: its folder.
+        precision: what it computes in.
+
+    Returns:
+        Two checks for each task: of the latents, and of the images.
+    """
     tokenize = load_tokenizer(bundle / TOKENIZER_FILE)
     reference = PyTorchEngine(checkpoint.load(dtype=torch.float32))
     if precision == "bf16":

@@ -62,10 +62,12 @@ class PublishedCheckpoint(Checkpoint):
 
     @property
     def files(self) -> Sequence[Path]:
+        """The `.pth` file alone: the VAE's weights are small, and loaded."""
         return [self._path]
 
     @property
     def stored_bytes(self) -> int:
+        """The size of our weights as they are stored, the VAE's among them, in bytes."""
         return sum(self.sizes.values()) + sum(tensor.nbytes for tensor in self.vae.values())
 
     @cached_property
@@ -75,15 +77,28 @@ class PublishedCheckpoint(Checkpoint):
 
     @cached_property
     def vae(self) -> dict[str, Tensor]:
-        """The VAE's weights, float32, by diffusers' names. Raises InputError when they cannot be read."""
+        """The VAE's weights, float32, by diffusers' names.
+
+        Raises:
+            InputError: they cannot be read.
+        """
         return read_vae_weights(self._vae_folder)
 
     def save_tokenizer(self, path: Path) -> None:
+        """Write T5's tokenizer as the file `path`, in the format of `tokenizer.json`.
+
+        Raises:
+            InputError: it is missing or is not T5's.
+        """
         self.tokenizer.save(str(path))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """T5's tokenizer. Raises InputError when it is missing or is not T5's."""
+        """T5's tokenizer.
+
+        Raises:
+            InputError: it is missing or is not T5's.
+        """
         folder = self._tokenizer_folder or find_beside(self._places, TOKENIZER_FOLDER, TOKENIZER_FILES, "--tokenizer")
         tokenizer = read_tokenizer(folder)
         if tokenizer.get_vocab_size() > self.config.text.vocabulary:
@@ -99,6 +114,11 @@ class PublishedCheckpoint(Checkpoint):
         return our_tensor(self._state, name)
 
     def tensors(self, model: Mige, graphs: Collection[GraphName]) -> dict[str, Tensor]:
+        """The weights of some graphs, mapped from `model.pth`, the VAE's loaded; see `Checkpoint.tensors`.
+
+        Raises:
+            InputError: the VAE's weights cannot be read.
+        """
         return {
             name: self.vae[name.partition(".")[2]] if name.startswith("vae_") else self.tensor(name)
             for name in names_in(model, graphs)
@@ -114,10 +134,10 @@ def convert(
     config: ModelConfig | None = None,
     on_progress: OnProgress | None = None,
 ) -> None:
-    """Make the model folder `out` from the published layout; weights keep the dtype they are stored in (the VAE's are
-    float32).
+    """Make the model folder `out` from the published layout.
 
-    Memory stays near one shard's size: the checkpoint is memory-mapped and copied a shard at a time.
+    Weights keep the dtype they are stored in (the VAE's are float32). Memory stays near one shard's size: the
+    checkpoint is memory-mapped and copied a shard at a time.
 
     Args:
         ckpt: `model.pth`, or a folder that holds it.
@@ -125,7 +145,7 @@ def convert(
         vae: the VAE's folder, by default `sd-vae-ft-ema` beside the checkpoint.
         tokenizer: the folder or file of T5's tokenizer, by default `t5-v1_1-xxl` beside the checkpoint.
         config: the sizes of a checkpoint that has none of the published ones.
-        on_progress: is told the component that is being written, the bytes written so far, and the bytes in all.
+        on_progress: gets the component that is being written, the bytes written so far, and the bytes in all.
 
     Raises:
         InputError: `out` exists or cannot be written, a part is missing or unreadable, or the checkpoint's keys are
@@ -147,8 +167,9 @@ def convert(
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The state dict of a published `model.pth`, memory-mapped; nothing pickled in it is ever run.
 
-    Raises InputError when the file is truncated, is no torch checkpoint, holds Python objects other than tensors,
-    or has no state dict.
+    Raises:
+        InputError: the file is truncated, is no torch checkpoint, holds Python objects other than tensors, or has no
+            state dict.
     """
     expected = 'MIGE\'s model.pth, {"state_dict": {key: tensor}} written by torch.save, is expected'
     if not zipfile.is_zipfile(path):
@@ -184,7 +205,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 def find_checkpoint(given: Path) -> Path:
     """The `.pth` itself, or the one in a folder or a level below it, `model.pth` before others.
 
-    Raises InputError when there is none, or no telling which.
+    Raises:
+        InputError: there is none, or several of the same rank.
     """
     if given.is_file():
         return given
@@ -204,7 +226,17 @@ def find_checkpoint(given: Path) -> Path:
 
 
 def find_beside(places: Iterable[Path], name: str, files: tuple[str, ...], option: str) -> Path:
-    """The folder `name` with one of `files` in it, in `places` or a level below them. Raises InputError without."""
+    """The folder `name` with one of `files` in it, in `places` or a level below them.
+
+    Args:
+        places: folders, searched in this order.
+        name: the name of the folder.
+        files: names of files, one of which it must hold.
+        option: the command's option for the folder, which the error names.
+
+    Raises:
+        InputError: there is no such folder.
+    """
     places = list(dict.fromkeys(places))
     for place in places:
         for folder in (place / name, *sorted(place.glob(f"*/{name}"))):
@@ -219,7 +251,8 @@ def find_beside(places: Iterable[Path], name: str, files: tuple[str, ...], optio
 def read_tokenizer(given: Path) -> Tokenizer:
     """T5's tokenizer, from a folder with `spiece.model` or else `tokenizer.json`, or from either file.
 
-    Raises InputError when there is neither, or it is not T5's.
+    Raises:
+        InputError: there is neither, or it is not T5's.
     """
     inside = [path for path in (given / name for name in TOKENIZER_FILES) if path.is_file()]
     path = given if given.is_file() else next(iter(inside), None)
@@ -237,7 +270,8 @@ _EXPECTED_VAE = "a diffusers AutoencoderKL is expected there, as sd-vae-ft-ema"
 def read_vae_config(folder: Path) -> VAEConfig:
     """The sizes of an AutoencoderKL in diffusers' layout.
 
-    Raises InputError when the folder holds no such VAE, or one with parts that ours does not have.
+    Raises:
+        InputError: the folder holds no such VAE, or one with parts that ours does not have.
     """
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -278,7 +312,8 @@ def read_vae_weights(folder: Path) -> dict[str, Tensor]:
     Also reads `.bin` files, if of tensors alone, and the attention's weights by their old names (query, key, value,
     proj_attn).
 
-    Raises InputError when the files cannot be read, or lack weights of the model that they describe.
+    Raises:
+        InputError: the files cannot be read, or lack weights of the model that they describe.
     """
     try:
         loaded: Any = AutoencoderKL.from_pretrained(
@@ -304,7 +339,8 @@ def _unreadable_vae(folder: Path, error: Exception) -> InputError:
 def with_vae(config: ModelConfig, vae: VAEConfig, folder: Path) -> ModelConfig:
     """`config` with this VAE, whose latents must be those that the model was trained on.
 
-    Raises InputError when their channels, factor or scale are others.
+    Raises:
+        InputError: their channels, factor or scale are others.
     """
     given, trained = [f"{v.channels} channels, a factor of {v.factor}, a scale of {v.scale}" for v in (vae, config.vae)]
     if given != trained:

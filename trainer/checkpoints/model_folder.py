@@ -43,11 +43,17 @@ OnProgress = Callable[[str, int, int], None]  # the component being written, byt
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """A model folder or a bundle, opened. A file is opened when the first of its weights is asked for, and stays open
-    as long as this."""
+    """A model folder or a bundle, opened.
+
+    A file is opened when the first of its weights is asked for, and stays open as long as the checkpoint exists.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Raises InputError when the folder is neither, or is a bundle that was changed or is quantised."""
+        """Open a model folder or a bundle.
+
+        Raises:
+            InputError: the folder is neither, or is a bundle that was changed or is quantised.
+        """
         self._folder = folder
         self._open_files: dict[Path, safe_open] = {}
         self._manifest: Manifest | None = None
@@ -65,18 +71,28 @@ class SafetensorsCheckpoint(Checkpoint):
 
     @property
     def files(self) -> Sequence[Path]:
+        """The safetensors files; InputError names those that are missing."""
         if self._manifest is not None:
             return [self._folder / graph.weights.path for graph in self._manifest.graphs.values()]
         return [path for component in (*COMPONENTS, "vae") for path in _files(self._folder, component)]
 
     @property
     def stored_bytes(self) -> int:
+        """The size of the safetensors files, in bytes."""
         return sum(path.stat().st_size for path in self.files)
 
     def save_tokenizer(self, path: Path) -> None:
+        """Copy T5's tokenizer to the file `path`."""
         shutil.copyfile(self._folder / TOKENIZER_FILE, path)
 
     def tensors(self, model: Mige, graphs: Collection[GraphName]) -> dict[str, Tensor]:
+        """The weights of some graphs, mapped from their files; see `Checkpoint.tensors`.
+
+        A model folder's components and a bundle's graphs are checked whole: each name and shape must be the model's.
+
+        Raises:
+            InputError: a file is missing or truncated, or holds other names and shapes than the model's.
+        """
         state = model.state_dict()
         names = distinct_tensors(model)
         wanted = names_in(model, graphs)
@@ -141,9 +157,17 @@ def load_model(
 
 
 def save_model(model: Mige, tokenizer: Tokenizer, out: Path, dtype: torch.dtype, source: str) -> None:
-    """Write a model with real weights, its VAE among them, as the model folder `out`, in `dtype`.
+    """Write a model as a model folder.
 
-    `source` says where the weights came from, in words. Raises InputError when `out` exists or cannot be written.
+    Args:
+        model: has real weights, the VAE's among them.
+        tokenizer: T5's.
+        out: the folder to make.
+        dtype: of floating-point weights in the files.
+        source: where the weights came from, in words.
+
+    Raises:
+        InputError: `out` exists or cannot be written.
     """
     state = model.state_dict()
 
@@ -198,7 +222,16 @@ class ModelContent:
 
 
 def write_model_folder(folder: Path, content: ModelContent, on_progress: OnProgress | None = None) -> None:
-    """Fill an empty folder. Raises InputError when the disk is full."""
+    """Fill an empty folder.
+
+    Args:
+        folder: the folder.
+        content: what is written.
+        on_progress: gets the component that is being written, the bytes written so far, and the bytes in all.
+
+    Raises:
+        InputError: the disk is full.
+    """
     sizes, vae_bytes = content.sizes, sum(value.nbytes for value in content.vae.values())
     total = sum(sizes.values()) + vae_bytes
     done = 0

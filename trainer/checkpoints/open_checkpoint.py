@@ -29,7 +29,11 @@ class CheckpointLocation:
 
 
 def open_checkpoint(location: CheckpointLocation) -> Checkpoint:
-    """Open a checkpoint of any kind. Raises InputError when there is none, or it cannot be used."""
+    """Open a checkpoint of any kind.
+
+    Raises:
+        InputError: there is none, or it cannot be used.
+    """
     if is_bundle(location.path) or _is_model_folder(location.path):
         return SafetensorsCheckpoint(location.path)
     return PublishedCheckpoint(location.path, vae=location.vae, tokenizer=location.tokenizer, config=location.config)

@@ -53,7 +53,9 @@ def published_name(name: str) -> str:
     """The published key of one of our weights (`denoiser.t_block.1.bias` -> `t_block.1.bias`).
 
     The biases of the ViT's attention, `...attn.qkv.bias`, are under that name in no file: see `our_tensor`.
-    Raises KeyError for a weight that `model.pth` does not hold, as the VAE's.
+
+    Raises:
+        KeyError: `model.pth` does not hold the weight, as those of the VAE.
     """
     for pattern, replacement in RENAMES:
         renamed, fits = re.subn(pattern, replacement, name)
@@ -95,10 +97,19 @@ def our_tensor(state: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def check_published(state: Mapping[str, Any], what: str, config: ModelConfig | None = None) -> ModelConfig:
-    """The sizes that a published state dict has: `config`, or without it the preset of SIZES that it comes closest to.
+    """Check a published state dict, every key of which must be accounted for.
 
-    Every key must be accounted for. Raises InputError, which calls the state dict `what`, that names the missing,
-    unexpected and wrongly shaped keys, all in one.
+    Args:
+        state: the state dict.
+        what: what errors call it.
+        config: the sizes; None: the preset of SIZES that it comes closest to.
+
+    Returns:
+        The model's sizes.
+
+    Raises:
+        InputError: keys are missing, unexpected or wrongly shaped (one message names them all), an entry is no weight,
+            or two copies of T5's embedding differ.
     """
     unfit = [key for key, value in state.items() if not _is_weight(key, value)]
     if unfit:
@@ -135,4 +146,5 @@ def _is_weight(key: Any, value: Any) -> bool:
 
 
 def kind_of(value: Any) -> str:
+    """A tensor's dtype, or the type of anything else, as an error names it."""
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

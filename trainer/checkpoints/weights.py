@@ -36,17 +36,29 @@ class Checkpoint(ABC):
     @property
     @abstractmethod
     def stored_bytes(self) -> int:
-        """The size of all weights as they are stored."""
+        """The size of all weights as they are stored, in bytes."""
 
     @abstractmethod
     def save_tokenizer(self, path: Path) -> None:
-        """Write T5's tokenizer as the file `path`. Raises InputError when it is missing or is not T5's."""
+        """Write T5's tokenizer as the file `path`.
+
+        Raises:
+            InputError: it is missing or is not T5's.
+        """
 
     @abstractmethod
     def tensors(self, model: Mige, graphs: Collection[GraphName]) -> dict[str, Tensor]:
-        """The weights of some graphs as they are stored, by the names of `distinct_tensors(model)`; model: empty.
+        """The weights of some graphs, as they are stored.
 
-        Raises InputError when a file is missing or truncated, or holds other names and shapes than the model's.
+        Args:
+            model: an empty model of this checkpoint's sizes.
+            graphs: the graphs.
+
+        Returns:
+            Tensors by the names of `distinct_tensors(model)`.
+
+        Raises:
+            InputError: a file is missing or truncated, or holds other names and shapes than the model's.
         """
 
     def load(
