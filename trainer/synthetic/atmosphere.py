@@ -56,7 +56,7 @@ WEATHERS: dict[str, Weather] = {
 
 
 def relight(image: np.ndarray, name: str) -> np.ndarray:
-    """A image, uint8 [h,w,3], in one of LIGHTS."""
+    """An image, uint8 [h,w,3], in one of LIGHTS."""
     light = LIGHTS[name]
     grey = image @ np.array([0.3, 0.59, 0.11], np.float32)[:, None]
     colour = grey + light.saturation * (image - grey)
@@ -81,7 +81,7 @@ def _pieces(name: str, side: int) -> np.ndarray:
 
 
 def cover(image: np.ndarray, name: str) -> np.ndarray:
-    """A image, uint8 [side,side,3], in one of WEATHERS; drops and flakes fall at the same places in every image."""
+    """An image, uint8 [side,side,3], in one of WEATHERS; drops and flakes fall at the same places in every image."""
     weather, side = WEATHERS[name], len(image)
     thickness = np.linspace(*weather.thickness, side, dtype=np.float32)[:, None, None]
     veiled = image * (1 - thickness) + np.array(weather.veil, np.float32) * thickness
@@ -90,6 +90,6 @@ def cover(image: np.ndarray, name: str) -> np.ndarray:
 
 
 def apply(image: np.ndarray, name: str) -> np.ndarray:
-    """A image, uint8 [side,side,3], in the light or the weather of that name."""
+    """An image, uint8 [side,side,3], in the light or the weather of that name."""
     change: Callable[[np.ndarray, str], np.ndarray] = relight if name in LIGHTS else cover
     return change(image, name)

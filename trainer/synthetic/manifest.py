@@ -34,7 +34,7 @@ FOLDER_SAMPLES = 1000  # whose images share a folder
 
 
 def _save(out: Path, path: str, image: np.ndarray) -> str:
-    """Write a image or a mask to out/path; returns that path."""
+    """Write an image or a mask to out/path; returns that path."""
     Image.fromarray(image).save(out / path, compress_level=1)
     return path
 

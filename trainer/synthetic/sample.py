@@ -17,7 +17,7 @@ SEEN = 0.03  # share of the image that has to change so
 
 @dataclass(frozen=True)
 class Mark:
-    """One subject that is to be seen in a image.
+    """One subject that is to be seen in an image.
 
     mask: bool [side,side], the visible part. box: left, top, right, bottom of that part in pixels, the last two
     exclusive; None if nothing is visible. reference: index in Sample.images of the image that shows this subject

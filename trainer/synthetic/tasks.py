@@ -1,6 +1,6 @@
 """Samples of the paper's tasks, each with its instruction, its images and its ground truth.
 
-The paper (section 3.1) states every task in one multimodal form: words with `<imagehere>` where a image stands.
+The paper (section 3.1) states every task in one multimodal form: words with `<imagehere>` where an image stands.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,7 +53,7 @@ PRACTICE: dict[str, Kind] = {
     "generate_several": partial(_until_fair, compositions.generate_several),
 }
 ALL_KINDS = {**KINDS, **PRACTICE}
-# How often each kind is drawn: what brings in a thing from a image needs the most practice.
+# How often each kind is drawn: what brings in a thing from an image needs the most practice.
 SHARES: Mapping[str, float] = {
     "recolour": 0.08,
     "remove": 0.10,
