@@ -89,7 +89,7 @@ def _loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict
     here = torch.arange(len(chosen), device=chosen.device)
     by_image = (F.cross_entropy(pairs, here) + F.cross_entropy(pairs.T, here)) / 2
     right = (logits.detach().argmax(1) == chosen.repeat(2)).float().mean()
-    return by_name + by_image, {"by_name": by_name.item(), "by_picture": by_image.item(), "right": right.item()}
+    return by_name + by_image, {"by_name": by_name.item(), "by_image": by_image.item(), "right": right.item()}
 
 
 def train_vit(config: ModelConfig, settings: StageSettings, concepts: list[Concept], state: Path) -> Path:

@@ -46,7 +46,7 @@ class Concept:
         """The cut-out in a style. Raises ValueError where this thing lacks it."""
         path = self.fluent if style == "fluent" else self.noto
         if path is None:
-            raise ValueError(f"{self.name} has no {style} picture")
+            raise ValueError(f"{self.name} has no {style} image")
         return path
 
     @property
@@ -76,7 +76,7 @@ def load_concepts(root: Path) -> list[Concept]:
             name = (entry["name"] or entry["short_name"]).lower().replace("_", " ")
             concepts.append(Concept(code, name, fluent[code], noto.get(code)))
     if not concepts:
-        raise InputError(f"{root} holds no picture that emoji.json names; fetch it again")
+        raise InputError(f"{root} holds no image that emoji.json names; fetch it again")
     return sorted(concepts, key=lambda concept: concept.code)
 
 
