@@ -3,7 +3,8 @@
 **As published** is what the authors' code does: the encoder runs again at every step, on four images a prompt whether
 there are as many or not, and on 256 tokens; so do the projections of the text for cross-attention; and every guidance
 branch is computed, also where its weight is zero. Cross-attention sees the real tokens alone, there as here. The VAE
-runs once. **Encode once** is ours but for the branches, of which none is left out.
+runs once on the source and once on the references, also where they are the same. **Encode once** is ours but for the
+branches, of which none is left out.
 
 B samples, N images, R rows = B x guidance branches, L tokens, Q image tokens an image.
 """
@@ -18,6 +19,7 @@ from PIL.Image import Image
 
 from engines.interface import Array, Engine, to_numpy
 from engines.wrapper import EngineWrapper
+from mige_rt.conditioning import ConditionEncoder
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
 from mige_rt.graphs import GraphName
@@ -26,6 +28,7 @@ from mige_rt.instruction import Task
 from mige_rt.pipeline import MigePipeline
 from mige_rt.requests import ResolvedRequest
 from mige_rt.sampling_params import SamplingParams
+from mige_rt.sampling_plan import SamplingPlan
 
 IMAGE_SLOTS = 4  # images a prompt that the published code encodes, always
 
@@ -68,9 +71,19 @@ class AsPublished:
         schedule = _EncodeOnce if self.encode_once else _Published
         scheduled = schedule(engine, self.pipe.config, len(requests), needed, all_branches(task))
         # A pipeline of its own, so that nothing is remembered from one image to the next.
-        return MigePipeline(self.pipe.config, self.pipe.condition_encoder.tokenize, scheduled).generate(
-            requests, params
-        )
+        pipe = MigePipeline(self.pipe.config, self.pipe.condition_encoder.tokenize, scheduled)
+        if not self.encode_once:
+            pipe.condition_encoder = _EncodeSeparately(pipe.config, pipe.condition_encoder.tokenize, pipe.runner)
+        return pipe.generate(requests, params)
+
+
+class _EncodeSeparately(ConditionEncoder):
+    """Encodes a source again where it is a reference, too."""
+
+    def encode_sources(self, requests: Sequence[ResolvedRequest], plan: SamplingPlan) -> Array:
+        latents = super().encode_sources(requests, plan)
+        self.clear_cache()
+        return latents
 
 
 class _EncodeOnce(EngineWrapper):

@@ -7,7 +7,7 @@
   here (0.1 % of the whole). The VAE runs once on the references, the source and the result.
 - **encode_once**: what ours does, but with every branch.
 - **ours**, as `mige_rt.pipeline` does: each encoder once, on the images and tokens that there are, and the branches
-  whose weight is not zero.
+  whose weight is not zero. At the trained size the source's latents are those of the reference that it also is.
 
 `benchmarks.baseline` has the first two as code that runs.
 """
@@ -69,10 +69,12 @@ def schedule(config: ModelConfig, variant: Variant, options: WorkOptions) -> lis
     rows = batch * len(guidance)
     trained = config.size // config.vae.factor
     h, w = height // config.vae.factor, width // config.vae.factor
+    shared = batch if variant != "published" and task != "subject" and (h, w) == (trained, trained) else 0
 
     calls = []
+    if images > shared:
+        calls.append(call("vae_encoder", M=images - shared, eh=trained, ew=trained))
     if references:
-        calls.append(call("vae_encoder", M=images, eh=trained, ew=trained))
         calls.append(call("image_encoder", encodings, N=slots))
     calls.append(call("text_encoder", encodings, B=batch, N=max(slots, 1), L=encoded_length))
     calls.append(call("conditioner", encodings, R=rows, L=length))

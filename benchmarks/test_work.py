@@ -255,7 +255,8 @@ def test_a_baseline_makes_the_pipeline_s_images(pipe: MigePipeline, task: Task, 
         assert error < 255**2 / 10**6  # 60 dB
     times = 1 if encode_once else steps
     encoded = dict.fromkeys(("image_encoder", "text_encoder", "conditioner"), times)
-    vae = {"vae_encoder": 1 if task == "subject" else 2, "vae_decoder": 1}
+    vae_encoder = {"subject": 1, "edit": 1 if encode_once else 2, "compose": 2}[task]
+    vae = {"vae_encoder": vae_encoder, "vae_decoder": 1}
     assert dict(baseline.calls) == {**encoded, **vae, "denoiser": steps}
     assert baseline.calls == tap.calls
 
