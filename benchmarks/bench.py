@@ -1,6 +1,5 @@
 """`mige-rt bench`: every candidate in every case, beside its baselines and its parity, in one run."""
 
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,7 @@ from typing import Any
 from benchmarks.bench_results import BenchResults, CandidateResult, Fidelity
 from benchmarks.case import AnyPrecision, Candidate, Case, WorkerConfig, main_candidates, optional_candidates
 from benchmarks.measure import InterleavedRuns, Latency
-from benchmarks.parity import same_sizes
+from benchmarks.parity import OnProgress, same_sizes
 from benchmarks.peaks import measure_peaks
 from benchmarks.schedule import WorkOptions
 from benchmarks.work import Work, count, roofline_seconds
@@ -23,8 +22,6 @@ from export.environment import environment
 from mige_rt.bundle import DEFAULT_MODEL, is_bundle, read_config, read_manifest
 from mige_rt.config import ModelConfig, Precision
 from mige_rt.errors import InputError
-
-OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,6 @@ ENGINE_TITLES |= {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
 SAMPLES = Path(export.__file__).parent / "samples"
 SCENES = tuple(f"picture-{number}.png" for number in (5, 7, 9, 6))
 SUBJECTS = tuple(f"picture-{number}.png" for number in (8, 10, 1, 2, 3, 4))
-SEED = 0
 
 GUIDANCE_RANGE, REUSE = (0.0, 0.5), 0.1  # approximations that change the image a little, see `mige_rt.denoise`
 
@@ -151,7 +150,7 @@ def requests(case: Case) -> list[ResolvedRequest]:
     for k in range(case.batch):
         source = _sample(SCENES, k)
         images = [_sample(SUBJECTS, k * subjects + i) for i in range(subjects)]
-        batch.append(resolve(Request(prompt, (*images, source), source, SEED + k)))
+        batch.append(resolve(Request(prompt, (*images, source), source, k)))
     return batch
 
 

@@ -1,7 +1,4 @@
-"""How far one engine's images are from another's, from the same noise: in the latents, in the images, and per graph.
-
-Every graph is compared on what it is given while the reference makes an image: an error shows where it is made.
-"""
+"""How far one engine's images are from another's, from the same noise; and each graph by itself, on equal inputs."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -20,10 +20,7 @@ class Peaks:
 
 
 def measure_peaks(device: str, size: int | None = None) -> Peaks:
-    """The best of some large matrix products in each precision and of some large copies, by PyTorch on all cores.
-
-    size: of the matrices' sides, where the default is not wanted.
-    """
+    """The best of large matrix products (sides of `size`) in each precision and of large copies, on all cores."""
     import torch
     from torch.utils.benchmark import Timer
 

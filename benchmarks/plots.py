@@ -37,10 +37,7 @@ class Bar:
 
 
 def bars(path: Path, items: Sequence[Bar], unit: str, legend: Mapping[str, str] | None = None) -> None:
-    """Write horizontal bars, the same file every time.
-
-    The name is above each; the interval is a thin line, cut far beyond the longest bar; the roofline is a diamond.
-    """
+    """Write horizontal bars; the interval is a thin line, cut far beyond the longest bar, the roofline a diamond."""
     ends = [max(sum(item.parts.values()), item.roofline or 0) for item in items]
     top = min(max([*ends, *(item.interval[1] for item in items if item.interval)]), 1.35 * max(ends))
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": path.name}):

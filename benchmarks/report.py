@@ -20,8 +20,6 @@ from export.formatting import amount, interval, json_text, seconds
 
 VERDICTS = {True: "ok", False: "FAILED", None: "meant to differ"}
 
-Data = Mapping[str, Any]
-
 
 def write_report(results: BenchResults, folder: Path) -> None:
     """Write the files into an existing folder."""
@@ -53,7 +51,7 @@ def _html(text: str, folder: Path) -> str:
     return re.sub(r'<img src="(?P<path>[^"]+)" alt="(?P<alt>[^"]*)" />', inline, html)
 
 
-def summary(data: Data) -> list[str]:
+def summary(data: Mapping[str, Any]) -> list[str]:
     """What the command says at its end."""
     text = _headline(data) if data["results"] else []
     text += [f"skipped: {s['name']}: {s['reason']}" for s in data["skipped"] if not s["invalid_output"]]
@@ -61,7 +59,7 @@ def summary(data: Data) -> list[str]:
     return text if data["complete"] else [*text, "interrupted: the report has what was measured until then"]
 
 
-def _headline(data: Data) -> list[str]:
+def _headline(data: Mapping[str, Any]) -> list[str]:
     """What matters most, of the first case."""
     plain = [r for r in data["results"] if r["case"] == 0 and r["counts"] and r["candidate"]["plain"]]
     if not plain:
@@ -76,9 +74,9 @@ def _headline(data: Data) -> list[str]:
     return text
 
 
-def _plots(data: Data, folder: Path) -> dict[str, str]:
+def _plots(data: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """Write the plots of the first case; their titles by their files' names."""
-    latencies, graphs, memory, works = [], [], [], {}
+    latencies, graphs, works = [], [], {}
     for result in (result for result in data["results"] if result["case"] == 0):
         name, candidate, latency, work = (result[key] for key in ("name", "candidate", "latency", "work"))
         colour = plots.COLOURS[candidate["variant"] if candidate["exact"] else "optional"]
@@ -86,8 +84,6 @@ def _plots(data: Data, folder: Path) -> dict[str, str]:
             shown = name if result["counts"] else f"{name} (fails parity)"
             ends, text = (latency["p10"], latency["p90"]), seconds(latency["median"])
             latencies.append(plots.Bar(shown, {colour: latency["median"]}, text, ends, result["roofline_seconds"]))
-        if result["memory"] and (host := result["memory"]["host"]):
-            memory.append(plots.Bar(name, {colour: host / 1e6}, amount(host)))
         parts = {plots.GRAPH_COLOURS[graph]: of["seconds"] for graph, of in result["graphs"].items()}
         graphs.append(plots.Bar(name, parts, seconds(sum(parts.values()))))
         if work:
@@ -105,13 +101,7 @@ def _plots(data: Data, folder: Path) -> dict[str, str]:
         "latency": ("Latency beside the roofline", latencies, "seconds; line: p10 to p90, diamond: roofline", None),
         "speedups": ("What each change is worth", speedups, "times as fast; line: 95 % interval", None),
         "graphs": ("Time per graph", graphs, "seconds of one traced run", colours),
-        "memory": ("Peak memory of the host", memory, "MB", None),
-        "work": (
-            "Floating-point operations by graph",
-            list(works.values()) if len(works) > 1 else [],
-            "GFLOP",
-            colours,
-        ),
+        "work": ("Floating-point operations by graph", compared, "GFLOP", colours),
     }
     for name, (_, items, unit, legend) in files.items():
         if items:

@@ -6,7 +6,7 @@ runtime-settings.json and runtime-settings.md.
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.case import Candidate, Case, RuntimeSettings, WorkerConfig
-from benchmarks.measure import InterleavedRuns, Latency, OnIteration, Speedup, speedup
+from benchmarks.measure import InterleavedRuns, Latency, OnIteration, speedup
 from benchmarks.worker import CandidateError, RunOutput, Worker
 from export.environment import environment
 from export.formatting import amount, interval, json_text
@@ -46,22 +46,16 @@ SETTINGS: dict[str, RuntimeSettings] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class MeasureOptions:
-    """How to measure a bundle in fp32."""
-
-    bundle: Path
-    num_inference_steps: int = 60
-    iterations: int = 10
-    warmup: int = 3
-
-
 def measure_settings(
-    options: MeasureOptions,
+    bundle: Path,
     settings: Mapping[str, RuntimeSettings],
-    on_iteration: OnIteration = lambda name, done, total: None,
+    on_iteration: OnIteration,
+    *,
+    num_inference_steps: int,
+    iterations: int,
+    warmup: int,
 ) -> tuple[list[dict[str, Any]], bool]:
-    """A result for each setting, DEFAULTS first among them, and whether all iterations were made.
+    """For a bundle in fp32 a result for each setting, DEFAULTS first among them, and whether all iterations were made.
 
     A result counts (`ok`) where its image is the defaults' within the tolerance; psnr, in dB, is None for the same.
 
@@ -71,30 +65,28 @@ def measure_settings(
 
     outputs: dict[str, RunOutput] = {}
     timed: dict[str, Callable[[], float]] = {}
-    side, complete = read_config(options.bundle).size, True
-    case = Case(1, 1, options.num_inference_steps, (side, side), 5.0, 1.0)
+    side, complete = read_config(bundle).size, True
+    case = Case(1, 1, num_inference_steps, (side, side), 5.0, 1.0)
     with ExitStack() as stack:
         for name, setting in settings.items():
-            candidate = Candidate(WorkerConfig(options.bundle, "onnxruntime", "cpu", "auto", runtime=setting))
+            candidate = Candidate(WorkerConfig(bundle, "onnxruntime", "cpu", "auto", runtime=setting))
             worker = Worker(candidate.worker)
             stack.callback(worker.kill)
             outputs[name], timed[name] = worker.run(candidate, case), partial(worker.seconds, candidate, case)
         runs = InterleavedRuns(timed, ())
         try:
-            runs.run(options.iterations, options.warmup, on_iteration)
+            runs.run(iterations, warmup, on_iteration)
         except KeyboardInterrupt:
             complete = False
             if min(map(len, runs.seconds.values())) < 2:
                 raise
     results, expected = [], outputs[DEFAULTS].images[0]
     for name, setting in settings.items():
-        image, gain = outputs[name].images[0], None
-        if name != DEFAULTS:
-            gain = asdict(speedup(runs.seconds[DEFAULTS], runs.seconds[name]))
-            gain["verdict"] = Speedup(**gain).verdict
+        image, gain = outputs[name].images[0], speedup(runs.seconds[DEFAULTS], runs.seconds[name])
         decibels = psnr(image, expected)
         result = {"name": name, "settings": asdict(setting), "latency": asdict(Latency.of(runs.seconds[name]))}
-        result |= {"speedup": gain, "peak_bytes": outputs[name].memory.host}
+        result |= {"speedup": None if name == DEFAULTS else {**asdict(gain), "verdict": gain.verdict}}
+        result |= {"peak_bytes": outputs[name].memory.host}
         result |= {"psnr": None if np.array_equal(image, expected) else decibels}
         results.append({**result, "ok": decibels >= MIN_PSNR["fp32"]})
     return results, complete
@@ -123,9 +115,8 @@ def main(model: Path, only: tuple[str, ...], out: Path, **counts: int) -> None:
         except OSError as error:
             raise InputError(f"{out} cannot be written ({error}): give a folder of your own") from error
         with Console(stderr=True).status("") as status:
-            options = MeasureOptions(bundle=model, **counts)
             show = lambda name, done, total: status.update(f"{done} of {total}: {name}")  # noqa: E731
-            results, complete = measure_settings(options, settings, show)
+            results, complete = measure_settings(model, settings, show, **counts)
     except (InputError, CandidateError) as error:
         raise click.UsageError(str(error)) from error
     words = [f"--{name.replace('_', '-')} {value}" for name, value in counts.items()]

@@ -1,7 +1,6 @@
-"""The work of an image, counted exactly: `python -m benchmarks.work [--model xl] [--task edit] [--references 1]`.
+"""The work of an image, counted: each graph's floating-point operations and least bytes, in three variants.
 
-Per graph, the floating-point operations and the least bytes of three variants (see `benchmarks.schedule`; what counts:
-`benchmarks.meter`). With --write, the counts that the tests compare with are written anew.
+`benchmarks.schedule` has the variants. With --write, the counts that the tests compare with are written anew.
 """
 
 import json

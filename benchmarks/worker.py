@@ -80,7 +80,6 @@ class Worker:
     """The parent's end. Every method raises CandidateError when the process does, or is no more."""
 
     def __init__(self, config: WorkerConfig) -> None:
-        """Start the process and open the engine."""
         self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepare_process)
         try:
             self.pid, self.opened = self._call(_open, config)
@@ -116,8 +115,7 @@ def prepare_process() -> None:
 
 
 def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
+    if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)
 

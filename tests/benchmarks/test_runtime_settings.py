@@ -1,7 +1,6 @@
 """`python -m benchmarks.runtime_settings`: that a setting's options are those of its sessions, and what is written."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from benchmarks.runtime_settings import (
     FILES,
     OURS,
     SETTINGS,
-    MeasureOptions,
     main,
     markdown,
     measure_settings,
@@ -87,16 +85,16 @@ def test_the_files_of_a_measurement(tmp_path: Path) -> None:
 
 def test_ctrl_c_keeps_whole_rounds_and_another_picture_does_not_count(tmp_path: Path) -> None:
     settings = {DEFAULTS: RuntimeSettings(threads=1), "another": RuntimeSettings(threads=2)}
-    options = MeasureOptions(bundle=DEFAULT_MODEL, num_inference_steps=2, iterations=5, warmup=1)
 
     def interrupt(name: str, done: int, total: int) -> None:
         if done == 2 * len(settings) + 3:  # the second setting of the third round, after one to warm up
             raise KeyboardInterrupt
 
-    def measure(after: int) -> None:
-        measure_settings(replace(options, warmup=after), settings, interrupt)
+    def measure(after: int) -> tuple[list[dict[str, Any]], bool]:
+        counts = {"num_inference_steps": 2, "iterations": 5, "warmup": after}
+        return measure_settings(DEFAULT_MODEL, settings, interrupt, **counts)
 
-    rows, complete = measure_settings(options, settings, interrupt)
+    rows, complete = measure(1)
     assert not complete
     assert [len(row["latency"]["iterations"]) for row in rows] == [3, 2]
     assert rows[1]["speedup"]["pairs"] == 2
