@@ -1,14 +1,12 @@
 """The baselines: the same images, made by a slower schedule from the same modules.
 
-**As published** is what the authors' code does: the encoder runs again at every step, on four images a prompt whether
-there are as many or not, and on 256 tokens; so do the projections of the text for cross-attention; and every guidance
-branch is computed, also where its weight is zero. Cross-attention sees the real tokens alone, there as here. The VAE
-runs once. **Encode once** is ours but for the branches, of which none is left out.
+**As published** is what the authors' code does: the encoder runs again at every step, on four images and 256 tokens a
+prompt, and every guidance branch is computed, also where its weight is zero. The VAE runs once on the source and once
+on the references, also where they are the same. **Encode once** is ours, but no branch is left out.
 
 B samples, N images, R rows = B x guidance branches, L tokens, Q image tokens an image.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -18,6 +16,7 @@ from PIL.Image import Image
 
 from engines.interface import Array, Engine, to_numpy
 from engines.wrapper import EngineWrapper
+from mige_rt.conditioning import ConditionEncoder
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
 from mige_rt.graphs import GraphName
@@ -26,6 +25,7 @@ from mige_rt.instruction import Task
 from mige_rt.pipeline import MigePipeline
 from mige_rt.requests import ResolvedRequest
 from mige_rt.sampling_params import SamplingParams
+from mige_rt.sampling_plan import SamplingPlan
 
 IMAGE_SLOTS = 4  # images a prompt that the published code encodes, always
 
@@ -35,42 +35,35 @@ def all_branches(task: Task) -> list[Branch]:
     return branches(3.0, None if task == "subject" else 2.0)
 
 
-class CountingEngine(EngineWrapper):
-    """An engine, and how often each of its graphs was run."""
-
-    def __init__(self, engine: Engine) -> None:
-        super().__init__(engine)
-        self.calls: Counter[str] = Counter()
-
-    def run(self, graph: GraphName, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        self.calls[graph] += 1
-        return self.engine.run(graph, inputs)
-
-
 class AsPublished:
     """A pipeline's model run by the published schedule, or by ours with all branches (`encode_once`).
 
-    The same code, with the schedule between it and its engine. calls: how often the last `generate` ran each graph.
+    The same code, with the schedule between it and its engine.
     """
 
     def __init__(self, pipe: MigePipeline, encode_once: bool = False) -> None:
         self.pipe, self.encode_once = pipe, encode_once
-        self.calls: Counter[str] = Counter()
 
     def generate(self, requests: Sequence[ResolvedRequest], params: SamplingParams) -> list[Image]:
         """The pipeline's images but for rounding. Raises InputError as it does, and when there are too many images."""
-        task = requests[0].task
-        complete = params.with_defaults(self.pipe.config, task)
-        assert complete.guidance_scale is not None
+        task, config, tokenize = requests[0].task, self.pipe.config, self.pipe.condition_encoder.tokenize
+        complete = params.with_defaults(config, task)
         needed = branches(complete.guidance_scale, None if task == "subject" else complete.image_guidance_scale)
-        engine = CountingEngine(self.pipe.engine)
-        self.calls = engine.calls
         schedule = _EncodeOnce if self.encode_once else _Published
-        scheduled = schedule(engine, self.pipe.config, len(requests), needed, all_branches(task))
-        # A pipeline of its own, so that nothing is remembered from one image to the next.
-        return MigePipeline(self.pipe.config, self.pipe.condition_encoder.tokenize, scheduled).generate(
-            requests, params
-        )
+        engine = schedule(self.pipe.engine, config, len(requests), needed, all_branches(task))
+        pipe = MigePipeline(config, tokenize, engine)  # of its own, so that nothing is remembered between images
+        if not self.encode_once:
+            pipe.condition_encoder = _EncodeSeparately(config, tokenize, pipe.runner)
+        return pipe.generate(requests, params)
+
+
+class _EncodeSeparately(ConditionEncoder):
+    """Encodes a source again where it is a reference, too."""
+
+    def encode_sources(self, requests: Sequence[ResolvedRequest], plan: SamplingPlan) -> Array:
+        latents = super().encode_sources(requests, plan)
+        self.clear_cache()
+        return latents
 
 
 class _EncodeOnce(EngineWrapper):
@@ -134,9 +127,7 @@ class _Published(_EncodeOnce):
             return {"image_tokens": self._zeros(inputs["pixels_vit"].shape[0], self.config.qformer.queries, text.width)}
         if graph == "text_encoder":
             if (prompts := inputs["token_ids"].shape[0]) != self.samples:
-                raise InputError(
-                    f"the batch of {self.samples} has {prompts} different prompts: give prompts that differ"
-                )
+                raise InputError(f"the batch of {self.samples} has {prompts} different prompts: all must differ")
             self._text_inputs = self._pad(inputs)
             return {"text_states": self._zeros(*inputs["token_ids"].shape, text.width)}
         if graph == "conditioner":
@@ -176,9 +167,7 @@ class _Published(_EncodeOnce):
         starts = (slot_index >= 0) & (token == 0)
         slot = np.cumsum(starts, axis=1) - 1
         if (most := int(slot.max()) + 1) > IMAGE_SLOTS:
-            raise InputError(
-                f"a prompt has {most} images, and the published code takes at most {IMAGE_SLOTS}: give fewer"
-            )
+            raise InputError(f"a prompt has {most} images, and the published code takes at most {IMAGE_SLOTS}")
         slot += IMAGE_SLOTS * np.arange(self.samples)[:, None]
         order = np.full(IMAGE_SLOTS * self.samples, -1, np.int64)
         order[slot[starts]] = image[starts]

@@ -1,9 +1,7 @@
 """`mige-rt bench`: every candidate in every case, beside its baselines and its parity, in one run."""
 
-import tempfile
-from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
@@ -12,32 +10,28 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench_results import BenchResults, CandidateResult, Fidelity
-from benchmarks.case import SHORT_STEPS, Candidate, Case, WorkerConfig, main_candidates, optional_candidates
-from benchmarks.machine import environment, measure_peaks
+from benchmarks.case import AnyPrecision, Candidate, Case, WorkerConfig, main_candidates, optional_candidates
 from benchmarks.measure import InterleavedRuns, Latency
-from benchmarks.parity import ImageErrors, tolerance
+from benchmarks.parity import OnProgress, same_sizes
+from benchmarks.peaks import measure_peaks
 from benchmarks.schedule import WorkOptions
 from benchmarks.work import Work, count, roofline_seconds
-from benchmarks.worker import CandidateError, RunOutput, Worker, cold_start
-from engines.factory import ENGINES, has_nvidia_driver
-from export.exporter import ExportLimits, ExportOptions, export_bundle
+from benchmarks.worker import CandidateError, InvalidOutputError, RunOutput, Worker, cold_start
+from engines.factory import ENGINES
+from export.environment import environment
 from mige_rt.bundle import DEFAULT_MODEL, is_bundle, read_config, read_manifest
 from mige_rt.config import ModelConfig, Precision
 from mige_rt.errors import InputError
-
-SHORT_ITERATIONS = 3
-
-OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
     """What to measure; of sizes, references, batches and numbers of steps, all combinations."""
 
-    models: tuple[Path, ...] = (DEFAULT_MODEL,)  # of one model; missing precisions are exported from the first
+    models: tuple[Path, ...] = (DEFAULT_MODEL,)  # bundles of one model, or its folder
     engines: tuple[str, ...] = ENGINES
     device: str = "auto"
-    precisions: tuple[Precision, ...] = ()  # none: each bundle's own
+    precisions: tuple[Precision, ...] = ()  # none: the models' own
     sizes: tuple[tuple[int, int], ...] = ()  # (width, height) in pixels; none: the trained one
     references: tuple[int, ...] = (1,)
     batches: tuple[int, ...] = (1,)
@@ -48,7 +42,7 @@ class BenchOptions:
     warmup: int = 3
     cold_starts: int = 3  # of the command, for each plain candidate
     compile: bool = True  # torch.compile is a candidate
-    peak_side: int | None = None  # see `machine.measure_peaks`
+    peak_side: int | None = None  # see `peaks.measure_peaks`
     command: str = "mige-rt bench"
 
     def cases(self, config: ModelConfig) -> list[Case]:
@@ -67,52 +61,18 @@ def bench(options: BenchOptions, on_progress: OnProgress = lambda what, done, to
     Raises:
         InputError: A model cannot be read, models have different sizes, or there is no reference to compare with.
     """
-    config = _one_config(options.models)
+    config = read_config(options.models[0])
+    for path in options.models[1:]:
+        if not same_sizes(config, read_config(path)):
+            raise InputError(f"{options.models[0]} and {path} are models of different sizes; bench them one by one")
     names = ["tiny" if path == DEFAULT_MODEL else str(path) for path in options.models]
     model = {"name": config.name, "size": config.size, "models": names}
     today = date.today().isoformat()
     results = BenchResults(options.command, today, model, environment(), options.iterations, options.warmup)
-    try:
-        with _models(options, config, results, on_progress) as models, ExitStack() as stack:
-            _Bench(options, config, results, on_progress, stack).run(models)
-            results.complete = True
-    except KeyboardInterrupt:
-        pass
+    with suppress(KeyboardInterrupt), ExitStack() as stack:
+        _Bench(options, config, results, on_progress, stack).run()
+        results.complete = True
     return results
-
-
-def _one_config(models: tuple[Path, ...]) -> ModelConfig:
-    configs = [read_config(path) for path in models]
-    for path, config in zip(models, configs, strict=True):
-        if replace(config, name=configs[0].name, defaults=configs[0].defaults) != configs[0]:
-            raise InputError(f"{models[0]} and {path} are models of different sizes; bench them one after the other")
-    return configs[0]
-
-
-@contextmanager
-def _models(
-    options: BenchOptions, config: ModelConfig, results: BenchResults, on_progress: OnProgress
-) -> Iterator[dict[str, Path]]:
-    """The model for each precision, see `case.main_candidates`; missing ones are exported for the time being."""
-    models = {"auto": options.models[0]}
-    for path in options.models:
-        if is_bundle(path):
-            models.setdefault(read_manifest(path).precision, path)
-    missing = [p for p in options.precisions if p not in models] if set(options.engines) - {"pytorch"} else []
-    sides = [side for size in options.sizes for side in size] or [config.size]
-    limits = ExportLimits(max(options.batches), max(options.references), (min(sides), max(sides)))
-    unchecked = ExportOptions(validate=False)
-    with tempfile.TemporaryDirectory(prefix="mige-rt-bench-") as scratch:
-        for precision in missing:
-            if precision == "bf16" and not has_nvidia_driver():
-                continue  # only PyTorch computes in it here, which needs no bundle
-            on_progress(f"exporting {precision} for the time being", 0, 0)
-            try:
-                export_bundle(str(options.models[0]), Path(scratch) / precision, precision, limits, options=unchecked)
-                models[precision] = Path(scratch) / precision
-            except (InputError, RuntimeError) as error:
-                results.skip(f"a bundle in {precision}", str(error))
-        yield models
 
 
 @dataclass
@@ -124,17 +84,14 @@ class _Bench:
     results: BenchResults
     on_progress: OnProgress
     stack: ExitStack  # that ends the workers
-    workers: dict[WorkerConfig, Worker | None] = field(default_factory=dict)  # None: it cannot be opened
+    workers: dict[WorkerConfig, Worker] = field(default_factory=dict)
 
-    def run(self, models: dict[str, Path]) -> None:
+    def run(self) -> None:
         options, results = self.options, self.results
-        precisions: list[Any] = list(options.precisions) or [p for p in models if p != "auto"] or ["auto"]
-        if len(options.models) == 1 and not options.precisions:
-            precisions = ["auto"]
-        wanted = main_candidates(models, options.engines, options.device, precisions, options.compile)
+        wanted = main_candidates(options.models[0], self._bundles(), options.engines, options.device, options.compile)
         candidates = [candidate for candidate in wanted if self._open(candidate)]
         plain = [candidate.worker for candidate in candidates if candidate.plain]
-        reference = self._reference(WorkerConfig(models["auto"], "pytorch", options.device, "fp32"), plain)
+        reference = self._reference(WorkerConfig(options.models[0], "pytorch", options.device, "fp32"), plain)
         if reference is None or not plain:
             missing = "nothing to measure" if reference else "no reference to compare with"
             reasons = "; ".join(f"{skipped['name']}: {skipped['reason']}" for skipped in results.skipped)
@@ -143,13 +100,27 @@ class _Bench:
         candidates += [candidate for candidate in optional_candidates(fastest) if self._open(candidate)]
         self.on_progress("the machine's peaks", 0, 0)
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            device = self._worker(reference).opened.device
+            device = self.workers[reference].opened.device
             results.peaks = pool.submit(measure_peaks, device, options.peak_side).result()
         for case in options.cases(self.config):
             try:
                 self._measure(case, candidates, Candidate(reference))
             except CandidateError as error:
                 results.skip(str(case), f"the reference cannot make it: {error}")
+
+    def _bundles(self) -> dict[AnyPrecision, Path | None]:
+        """The bundle of each precision to measure; None where there is none, which PyTorch does not need."""
+        models, precisions = self.options.models, self.options.precisions
+        bundles: dict[AnyPrecision, Path | None] = {}
+        for path in filter(is_bundle, models):
+            bundles.setdefault(read_manifest(path).precision, path)
+        if not precisions:
+            return bundles if bundles and models[1:] else {"auto": models[0]}
+        for precision in precisions if set(self.options.engines) - {"pytorch"} else ():
+            if precision not in bundles:
+                make = f"make one with mige-rt export --precision {precision}, and give it by another --model"
+                self.results.skip(f"a bundle in {precision}", f"none of the models is one: {make}")
+        return {precision: bundles.get(precision) for precision in precisions}
 
     def _open(self, candidate: Candidate, name: str = "") -> bool:
         """Whether the candidate's worker is there; the results say once why it is not."""
@@ -160,64 +131,54 @@ class _Bench:
                 worker = self.workers[config] = Worker(config)
                 self.stack.callback(worker.kill)
             except CandidateError as error:
-                self.workers[config] = None
                 self.results.skip(name, str(error))
-        return self.workers[config] is not None
-
-    def _worker(self, config: WorkerConfig) -> Worker:
-        worker = self.workers[config]
-        assert worker is not None
-        return worker
+        return config in self.workers
 
     def _reference(self, config: WorkerConfig, plain: list[WorkerConfig]) -> WorkerConfig | None:
         """PyTorch in float32 by our variant: a candidate that turned out to be it, or a process of its own."""
         for worker in plain:
-            if worker.engine == "pytorch" and self._worker(worker).opened.precision == "fp32":
+            if worker.engine == "pytorch" and self.workers[worker].opened.precision == "fp32":
                 return worker
         return config if self._open(Candidate(config), "the reference, PyTorch fp32") else None
 
     def _measure(self, case: Case, candidates: list[Candidate], reference: Candidate) -> None:
         """Adds the case's results, as far as it gets. Raises CandidateError when the reference cannot make it."""
         self.on_progress(f"{case}: the reference", 0, 0)
-        truth = self._worker(reference.worker).run(reference, case)
+        truth = self.workers[reference.worker].run(reference, case)
         self.results.cases.append(case)
         self.results.references.append(truth)
         plain: dict[WorkerConfig, RunOutput] = {}
         results: dict[str, CandidateResult] = {}
-        short, short_case = None, replace(case, num_inference_steps=SHORT_STEPS)
         for candidate in candidates:
-            worker = self._worker(candidate.worker)
+            worker = self.workers[candidate.worker]
             name = candidate.title(worker.opened.precision)
             self.on_progress(f"{case}: {name}", 0, 0)
             try:
                 run = worker.run(candidate, case)
-                if short_case != case:  # the first of these does not count
-                    short = Latency.of([worker.seconds(candidate, short_case) for _ in range(1 + SHORT_ITERATIONS)][1:])
             except CandidateError as error:
-                self.results.skip(f"{name}, {case}", str(error), error.invalid_output)
+                self.results.skip(f"{name}, {case}", str(error), isinstance(error, InvalidOutputError))
                 continue
             if candidate.plain:
                 plain[candidate.worker] = run
             compared = truth if candidate.exact else plain.get(candidate.worker, truth)
-            fidelity = _fidelity(compared, run, candidate.exact)
+            fidelity = Fidelity.of(run, compared, candidate.exact)
             work, roofline = self._work(case, candidate, run)
-            results[name] = CandidateResult(case, candidate, worker.opened, run, fidelity, work, roofline, short)
+            results[name] = CandidateResult(case, candidate, worker.opened, run, fidelity, work, roofline)
         self._time(case, results)
 
     def _work(self, case: Case, candidate: Candidate, run: RunOutput) -> tuple[Work | None, dict[str, float] | None]:
-        """The work, unless it depends on the image or on what was made before; and its roofline."""
+        """The work, unless it depends on the image; and its roofline."""
         precision, peaks = run.precision, self.results.peaks
-        if candidate.prompt_cached or not candidate.exact:
+        if not candidate.exact:
             return None, None
         options: Any = {"task": case.task, "tokens": run.tokens, "precision": precision, **vars(case)}
         work = count(self.config, candidate.worker.variant, WorkOptions(**options))
-        if peaks is None or precision not in peaks.flops:
-            return work, None
-        return work, roofline_seconds(work, peaks.flops[precision], peaks.bytes)
+        rate = peaks and peaks.flops.get(precision)
+        return work, roofline_seconds(work, rate, peaks.bytes) if peaks and rate else None
 
     def _time(self, case: Case, results: dict[str, CandidateResult]) -> None:
         """Times the candidates in turn; they are added with what was measured, also when it is interrupted."""
-        workers = {name: self._worker(result.candidate.worker) for name, result in results.items()}
+        workers = {name: self.workers[result.candidate.worker] for name, result in results.items()}
         timed = {name: partial(workers[name].seconds, result.candidate, case) for name, result in results.items()}
         options, runs, starts = self.options, InterleavedRuns(timed, (CandidateError,)), dict[str, Latency]()
         plain = [result for result in results.values() if result.candidate.plain]
@@ -235,11 +196,3 @@ class _Bench:
                 self.results.results.append(replace(result, latency=latency, cold_start=starts.get(name)))
             for name, reason in runs.failed.items():
                 self.results.skip(f"{name}, {case}", reason)
-
-
-def _fidelity(reference: RunOutput, run: RunOutput, judged: bool) -> Fidelity:
-    images = list(zip(run.images, reference.images, strict=True))
-    errors = ImageErrors.of((run.latents, reference.latents), images)
-    limits = tolerance(run.precision, reference.precision)
-    ok = all(metric.ok for metric in errors.metrics(limits))
-    return Fidelity(reference.name, errors, limits, ok if judged else None)

@@ -1,20 +1,20 @@
 """What `mige-rt bench` measured, as data: one result a candidate and case, speedups, what was skipped; and as JSON."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from benchmarks.case import SHORT_STEPS, Candidate, Case, Variant
-from benchmarks.machine import Peaks
+from benchmarks.case import Candidate, Case, Variant
 from benchmarks.measure import Latency, Speedup, speedup
-from benchmarks.parity import ImageErrors, Tolerance
+from benchmarks.parity import ImageErrors, Tolerance, tolerance
+from benchmarks.peaks import Peaks
 from benchmarks.work import Work
 from benchmarks.worker import Memory, OpenedEngine, RunOutput
 from mige_rt.bundle import DEFAULT_MODEL
 
 SCHEMA = 2
 ABOUT = ["command", "date", "complete", "model", "environment", "iterations", "warmup", "skipped", "failed"]
-NESTED = ("opened", "fidelity", "latency", "short", "cold_start", "memory")
+NESTED = ("opened", "fidelity", "latency", "cold_start", "memory")
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,18 @@ class Fidelity:
     tolerance: Tolerance
     ok: bool | None  # within the tolerance; None where the candidate is meant to differ
 
-    @property
-    def shortfall(self) -> str:
-        """What is beyond the tolerance, in words."""
-        return "; ".join(f"{m.name} {m.text}, {m.limit}" for m in self.errors.metrics(self.tolerance) if not m.ok)
+    @staticmethod
+    def of(run: RunOutput, reference: RunOutput, judged: bool) -> "Fidelity":
+        images = list(zip(run.images, reference.images, strict=True))
+        errors = ImageErrors.of((run.latents, reference.latents), images)
+        limits = tolerance(run.precision, reference.precision)
+        ok = all(metric.ok for metric in errors.metrics(limits))
+        return Fidelity(reference.name, errors, limits, ok if judged else None)
 
 
 @dataclass(frozen=True)
 class CandidateResult:
-    """One candidate in one case. roofline: the least seconds of each graph; short: a run of SHORT_STEPS."""
+    """One candidate in one case."""
 
     case: Case
     candidate: Candidate
@@ -42,8 +45,7 @@ class CandidateResult:
     run: RunOutput
     fidelity: Fidelity
     work: Work | None
-    roofline: dict[str, float] | None
-    short: Latency | None = None
+    roofline: dict[str, float] | None  # the least seconds of each graph
     latency: Latency | None = None
     cold_start: Latency | None = None
 
@@ -65,45 +67,24 @@ class CandidateResult:
     def roofline_seconds(self) -> float | None:
         return None if self.roofline is None else sum(self.roofline.values())
 
-    def _derived(self) -> dict[str, float | None]:
-        """Seconds of a step are the difference to a short run, over the steps that it had less; None in the noise."""
-        latency, short, roofline = self.latency, self.short, self.roofline_seconds
-        stepped = latency is not None and short is not None and latency.median > short.median
-        steps = self.case.num_inference_steps - SHORT_STEPS
-        return {
-            "seconds_per_step": (latency.median - short.median) / steps if stepped and latency and short else None,
-            "images_per_minute": latency and 60 * self.case.batch / latency.median,
-            "roofline_seconds": roofline,
-            "times_roofline": latency.median / roofline if latency and roofline else None,
-        }
-
     def to_json(self) -> dict[str, Any]:
         options = asdict(self.candidate)
         worker = options.pop("worker")
         del worker["model"], worker["runtime"]  # `opened` has the model by the name that it has on every machine
         kind = {"exact": self.candidate.exact, "plain": self.candidate.plain}
+        median, roofline = self.latency and self.latency.median, self.roofline_seconds
         return {
             "name": self.name,
             "candidate": {**worker, **options, **kind},
             "counts": self.counts,
-            **self._derived(),
+            "images_per_minute": median and 60 * self.case.batch / median,
+            "roofline_seconds": roofline,
+            "times_roofline": median / roofline if median and roofline else None,
             **{name: value and asdict(value) for name in NESTED for value in [getattr(self, name)]},
             "graphs": {graph: {"calls": calls, "seconds": took} for graph, (calls, took) in self.run.graphs.items()},
             "work": self.work and self.work.to_json(),
             "roofline": self.roofline,
         }
-
-
-@dataclass(frozen=True)
-class Change:
-    """What one change is worth: `candidate` is `speedup` times as fast as `baseline`."""
-
-    case: Case
-    change: str
-    baseline: str
-    candidate: str
-    speedup: Speedup
-    approximate: bool  # it changes the image a little
 
 
 @dataclass
@@ -131,25 +112,27 @@ class BenchResults:
     @property
     def failed(self) -> list[str]:
         """What made images that are not right, or none, in words."""
-        failing = (result for result in self.results if result.fidelity.ok is False)
-        return [
-            *(f"{result.name}, {result.case}: {result.fidelity.shortfall}" for result in failing),
-            *(f"{skipped['name']}: {skipped['reason']}" for skipped in self.skipped if skipped["invalid_output"]),
-        ]
+        failed = []
+        for result in (result for result in self.results if result.fidelity.ok is False):
+            metrics = result.fidelity.errors.metrics(result.fidelity.tolerance)
+            beyond = "; ".join(f"{metric.name} {metric.text}, {metric.limit}" for metric in metrics if not metric.ok)
+            failed.append(f"{result.name}, {result.case}: {beyond}")
+        return failed + [f"{what['name']}: {what['reason']}" for what in self.skipped if what["invalid_output"]]
 
-    @property
-    def changes(self) -> list[Change]:
-        return [change for case in self.cases for change in _changes(case, [r for r in self.results if r.case == case])]
+    def speedups(self) -> list[dict[str, Any]]:
+        """What each change is worth: `candidate` is `speedup` times as fast as `baseline`."""
+        return [
+            {"case": number, "change": change, "baseline": before.name, "candidate": after.name}
+            | {"speedup": asdict(gain), "verdict": gain.verdict}
+            for number, case in enumerate(self.cases)
+            for change, before, after in _changes([result for result in self.results if result.case == case])
+            if (gain := _speedup(before, after))
+        ]
 
     def to_json(self) -> dict[str, Any]:
         number = {case: number for number, case in enumerate(self.cases)}
-        speedups = [
-            {**asdict(change), "case": number[change.case], "verdict": change.speedup.verdict}
-            for change in self.changes
-        ]
         return {
             "schema": SCHEMA,
-            "units": "seconds, bytes, floating-point operations",
             **{name: getattr(self, name) for name in ABOUT},
             "peaks": self.peaks and asdict(self.peaks),
             "cases": [
@@ -157,12 +140,18 @@ class BenchResults:
                 for case, reference in zip(self.cases, self.references, strict=True)
             ],
             "results": [{"case": number[result.case], **result.to_json()} for result in self.results],
-            "speedups": speedups,
+            "speedups": self.speedups(),
         }
 
 
-def _changes(case: Case, results: Sequence[CandidateResult]) -> Iterator[Change]:
-    """What each change is worth, from the published variant to ours, in all, and what is on offer besides."""
+def _speedup(before: CandidateResult, after: CandidateResult) -> Speedup | None:
+    """None where there are fewer than two pairs of iterations, since it was interrupted."""
+    iterations = [result.latency.iterations for result in (before, after) if result.latency]
+    return speedup(*iterations) if len(iterations) == 2 and min(map(len, iterations)) > 1 else None
+
+
+def _changes(results: Sequence[CandidateResult]) -> list[tuple[str, CandidateResult, CandidateResult]]:
+    """What is compared in one case: each change from the published variant to ours, all together, and the options."""
     counted = [result for result in results if result.counts]
     plain = [result for result in counted if result.candidate.plain]
     precisions = [result.opened.precision for result in plain if result.candidate.worker.engine == "pytorch"]
@@ -186,8 +175,4 @@ def _changes(case: Case, results: Sequence[CandidateResult]) -> Iterator[Change]
             same = (p for p in plain if p.candidate.worker == replace(worker, low_vram=False, compile=False))
             pairs.append((result.candidate.options, next(same, None), result))
     pairs += [("all together", pytorch(result, "published"), result) for result in plain]
-    for change, before, after in pairs:
-        if before is not None and before.latency is not None and after.latency is not None:
-            iterations = before.latency.iterations, after.latency.iterations
-            if min(map(len, iterations)) >= 2:  # fewer, where it was interrupted
-                yield Change(case, change, before.name, after.name, speedup(*iterations), not after.candidate.exact)
+    return [(change, before, after) for change, before, after in pairs if before is not None]

@@ -6,7 +6,7 @@ Worker processes import this module, so nothing here loads PyTorch, whose memory
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import onnxruntime
 from PIL import Image, ImageChops
@@ -30,17 +30,8 @@ ENGINE_TITLES |= {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
 SAMPLES = Path(export.__file__).parent / "samples"
 SCENES = tuple(f"picture-{number}.png" for number in (5, 7, 9, 6))
 SUBJECTS = tuple(f"picture-{number}.png" for number in (8, 10, 1, 2, 3, 4))
-SEED = 0
-SHORT_STEPS = 2  # the scheduler's least: the short runs that the seconds of a step are derived from
 
-# Approximations that change the image a little, see `mige_rt.denoise`.
-GUIDANCE_RANGE = (0.0, 0.5)
-REUSE = 0.1
-
-
-LEVELS = {
-    level: getattr(onnxruntime.GraphOptimizationLevel, f"ORT_ENABLE_{level.upper()}") for level in get_args(Level)
-}
+GUIDANCE_RANGE, REUSE = (0.0, 0.5), 0.1  # approximations that change the image a little, see `mige_rt.denoise`
 
 
 @dataclass(frozen=True)
@@ -52,7 +43,6 @@ class RuntimeSettings:
     pattern: bool = True  # memory is laid out in advance for a shape that was seen
     optimisation: Level = "all"
     spinning: bool = True  # threads wait for work in a loop
-    int8: bool = False  # the quantised model
     batch_parallel: bool = False  # parts of the batch side by side, with as many threads as the engine has for that
 
     def set_options(self, options: onnxruntime.SessionOptions) -> None:
@@ -60,7 +50,8 @@ class RuntimeSettings:
             options.intra_op_num_threads = self.threads
         options.enable_cpu_mem_arena = self.arena
         options.enable_mem_pattern = self.pattern
-        options.graph_optimization_level = LEVELS[self.optimisation]
+        level = f"ORT_ENABLE_{self.optimisation.upper()}"
+        options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(self.spinning)))
 
 
@@ -83,13 +74,12 @@ class Candidate:
     """One row of the report: a worker, and the options of each call."""
 
     worker: WorkerConfig
-    prompt_cached: bool = False  # the prompt was encoded before; else everything is encoded anew for each image
     guidance_range: tuple[float, float] | None = None
     reuse: float | None = None
 
     @property
     def exact(self) -> bool:
-        """Whether its images are to be those of the reference, within the precision's tolerance."""
+        """Whether its images are to be the reference's, within the precision's tolerance."""
         return self.guidance_range is None and self.reuse is None
 
     @property
@@ -100,9 +90,8 @@ class Candidate:
     @property
     def variant_alone(self) -> Variant | None:
         """The variant, where nothing else sets it apart from what a user gets; else None."""
-        variant = self.worker.variant
         alone = self == Candidate(replace(self.worker, compile=False, low_vram=False))
-        return variant if alone else None
+        return self.worker.variant if alone else None
 
     @property
     def options(self) -> str:
@@ -112,7 +101,6 @@ class Candidate:
             VARIANT_TITLES[self.worker.variant]: self.worker.variant != "ours",
             "torch.compile": self.worker.compile,
             "low VRAM": self.worker.low_vram,
-            "prompt cached": self.prompt_cached,
             f"guidance at {first:.0%} to {last:.0%} of the steps": self.guidance_range is not None,
             f"reuse below {self.reuse or 0:g}": self.reuse is not None,
         }
@@ -141,32 +129,28 @@ class Case:
         return "edit" if self.references == 1 else "compose"
 
     def params(self, candidate: Candidate) -> SamplingParams:
-        return SamplingParams(
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            image_guidance_scale=self.image_guidance_scale,
-            width=self.size[0],
-            height=self.size[1],
-            guidance_range=candidate.guidance_range,
-            reuse=candidate.reuse,
-        )
+        names = ("num_inference_steps", "guidance_scale", "image_guidance_scale")
+        options = {name: getattr(self, name) for name in names}
+        approximations = {"guidance_range": candidate.guidance_range, "reuse": candidate.reuse}
+        return SamplingParams(width=self.size[0], height=self.size[1], **options, **approximations)
 
     def __str__(self) -> str:
+        width, height = self.size
         references = f"{self.references} reference{'s' * (self.references > 1)}"
         batch = f", batch {self.batch}" if self.batch > 1 else ""
-        return f"{self.size[0]}x{self.size[1]}, {references}, {self.num_inference_steps} steps{batch}"
+        return f"{width}x{height}, {references}, {self.num_inference_steps} steps{batch}"
 
 
 def requests(case: Case) -> list[ResolvedRequest]:
     """One request for each image of the batch, with images of its own, so that none is spared its encoding."""
-    batch = []
+    batch, subjects = [], case.references - 1  # of each request
+    prompt = f"paint the background of {PLACEHOLDER} yellow"
+    if subjects:
+        prompt = f"put {', '.join([PLACEHOLDER] * subjects)} into {PLACEHOLDER}"
     for k in range(case.batch):
         source = _sample(SCENES, k)
-        subjects = [_sample(SUBJECTS, k * (case.references - 1) + i) for i in range(case.references - 1)]
-        prompt = f"paint the background of {PLACEHOLDER} yellow"
-        if subjects:
-            prompt = f"put {', '.join([PLACEHOLDER] * len(subjects))} into {PLACEHOLDER}"
-        batch.append(resolve(Request(prompt, (*subjects, source), source, SEED + k)))
+        images = [_sample(SUBJECTS, k * subjects + i) for i in range(subjects)]
+        batch.append(resolve(Request(prompt, (*images, source), source, k)))
     return batch
 
 
@@ -177,34 +161,27 @@ def _sample(names: Sequence[str], number: int) -> Image.Image:
 
 
 def main_candidates(
-    models: Mapping[str, Path], engines: Sequence[str], device: str, precisions: Sequence[AnyPrecision], compile: bool
+    model: Path, bundles: Mapping[AnyPrecision, Path | None], engines: Sequence[str], device: str, compile: bool
 ) -> list[Candidate]:
     """For each precision the baselines on PyTorch, then every engine, slowest first.
 
-    Args:
-        models: For each precision, and under "auto" the one that PyTorch takes.
-        engines: Which to measure.
-        device: As for `mige-rt run`.
-        precisions: Which to measure.
-        compile: PyTorch through torch.compile, too.
+    PyTorch runs `model`, the others the precision's bundle, if there is one. compile: PyTorch with torch.compile, too.
     """
     candidates: list[Candidate] = []
-    for precision in precisions:
+    for precision, bundle in bundles.items():
         for engine in reversed([engine for engine in ENGINES if engine in engines]):
-            model = models["auto"] if engine == "pytorch" else models.get(precision, models["auto"])
-            worker = WorkerConfig(model, engine, device, precision)
             if engine == "pytorch":
-                candidates += [Candidate(replace(worker, variant=variant)) for variant in BASELINES]
-            candidates.append(Candidate(worker))
-            if engine == "pytorch" and compile:
-                candidates.append(Candidate(replace(worker, compile=True)))
+                worker = WorkerConfig(model, engine, device, precision)
+                candidates += [Candidate(replace(worker, variant=variant)) for variant in (*BASELINES, "ours")]
+                candidates += [Candidate(replace(worker, compile=True))] if compile else []
+            elif bundle is not None:
+                candidates.append(Candidate(WorkerConfig(bundle, engine, device, precision)))
     return candidates
 
 
 def optional_candidates(fastest: WorkerConfig) -> list[Candidate]:
-    """What the fastest engine offers besides: a cached prompt, approximations, less memory."""
+    """What the fastest engine offers besides: approximations, less memory."""
     return [
-        Candidate(fastest, prompt_cached=True),
         Candidate(fastest, guidance_range=GUIDANCE_RANGE),
         Candidate(fastest, reuse=REUSE),
         Candidate(replace(fastest, low_vram=True)),

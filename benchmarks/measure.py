@@ -1,7 +1,4 @@
-"""Latencies that can be compared: candidates run in turn, medians with their spread, speedups with their interval.
-
-A shared or hot machine drifts over minutes. Candidates that take turns drift together, so pairs are compared.
-"""
+"""Latencies of candidates that take turns: a machine's drift over minutes is in both of each pair that is compared."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,23 +41,15 @@ class Speedup:
 
     @property
     def verdict(self) -> Literal["faster", "slower", "no difference shown"]:
-        """What is shown of the candidate; the interval decides, not the value."""
-        if self.low > 1:
-            return "faster"
-        return "slower" if self.high < 1 else "no difference shown"
-
-    def __str__(self) -> str:
-        text = f"{self.value:.2f} times as fast ({CONFIDENCE:.0%} interval {self.low:.2f} to {self.high:.2f})"
-        return text if self.verdict == "faster" else f"{text}: {self.verdict}"
+        """The interval decides, not the value."""
+        return "faster" if self.low > 1 else "slower" if self.high < 1 else "no difference shown"
 
 
 def speedup(baseline: Sequence[float], candidate: Sequence[float]) -> Speedup:
     """The median over all k of the baseline's k-th iteration over the candidate's k-th, and its interval.
 
-    In logarithms, so that swapping the two gives the inverse. Iterations without a partner are left out.
-
-    Raises:
-        ValueError: There are fewer than two pairs.
+    In logarithms, so that swapping the two gives the inverse. Iterations without a partner are left out. Raises
+    ValueError when there are fewer than two pairs.
     """
     from scipy.stats import bootstrap  # here, since workers import this module and are to stay small
 

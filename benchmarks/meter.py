@@ -1,7 +1,4 @@
-"""What one call of a graph costs: floating-point operations and least bytes.
-
-The modules run on the meta device under torch's flop counter, so that full size needs neither weights nor memory.
-"""
+"""What a call of a graph costs, counted on the meta device, without memory: floating-point operations, least bytes."""
 
 import math
 from collections.abc import Iterator, Mapping

@@ -1,8 +1,4 @@
-"""How far one engine's images are from another's, from the same noise: per graph, in the latents, in the images.
-
-Every graph is compared by itself, on what it is really given while the reference makes an image, so that an error
-shows where it is made and not only where it ends up.
-"""
+"""How far one engine's images are from another's, from the same noise; and each graph by itself, on equal inputs."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,16 +9,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
+from skimage.metrics import structural_similarity
 
 from engines.interface import Array, Engine, to_numpy
 from export import validate
-from mige_rt.errors import InputError, NotAvailableError
+from mige_rt.config import ModelConfig
+from mige_rt.errors import InputError
 from mige_rt.graphs import GRAPHS, GraphName, TensorSpec
 from mige_rt.pipeline import MigePipeline
 from mige_rt.requests import ResolvedRequest
 from mige_rt.sampling_params import SamplingParams
 from trainer.evaluate.metrics import psnr
 
+OnProgress = Callable[[str, int, int], None]
 Requests = Mapping[str, ResolvedRequest]
 Pair = tuple[NDArray[Any], NDArray[Any]]
 
@@ -43,12 +42,9 @@ class Tolerance:
 
 def tolerance(*precisions: str) -> Tolerance:
     """The widest of some precisions' tolerances: those that exports are validated by (`export.validate`), and SSIM."""
-    return Tolerance(
-        max(validate.TOLERANCES[precision] for precision in precisions),
-        max(validate.LATENT_TOLERANCES[precision] for precision in precisions),
-        min(validate.MIN_PSNR[precision] for precision in precisions),
-        min(SSIM[precision] for precision in precisions),
-    )
+    errors = (max(limits[p] for p in precisions) for limits in (validate.TOLERANCES, validate.LATENT_TOLERANCES))
+    similarities = (min(limits[p] for p in precisions) for limits in (validate.MIN_PSNR, SSIM))
+    return Tolerance(*errors, *similarities)
 
 
 @dataclass(frozen=True)
@@ -62,12 +58,8 @@ class Metric:
     at: str
     ok: bool
 
-    @property
-    def verdict(self) -> str:
-        return "" if not self.limit else "ok" if self.ok else "FAILED"
 
-
-def relative_error(name: str, value: float, at: str, limit: float) -> Metric:
+def _relative_error(name: str, value: float, at: str, limit: float) -> Metric:
     text = f"{value:.1e}" if isfinite(value) else "not finite"
     return Metric(name, value, text, f"at most {limit:.2g}", at, value <= limit)
 
@@ -84,44 +76,24 @@ class ImageErrors:
     @staticmethod
     def of(latents: Pair, images: Sequence[Pair]) -> "ImageErrors":
         """The worst over a batch of images uint8 [H,W,3]; each of a pair with what was expected in its place."""
-        ssim = load_ssim()
         differences = (np.abs(a.astype(np.int16) - b.astype(np.int16)).max() for a, b in images)
         rms, psnrs = validate.measure(*latents)[0], (psnr(a, b) for a, b in images)
-        return ImageErrors(rms, min(psnrs), min(ssim(a, b) for a, b in images), int(max(differences)))
+        return ImageErrors(rms, min(psnrs), min(_ssim(a, b) for a, b in images), int(max(differences)))
 
     @property
     def decibels(self) -> str:
         return f"{self.psnr:.1f} dB" if self.max_difference else "no difference"
 
     def metrics(self, limits: Tolerance, at: str = "") -> list[Metric]:
-        psnr_limit, ssim_limit = f"at least {limits.psnr:g}", f"at least {limits.ssim:g}"
-        return [
-            relative_error("final latents", self.latents, at, limits.latents),
-            Metric("PSNR", self.psnr, self.decibels, psnr_limit, at, self.psnr >= limits.psnr),
-            Metric("SSIM", self.ssim, f"{self.ssim:.4f}", ssim_limit, at, self.ssim >= limits.ssim),
-        ]
-
-
-@dataclass(frozen=True)
-class EngineId:
-    """What was compared: the model's name, and the engine that ran it."""
-
-    model: str
-    engine: str
-    device: str
-    precision: str
-
-    @staticmethod
-    def of(pipe: MigePipeline) -> "EngineId":
-        return EngineId(pipe.model_name, pipe.engine.name, pipe.engine.device, pipe.engine.precision)
-
-    def __str__(self) -> str:
-        return f"{self.engine} on {self.device} in {self.precision} ({self.model})"
+        latents = _relative_error("final latents", self.latents, at, limits.latents)
+        psnr = Metric("PSNR", self.psnr, self.decibels, f"at least {limits.psnr:g}", at, self.psnr >= limits.psnr)
+        ssim, limit = f"{self.ssim:.4f}", f"at least {limits.ssim:g}"
+        return [latents, psnr, Metric("SSIM", self.ssim, ssim, limit, at, self.ssim >= limits.ssim)]
 
 
 @dataclass(frozen=True)
 class GraphError:
-    """The error of one output of a graph over its calls for one image, relative to what the reference gave."""
+    """The relative error of one output of a graph over its calls for one image."""
 
     graph: str
     output: str
@@ -148,25 +120,40 @@ class ImageParity:
         return f"{self.name}, seed {self.seed}"
 
     def metrics(self, limits: Tolerance) -> list[Metric]:
-        graphs = [(f"{error.graph}: {error.output}", error.rms) for error in self.graphs]
-        of_graphs = [relative_error(name, rms, self.title, limits.graph) for name, rms in graphs]
-        largest = self.errors.max_difference
-        difference = Metric("largest pixel difference, of 255", largest, f"{largest}", "", self.title, True)
-        return [*of_graphs, *self.errors.metrics(limits, self.title), difference]
+        at, largest = self.title, self.errors.max_difference
+        of_graphs = [_relative_error(f"{g.graph}: {g.output}", g.rms, at, limits.graph) for g in self.graphs]
+        difference = Metric("largest pixel difference, of 255", largest, f"{largest}", "", at, True)
+        return [*of_graphs, *self.errors.metrics(limits, at), difference]
+
+    def to_json(self) -> dict[str, Any]:
+        """Without the images."""
+        about = {"name": self.name, "prompt": self.prompt, "task": self.task, "seed": self.seed}
+        return {**about, **asdict(self.errors), "graphs": [asdict(error) for error in self.graphs]}
+
+
+def same_sizes(config: ModelConfig, other: ModelConfig) -> bool:
+    """Whether models differ in name and defaults alone."""
+    return config == dataclasses.replace(other, name=config.name, defaults=config.defaults)
+
+
+def engine_id(pipe: MigePipeline) -> dict[str, str]:
+    """What is compared: the model's name, and the engine that runs it."""
+    engine = pipe.engine
+    return {"model": pipe.model_name, "engine": engine.name, "device": engine.device, "precision": engine.precision}
 
 
 @dataclass(frozen=True)
 class Parity:
     """A comparison. requested: how many images it was to have; fewer were made where it was interrupted."""
 
-    reference: EngineId
-    candidate: EngineId
+    reference: Mapping[str, str]  # see engine_id
+    candidate: Mapping[str, str]
     requested: int
     images: tuple[ImageParity, ...]
 
     @property
     def tolerance(self) -> Tolerance:
-        return tolerance(self.reference.precision, self.candidate.precision)
+        return tolerance(self.reference["precision"], self.candidate["precision"])
 
     @property
     def metrics(self) -> list[Metric]:
@@ -182,49 +169,70 @@ class Parity:
         """Whether every metric is within its tolerance, of the images that were made."""
         return all(metric.ok for metric in self.metrics)
 
+    @property
+    def complete(self) -> bool:
+        return len(self.images) == self.requested
+
+    @property
+    def verdict(self) -> str:
+        """In a sentence, with the metrics that are out of tolerance."""
+        failed = [metric.name for metric in self.metrics if not metric.ok]
+        engines = (self.candidate, self.reference)
+        candidate, reference = ("{engine} on {device} in {precision} ({model})".format(**one) for one in engines)
+        text = f"{candidate} is {'not ' if failed else ''}what {reference} computes"
+        text += f": out of tolerance are {', '.join(failed)}" if failed else ""
+        return text if self.complete else f"{text} (incomplete: it was interrupted)"
+
     def to_json(self) -> dict[str, Any]:
         """Without the images."""
-        images = [
-            {"name": i.name, "prompt": i.prompt, "task": i.task, "seed": i.seed, **asdict(i.errors)}
-            | {"graphs": [asdict(error) for error in i.graphs]}
-            for i in self.images
-        ]
-        engines = {"reference": asdict(self.reference), "candidate": asdict(self.candidate)}
-        judged = {"tolerance": asdict(self.tolerance), "ok": self.ok, "requested": self.requested}
-        return {**engines, **judged, "metrics": [asdict(metric) for metric in self.metrics], "images": images}
+        names = ("reference", "candidate", "requested", "complete", "ok", "verdict")
+        lists = {"metrics": [asdict(metric) for metric in self.metrics], "images": [i.to_json() for i in self.images]}
+        return {**{name: getattr(self, name) for name in names}, "tolerance": asdict(self.tolerance), **lists}
 
 
 def compare_pipelines(
-    reference: MigePipeline, candidate: MigePipeline, requests: Requests, seeds: int, *params: SamplingParams
+    reference: MigePipeline,
+    candidate: MigePipeline,
+    requests: Requests,
+    seeds: int,
+    *params: SamplingParams,
+    on_progress: OnProgress = lambda what, done, total: None,
 ) -> Parity:
-    """All of `compare_each`, as one comparison."""
-    images = tuple(compare_each(reference, candidate, requests, seeds, *params))
-    return Parity(EngineId.of(reference), EngineId.of(candidate), len(requests) * seeds, images)
-
-
-def compare_each(
-    reference: MigePipeline, candidate: MigePipeline, requests: Requests, seeds: int, *params: SamplingParams
-) -> Iterator[ImageParity]:
-    """Make each request's images by both engines, from the same noise.
+    """Make each request's images by both engines, from the same noise. Ctrl-C keeps images that were compared, if any.
 
     Args:
-        reference: What is compared with; what the parameters leave open is filled in by its defaults.
+        reference: What is compared with, whose defaults fill in what the parameters leave open.
         candidate: What is compared.
         requests: By name.
         seeds: How many images of each: of its own seed and those after it.
         *params: Of both; or of the reference, then of the candidate.
+        on_progress: Is told how many images are done.
 
     Raises:
-        InputError: The models' sizes differ, scikit-image is missing, or either cannot make an image.
+        InputError: The models' sizes differ, or either cannot make an image.
     """
-    load_ssim()
-    sizes = [dataclasses.replace(p.config, name="", defaults=candidate.config.defaults) for p in (reference, candidate)]
-    if sizes[0] != sizes[1]:
+    images, total = list[ImageParity](), len(requests) * seeds
+    try:
+        on_progress("images", 0, total)
+        for image in _compare_each(reference, candidate, requests, seeds, params):
+            images.append(image)
+            on_progress("images", len(images), total)
+    except KeyboardInterrupt:
+        if not images:
+            raise
+    return Parity(engine_id(reference), engine_id(candidate), total, tuple(images))
+
+
+def _compare_each(
+    reference: MigePipeline, candidate: MigePipeline, requests: Requests, seeds: int, params: Sequence[SamplingParams]
+) -> Iterator[ImageParity]:
+    if not same_sizes(reference.config, candidate.config):
         raise InputError(
             f"{reference.model_name} and {candidate.model_name} are models of different sizes; give two of one model"
         )
     for name, request in requests.items():
-        complete = [_with_defaults(each, reference, request) for each in params]
+        # So that both models sample alike, whatever their own defaults.
+        complete = [SamplingParams(**vars(each.with_defaults(reference.config, request.task))) for each in params]
         for seed in range(request.seed, request.seed + seeds):
             seeded = dataclasses.replace(request, seed=seed)
             latents, image = validate.make_watched(candidate, seeded, complete[-1])
@@ -238,11 +246,6 @@ def compare_each(
                 raise InputError(f"the images of {name} have the sizes {image.size} and {truth.size}; give one size")
             errors = ImageErrors.of((latents, expected), [(np.asarray(image), np.asarray(truth))])
             yield ImageParity(name, request.prompt, request.task, seed, both.graph_errors(), errors, truth, image)
-
-
-def _with_defaults(params: SamplingParams, pipe: MigePipeline, request: ResolvedRequest) -> SamplingParams:
-    """So that both models sample alike, whatever their own defaults."""
-    return SamplingParams(**vars(params.with_defaults(pipe.config, request.task)))
 
 
 class _BothEngines:
@@ -264,28 +267,21 @@ class _BothEngines:
         return outputs
 
     def graph_errors(self) -> tuple[GraphError, ...]:
-        graph_errors = []
+        graphs = []
         for output, calls in self.errors.items():
             errors, norms = np.array(calls).T
-            together = float(np.linalg.norm(errors * norms) / np.linalg.norm(norms))
-            graph_errors.append(GraphError(*output, together, float(errors.max()), len(calls)))
-        return tuple(graph_errors)
+            rms = float(np.linalg.norm(errors * norms) / np.linalg.norm(norms))
+            graphs.append(GraphError(*output, rms, float(errors.max()), len(calls)))
+        return tuple(graphs)
 
 
 def _as_spec(spec: TensorSpec, values: Array) -> NDArray[Any]:
     """A NumPy array of the spec's type: graphs hand bfloat16 to each other, which NumPy does not have."""
     tensor: Any = values
-    if spec.dtype == "float32" and not isinstance(values, np.ndarray):
-        tensor = tensor.float()
-    return to_numpy(tensor).astype(spec.dtype, copy=False)
+    widened = spec.dtype == "float32" and not isinstance(values, np.ndarray)
+    return to_numpy(tensor.float() if widened else tensor).astype(spec.dtype, copy=False)
 
 
-def load_ssim() -> Callable[[NDArray[Any], NDArray[Any]], float]:
-    """SSIM of two uint8 images [H,W,3], by scikit-image (Wang et al. 2004, windows of 7 x 7)."""
-    try:
-        from skimage.metrics import structural_similarity
-    except ImportError as error:
-        raise NotAvailableError(
-            f"comparing images needs scikit-image ({error}); install it with: pip install 'mige-rt[bench]'"
-        ) from error
-    return lambda a, b: float(np.mean(structural_similarity(a, b, channel_axis=-1, data_range=255)))
+def _ssim(image: NDArray[Any], truth: NDArray[Any]) -> float:
+    """Structural similarity of two uint8 images [H,W,3] (Wang et al. 2004, windows of 7 x 7)."""
+    return float(np.mean(structural_similarity(image, truth, channel_axis=-1, data_range=255)))

@@ -1,31 +1,27 @@
-"""Which calls of which graphs an image takes, in three variants.
+"""Which calls of which graphs an image takes, in three variants; `benchmarks.baseline` has the first two as code.
 
 - **published**, the authors' schedule (the forward of their MIGE_model.py): at every step the image encoder on four
-  images a prompt, if any prompt has one, and the text encoder on max_tokens tokens, once for all guidance branches;
-  the text's projections and the denoiser for every branch, three where there is a source and two where there is none.
-  Its cross-attention sees the L real tokens alone; its caption projection passes the padding, too, which is left out
-  here (0.1 % of the whole). The VAE runs once on the references, the source and the result.
+  images a prompt, if any prompt has one, and the text encoder on max_tokens tokens; the conditioner and the denoiser
+  for every branch. The padding, which passes their caption projection, too (0.1 % of the whole), is left out here.
 - **encode_once**: what ours does, but with every branch.
-- **ours**, as `mige_rt.pipeline` does: each encoder once, on the images and tokens that there are, and the branches
-  whose weight is not zero.
-
-`benchmarks.baseline` has the first two as code that runs.
+- **ours**: each encoder once, on the images and tokens that there are, and the branches whose weight is not zero. At
+  the trained size the source's latents are those of the reference that it also is.
 """
 
 from dataclasses import dataclass
 from functools import cache
-from typing import get_args
 
 from benchmarks.baseline import IMAGE_SLOTS, all_branches
 from benchmarks.case import Variant
 from benchmarks.meter import Call, call
 from export.inputs import sample_requests
 from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE
-from mige_rt.config import ModelConfig, Precision, TaskDefaults
+from mige_rt.config import ModelConfig, Precision
 from mige_rt.errors import InputError
 from mige_rt.guidance import branches
 from mige_rt.instruction import Task, compose_prompt
 from mige_rt.prompt_tokens import tokenize_prompt
+from mige_rt.sampling_params import SamplingParams
 from mige_rt.scheduler import make_schedule
 from mige_rt.tokenizer import load_tokenizer
 
@@ -49,18 +45,16 @@ def schedule(config: ModelConfig, variant: Variant, options: WorkOptions) -> lis
     """The variant's calls. Raises InputError when the options do not fit the model or the variant."""
     task, references, batch = options.task, options.references, options.batch
     width, height = options.size or (config.size, config.size)
-    _check(config, variant, options, width, height)
-    defaults: TaskDefaults = getattr(config.defaults, task)
-    steps = defaults.num_inference_steps if options.num_inference_steps is None else options.num_inference_steps
-    evaluations = len(make_schedule("dpm_solver_pp_2m", steps, config.prediction))
+    if references < (task != "subject") or (variant == "published" and references > IMAGE_SLOTS):
+        expected = f"{task} takes at least {int(task != 'subject')}, and the published variant at most {IMAGE_SLOTS}"
+        raise InputError(f"the number of references is {references}; {expected}")
+    names = ("num_inference_steps", "guidance_scale", "image_guidance_scale")
+    params = SamplingParams(**{name: getattr(options, name) for name in names}).with_defaults(config, task)
+    evaluations = len(make_schedule(params.scheduler, params.num_inference_steps, config.prediction))
     length = prompt_tokens(config, task, references) if options.tokens is None else options.tokens
     guidance = all_branches(task)
     if variant == "ours":
-        scale = defaults.guidance_scale if options.guidance_scale is None else options.guidance_scale
-        image_scale = (
-            defaults.image_guidance_scale if options.image_guidance_scale is None else options.image_guidance_scale
-        )
-        guidance = branches(scale, None if task == "subject" else image_scale)
+        guidance = branches(params.guidance_scale, None if task == "subject" else params.image_guidance_scale)
 
     images = batch * (min(references, 1) if task == "edit" else references)
     encodings, slots, encoded_length = 1, images, length
@@ -69,10 +63,12 @@ def schedule(config: ModelConfig, variant: Variant, options: WorkOptions) -> lis
     rows = batch * len(guidance)
     trained = config.size // config.vae.factor
     h, w = height // config.vae.factor, width // config.vae.factor
+    shared = batch if variant != "published" and task != "subject" and (h, w) == (trained, trained) else 0
 
     calls = []
+    if images > shared:
+        calls.append(call("vae_encoder", M=images - shared, eh=trained, ew=trained))
     if references:
-        calls.append(call("vae_encoder", M=images, eh=trained, ew=trained))
         calls.append(call("image_encoder", encodings, N=slots))
     calls.append(call("text_encoder", encodings, B=batch, N=max(slots, 1), L=encoded_length))
     calls.append(call("conditioner", encodings, R=rows, L=length))
@@ -84,10 +80,7 @@ def schedule(config: ModelConfig, variant: Variant, options: WorkOptions) -> lis
 
 
 def prompt_tokens(config: ModelConfig, task: Task, references: int) -> int:
-    """The length of a sample prompt with so many images, as the default model's tokenizer has it.
-
-    At most the model's max_tokens.
-    """
+    """The length of a sample prompt with so many images, cut as the model cuts it, by the default model's tokenizer."""
     return min(_text_tokens(task) + references * config.qformer.queries, config.max_tokens)
 
 
@@ -97,24 +90,3 @@ def _text_tokens(task: Task) -> int:
     tokenize = load_tokenizer(DEFAULT_MODEL / TOKENIZER_FILE)
     text = compose_prompt(task, sample.prompt)
     return len(tokenize_prompt(text, range(len(sample.images)), tokenize, query_tokens=0).token_ids)
-
-
-def _check(config: ModelConfig, variant: Variant, options: WorkOptions, width: int, height: int) -> None:
-    """Raises InputError when the options do not fit the model or the variant."""
-    task, references, tokens = options.task, options.references, options.tokens
-    if variant not in get_args(Variant) or task not in get_args(Task):
-        raise InputError(
-            f"the variant is {variant!r} and the task {task!r}; variants are {', '.join(get_args(Variant))}, tasks "
-            f"{', '.join(get_args(Task))}"
-        )
-    if references < (task != "subject") or (variant == "published" and references > IMAGE_SLOTS):
-        raise InputError(
-            f"the number of references is {references}; {task} takes at least {int(task != 'subject')}, and the "
-            f"published variant at most {IMAGE_SLOTS}"
-        )
-    if tokens is not None and not 1 <= tokens <= config.max_tokens:
-        raise InputError(f"the number of tokens is {tokens}; this model takes 1 to {config.max_tokens}")
-    if options.batch < 1:
-        raise InputError(f"the number of images at once is {options.batch}; 1 or more are expected")
-    if min(width, height) < config.multiple or width % config.multiple or height % config.multiple:
-        raise InputError(f"the size is {width}x{height}; both sides must be multiples of {config.multiple}")

@@ -1,7 +1,6 @@
-"""A process of its own for each opened engine, and cold starts, which are processes, too.
+"""A process for each opened engine, and cold starts, which are processes, too.
 
-Its memory and its threads are its own, and its death takes nothing with it. The parent asks, the process answers; only
-one works at a time.
+Its memory and threads are its own, and its death takes nothing with it. The parent asks, the process answers.
 """
 
 import contextlib
@@ -16,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.case import SHORT_STEPS, Candidate, Case, WorkerConfig, requests
+from benchmarks.case import Candidate, Case, WorkerConfig, requests
 from benchmarks.measure import Latency
 from engines.interface import Array, to_numpy
 from engines.onnx_runtime import OnnxRuntimeEngine
@@ -40,14 +39,11 @@ MESSAGE_LENGTH = 500  # characters of an error that are kept
 
 
 class CandidateError(Exception):
-    """A candidate cannot be measured; the message says why. invalid_output: what it made is no image."""
+    """A candidate cannot be measured; the message says why."""
 
-    def __init__(self, message: str, invalid_output: bool = False) -> None:
-        super().__init__(message, invalid_output)
-        self.invalid_output = invalid_output
 
-    def __str__(self) -> str:
-        return self.args[0]
+class InvalidOutputError(CandidateError):
+    """What the candidate made is no image."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +53,6 @@ class OpenedEngine:
     model: str
     device: str
     precision: str
-    torch_threads: int | None  # None where PyTorch is not loaded
-    opening_seconds: float
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,6 @@ class Memory:
 
     host: int | None  # the peak that the process had resident since its start
     gpu: int | None = None  # held by the process after its first image, beyond the CUDA context
-    gpu_allocated: int | None = None  # the peak of PyTorch's tensors
 
 
 @dataclass(frozen=True)
@@ -87,7 +80,6 @@ class Worker:
     """The parent's end. Every method raises CandidateError when the process does, or is no more."""
 
     def __init__(self, config: WorkerConfig) -> None:
-        """Start the process and open the engine."""
         self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepare_process)
         try:
             self.pid, self.opened = self._call(_open, config)
@@ -123,8 +115,7 @@ def prepare_process() -> None:
 
 
 def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
+    if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)
 
@@ -148,58 +139,44 @@ def _candidate_errors() -> Iterator[None]:
         yield
     except Exception as error:
         text = " ".join(str(error).split()) or repr(error)
-        raise CandidateError(text[:MESSAGE_LENGTH], isinstance(error, NotFiniteError)) from None
+        error_type = InvalidOutputError if isinstance(error, NotFiniteError) else CandidateError
+        raise error_type(text[:MESSAGE_LENGTH]) from None
 
 
 class WorkerState:
     """What a worker process holds: the pipeline, and the variant over it."""
 
     def __init__(self, config: WorkerConfig) -> None:
-        start = time.perf_counter()
         self.config = config
         self.pipe = _open_pipeline(config)
         engine = self.pipe.engine
         self.cuda: Any = None if engine.device == "cpu" else import_module("torch.cuda")
         self.free_gpu = self.cuda and self.cuda.mem_get_info()[0]
         self.opening_peak = peak_bytes() or 0
-        threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
-        seconds = time.perf_counter() - start
-        self.opened = OpenedEngine(self.pipe.model_name, engine.device, engine.precision, threads, seconds)
+        self.opened = OpenedEngine(self.pipe.model_name, engine.device, engine.precision)
 
     def run(self, candidate: Candidate, case: Case) -> RunOutput:
         with contextlib.suppress(OSError):  # only Linux has it, and not every container lets it be written
             Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
-        if self.cuda:
-            self.cuda.reset_peak_memory_stats()
-        self._prepare(self.pipe, candidate, case)
-        images = [np.asarray(i) for i in self._variant(self.pipe).generate(requests(case), case.params(candidate))]
-        memory = self._memory()
+        batch, params = requests(case), case.params(candidate)
+        self.pipe.condition_encoder.clear_cache()
+        images = [np.asarray(image) for image in self._variant(self.pipe).generate(batch, params)]
+        peak, gpu = peak_bytes(), self.cuda and self.free_gpu - self.cuda.mem_get_info()[0]
+        memory = Memory(None if peak is None else max(peak, self.opening_peak), gpu)
         tracer = _Tracer(self._synchronize)
-        engine = HookedEngine(self.pipe.engine, tracer)
-        pipe = MigePipeline(
-            self.pipe.config, self.pipe.condition_encoder.tokenize, engine, low_memory=self.config.low_vram
-        )
-        self._prepare(pipe, candidate, case)
-        tracer.graphs.clear()
-        self._variant(pipe).generate(requests(case), case.params(candidate))
+        engine, tokenize = HookedEngine(self.pipe.engine, tracer), self.pipe.condition_encoder.tokenize
+        pipe = MigePipeline(self.pipe.config, tokenize, engine, low_memory=self.config.low_vram)
+        self._variant(pipe).generate(batch, params)
         latents, precision = to_numpy(tracer.latents).astype(np.float32), self.opened.precision
         return RunOutput(candidate.title(precision), precision, images, memory, latents, tracer.tokens, tracer.graphs)
 
     def seconds(self, candidate: Candidate, case: Case) -> float:
-        self._prepare(self.pipe, candidate, case)
+        self.pipe.condition_encoder.clear_cache()
         batch, params, variant = requests(case), case.params(candidate), self._variant(self.pipe)
         self._synchronize()
         start = time.perf_counter()
         variant.generate(batch, params)  # ends with the images on the host
         return time.perf_counter() - start
-
-    def _prepare(self, pipe: MigePipeline, candidate: Candidate, case: Case) -> None:
-        """Forget what was encoded; or encode it, where the prompt is to be cached. CUDA graphs stay."""
-        pipe.condition_encoder.clear_cache()
-        if candidate.prompt_cached:
-            self._variant(pipe).generate(
-                requests(case), replace(case.params(candidate), num_inference_steps=SHORT_STEPS)
-            )
 
     def _variant(self, pipe: MigePipeline) -> Any:
         if self.config.variant == "ours":
@@ -212,29 +189,17 @@ class WorkerState:
         if self.cuda:
             self.cuda.synchronize()
 
-    def _memory(self) -> Memory:
-        peak = peak_bytes()
-        host = None if peak is None else max(peak, self.opening_peak)
-        if not self.cuda:
-            return Memory(host)
-        return Memory(host, self.free_gpu - self.cuda.mem_get_info()[0], self.cuda.max_memory_allocated())
-
 
 _state: WorkerState  # a process has one
 
 
 def _open_pipeline(config: WorkerConfig) -> MigePipeline:
     if config.runtime is None:
-        return MigePipeline.from_pretrained(
-            config.model,
-            engine=config.engine,
-            device=config.device,
-            precision=config.precision,
-            low_memory=config.low_vram,
-            compile=config.compile,
-        )
+        options: Any = {"engine": config.engine, "device": config.device, "precision": config.precision}
+        options |= {"low_memory": config.low_vram, "compile": config.compile}
+        return MigePipeline.from_pretrained(config.model, **options)
     manifest = read_manifest(config.model)
-    options: Any = {"set_options": config.runtime.set_options, "split_batch": config.runtime.batch_parallel}
+    options = {"set_options": config.runtime.set_options, "split_batch": config.runtime.batch_parallel}
     engine = OnnxRuntimeEngine(config.model, manifest, "cpu", **options)
     return MigePipeline(manifest.model, load_tokenizer(config.model / TOKENIZER_FILE), engine)
 
@@ -261,32 +226,25 @@ class _Tracer:
 
 
 def cold_start(worker: WorkerConfig, case: Case, starts: int) -> Latency:
-    """Seconds of `mige-rt run` for one image, from its start to its end; its files are in the system's cache.
-
-    Raises:
-        CandidateError: The command fails.
-    """
+    """Seconds of `mige-rt run` for one image, its files in the system's cache. Raises CandidateError when it fails."""
     request = requests(case)[0]
-    assert request.source is not None
     options = {"model": worker.model, "engine": worker.engine, "device": worker.device, "precision": worker.precision}
     options |= {"prompt": request.prompt, "seed": request.seed, "steps": case.num_inference_steps}
     options |= {"text-scale": case.guidance_scale, "source-scale": case.image_guidance_scale}
     # The package that is being measured, wherever the command is started.
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
-    seconds = []
+    environment, seconds = {**os.environ, "PYTHONPATH": path}, []
     with tempfile.TemporaryDirectory(prefix="mige-rt-bench-") as folder:
-        options |= {"size": "{}x{}".format(*case.size), "source": f"{folder}/source.png", "out": f"{folder}/out.png"}
-        command = [sys.executable, "-m", "mige_rt.cli", "run"]
+        files = [f"{folder}/{number}.png" for number in range(case.references)]
+        for file, image in zip(files, request.images, strict=True):
+            image.save(file)
+        # The last image is the source, see `case.requests`.
+        options |= {"size": "{}x{}".format(*case.size), "source": files[-1], "out": f"{folder}/out.png"}
+        command = [sys.executable, "-m", "mige_rt.cli", "run", *(word for file in files for word in ("--image", file))]
         command += [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-        request.source.save(f"{folder}/source.png")
-        for number, image in enumerate(request.images):
-            image.save(f"{folder}/{number}.png")
-            command += ["--image", f"{folder}/{number}.png"]
         for _ in range(starts):
             start = time.perf_counter()
-            process = subprocess.run(
-                command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path}
-            )
+            process = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
             seconds.append(time.perf_counter() - start)
             if process.returncode:
                 raise CandidateError(" ".join(process.stderr.split())[-MESSAGE_LENGTH:])

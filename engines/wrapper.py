@@ -1,5 +1,6 @@
 """Engines around another one: what counts, times, keeps or changes what it is asked for."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,20 @@ class EngineWrapper:
     def release(self, graphs: Sequence[GraphName]) -> None:
         """See `Engine.release`."""
         self.engine.release(graphs)
+
+
+class CountingEngine(EngineWrapper):
+    """An engine that counts how often each of its graphs is run, in `calls`."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Wrap an engine."""
+        super().__init__(engine)
+        self.calls: Counter[GraphName] = Counter()
+
+    def run(self, graph: GraphName, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """See `Engine.run`."""
+        self.calls[graph] += 1
+        return self.engine.run(graph, inputs)
 
 
 # (graph, inputs, run) -> outputs: `run()` is what the wrapped engine gives

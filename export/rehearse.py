@@ -2,13 +2,13 @@
 
 Makes a model folder of the published sizes (6.6 billion parameters, 13 GB in bf16), exports and validates it as
 `mige-rt export` does, builds the plans that fit into the memory, and writes what each graph took as JSON and as a
-Markdown table. Needs 45 GB of disk, which it gives back, 24 GB of memory, and about half an hour.
+Markdown table. Needs the packages of `mige-rt[bench]`, 45 GB of disk, which it gives back, 24 GB of memory, and about
+half an hour.
 """
 
 import json
 import math
 import os
-import platform
 import tempfile
 import zlib
 from collections.abc import Mapping
@@ -20,12 +20,13 @@ from typing import Any
 import click
 import torch
 from rich.console import Console
-from tabulate import tabulate
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from export.build_plans import rehearse_plan
+from export.environment import environment
 from export.exporter import ExportLimits, ExportOptions, ExportResult, export_bundle
+from export.formatting import markdown_table
 from export.results import worst_check
 from mige_rt.atomic import atomic_folder
 from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, Manifest
@@ -155,47 +156,26 @@ def _without_none(content: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in content.items() if value is not None}
 
 
-_COLUMNS = {  # header -> alignment
-    "graph": "left",
-    "parameters": "right",
-    "GB": "right",
-    "export, s": "right",
-    "check, s": "right",
-    "memory, GB": "right",
-    "error": "right",
-    "limit": "right",
-    "plan": "left",
-    "its memory, GB": "right",
-}
-
-
 def markdown(rehearsal: Rehearsal) -> str:
     """The table of a rehearsal, with its command and machine."""
-    lines: list[list[str]] = []
+    rows: list[dict[str, str]] = []
     for name, graph in rehearsal.result.graphs.items():
         worst, plan = worst_check(graph.checks or []), rehearsal.plans[name]
         built = f"{plan.seconds:.0f} s, {(plan.bytes or 0) / 1e9:.2f} GB" if plan.seconds is not None else plan.missing
-        lines.append(
-            [
-                name,
-                f"{graph.parameters:,}",
-                f"{rehearsal.file_bytes(name) / 1e9:.2f}",
-                f"{graph.seconds:.0f}",
-                f"{graph.validation_seconds or 0:.0f}",
-                f"{(graph.peak_bytes or 0) / 1e9:.1f}",
-                f"{worst.rms:.1e}",
-                f"{worst.limit:.0e}",
-                built or "",
-                f"{plan.peak_bytes / 1e9:.1f}" if plan.peak_bytes else "",
-            ]
+        rows.append(
+            {
+                "graph": name,
+                "parameters": f"{graph.parameters:,}",
+                "GB": f"{rehearsal.file_bytes(name) / 1e9:.2f}",
+                "export, s": f"{graph.seconds:.0f}",
+                "check, s": f"{graph.validation_seconds or 0:.0f}",
+                "memory, GB": f"{(graph.peak_bytes or 0) / 1e9:.1f}",
+                "error": f"{worst.rms:.1e}",
+                "limit": f"{worst.limit:.0e}",
+                "plan": built or "",
+                "its memory, GB": f"{plan.peak_bytes / 1e9:.1f}" if plan.peak_bytes else "",
+            }
         )
-    table = tabulate(
-        lines,
-        headers=list(_COLUMNS),
-        tablefmt="pipe",
-        colalign=list(_COLUMNS.values()),
-        disable_numparse=True,
-    )
     return (
         f"# Full-size export in {rehearsal.result.manifest.precision}\n\n"
         f"`{rehearsal.command}`, {rehearsal.date}: {rehearsal.machine}. Made-up weights of the published sizes, "
@@ -203,7 +183,7 @@ def markdown(rehearsal: Rehearsal) -> str:
         "`error` is the worst relative RMS error against PyTorch in float32 over two small shapes with random inputs, "
         "one of them with real ones as well; `memory` is the most that the process had resident, mapped files "
         "included. The last two columns: its plan for TensorRT for RTX (compute capabilities 8.0, 8.6, 8.9, 12.0).\n\n"
-        f"{table}\n"
+        f"{markdown_table(rows, ('plan',))}\n"
     )
 
 
@@ -240,10 +220,12 @@ def main(precision: str, out: Path, preset: str, scratch: Path | None) -> None:
             plans = _build_plans(folder / "bundle", result.manifest, folder)
     except InputError as error:
         raise click.UsageError(str(error)) from error
+    machine = environment()
+    memory = machine["memory_bytes"] / 2**30
     rehearsal = Rehearsal(
         command=f"python -m export.rehearse --precision {precision}",
         date=date.today().isoformat(),
-        machine=_machine(),
+        machine=f"{machine['cores']} cores of {machine['cpu']}, {memory:.0f} GiB of memory, no GPU",
         result=result,
         plans=plans,
     )
@@ -252,15 +234,6 @@ def main(precision: str, out: Path, preset: str, scratch: Path | None) -> None:
     json_path.write_text(json.dumps(rehearsal.to_json(), indent=1) + "\n", encoding="utf-8")
     markdown_path.write_text(markdown(rehearsal), encoding="utf-8")
     click.echo(markdown_path)
-
-
-def _machine() -> str:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
-    return f"{os.cpu_count()} cores of {model}, {memory:.0f} GiB of memory, no GPU"
 
 
 if __name__ == "__main__":

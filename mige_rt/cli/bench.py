@@ -49,7 +49,7 @@ class _Several(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
 @click.option(
     "--precisions",
     type=_Several(click.Choice(get_args(Precision)), "NAMES"),
-    help="bundles that are missing are exported for the time being  [default: the models' own]",
+    help="engines other than pytorch need a --model in each  [default: the models' own]",
 )
 @click.option("--sizes", type=_Several(Size(), "SIZES"), help="as 512,768x512  [default: the model's trained size]")
 @click.option(
@@ -118,7 +118,7 @@ def bench(out: Path, **options: Any) -> None:
 
     \b
       mige-rt bench
-      mige-rt bench --engines onnxruntime,pytorch --precisions fp32,int8 --out report
+      mige-rt bench --engines pytorch --precisions fp32,bf16 --out report
       mige-rt bench --model bundle --references 1,2,4 --steps 20,60 --out report
 
     Edits images at the published settings with every engine, the variant as published and other baselines taking

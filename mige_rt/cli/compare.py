@@ -27,10 +27,6 @@ _PRECISION = click.Choice(["auto", *get_args(Precision)])
 @click.option("--prompts", type=PATH, help="JSON lines as for `run --batch`  [default: six that come with mige-rt]")
 @click.option("--seeds", type=click.IntRange(1), default=4, show_default=True, help="images of each prompt")
 @click.option("--num-inference-steps", "--steps", type=int, help="at least 2  [default: the model's for the task]")
-@click.option(
-    "--assets", "--world", type=PATH, help="made by python -m trainer.synthetic.fetch: its evaluation by both as well"
-)
-@click.option("--samples", type=click.IntRange(1), default=8, show_default=True, help="of the evaluation, of each kind")
 @click.option("--out", type=PATH, required=True, help="folder to make: compare.json, compare.md, grid.png")
 def compare(out: Path, prompts: Path | None, reference_precision: Any, **given: Any) -> None:
     r"""Compare two engines, or two models of one size, by the images that they make from the same noise.
@@ -55,7 +51,7 @@ def compare(out: Path, prompts: Path | None, reference_precision: Any, **given: 
         requests=read_requests(prompts or SAMPLES / "requests.jsonl"),  # first, since it costs less than opening models
         params=SamplingParams(num_inference_steps=given["num_inference_steps"]),
         command=command_line(),
-        **{name: given[name] for name in ("seeds", "assets", "samples")},
+        seeds=given["seeds"],
     )
     model, device = given["model"], given["device"]
     if reference_precision is None:
@@ -69,10 +65,10 @@ def compare(out: Path, prompts: Path | None, reference_precision: Any, **given: 
             precision=reference_precision,
         )
         with progress("images") as advance:
-            comparison = comparing.compare(reference, candidate, options, folder, advance)
-    click.echo("\n\n".join([*comparing.summary(comparison), comparison.verdict]), err=True)
+            parity = comparing.compare(reference, candidate, options, folder, advance)
+    click.echo(f"{comparing.metrics_table(parity)}\n\n{parity.verdict}", err=True)
     click.echo(out)
-    if not comparison.complete:
+    if not parity.complete:
         sys.exit(INTERRUPTED)
-    if not comparison.parity.ok:
+    if not parity.ok:
         sys.exit(1)

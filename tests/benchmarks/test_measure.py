@@ -24,7 +24,7 @@ def test_a_ratio_is_taken_pair_by_pair() -> None:
     )
     assert found.verdict == "faster"
     slower = speedup(list(drift), list(2 * drift))
-    assert slower.value == pytest.approx(0.5) and slower.verdict == "slower" and "slower" in str(slower)
+    assert slower.value == pytest.approx(0.5) and slower.verdict == "slower"
 
 
 def test_the_interval_is_about_as_wide_as_theory_has_it() -> None:
@@ -39,7 +39,7 @@ def test_the_interval_is_about_as_wide_as_theory_has_it() -> None:
 def test_where_the_interval_spans_one_no_difference_is_claimed() -> None:
     found = speedup([1.0, 1.2, 0.9, 1.1, 0.8, 1.05], [1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
     assert found.low < 1 < found.high
-    assert found.verdict == "no difference shown" and str(found).endswith("no difference shown")
+    assert found.verdict == "no difference shown"
 
 
 def test_swapping_the_two_inverts_the_ratio_and_repeating_it_changes_nothing() -> None:

@@ -1,7 +1,6 @@
 """`python -m benchmarks.runtime_settings`: that a setting's options are those of its sessions, and what is written."""
 
 import json
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from benchmarks.runtime_settings import (
     FILES,
     OURS,
     SETTINGS,
-    MeasureOptions,
     main,
     markdown,
     measure_settings,
@@ -86,28 +84,26 @@ def test_the_files_of_a_measurement(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_keeps_whole_rounds_and_another_picture_does_not_count(tmp_path: Path) -> None:
-    settings = {DEFAULTS: RuntimeSettings(threads=1), "another": RuntimeSettings(threads=1, int8=True)}
-    other = DEFAULT_MODEL  # in the place of the quantised model
-
-    options = MeasureOptions(bundle=DEFAULT_MODEL, quantised=other, num_inference_steps=2, iterations=5, warmup=1)
+    settings = {DEFAULTS: RuntimeSettings(threads=1), "another": RuntimeSettings(threads=2)}
 
     def interrupt(name: str, done: int, total: int) -> None:
         if done == 2 * len(settings) + 3:  # the second setting of the third round, after one to warm up
             raise KeyboardInterrupt
 
-    def measure(after: int) -> None:
-        measure_settings(replace(options, warmup=after), settings, interrupt)
+    def measure(after: int) -> tuple[list[dict[str, Any]], bool]:
+        counts = {"num_inference_steps": 2, "iterations": 5, "warmup": after}
+        return measure_settings(DEFAULT_MODEL, settings, interrupt, **counts)
 
-    rows, complete = measure_settings(options, settings, interrupt)
+    rows, complete = measure(1)
     assert not complete
-    assert [len(row.latency.iterations) for row in rows] == [3, 2]
-    assert rows[1].speedup is not None and rows[1].speedup.pairs == 2
+    assert [len(row["latency"]["iterations"]) for row in rows] == [3, 2]
+    assert rows[1]["speedup"]["pairs"] == 2
     with pytest.raises(KeyboardInterrupt):
         measure(3)  # still in the warm-ups
 
     content = {"machine": {"cores": 1, "cpu": "a CPU", "versions": {"onnxruntime": "1"}}, "complete": complete}
     content |= {"command": "c", "date": "d", "model": "m", "num_inference_steps": 2, "warmup": 1, "iterations": 5}
-    content["results"] = [asdict(row) for row in (rows[0], replace(rows[1], psnr=12.0, ok=False))]
+    content["results"] = [rows[0], {**rows[1], "psnr": 12.0, "ok": False}]
     text = markdown(content)
     assert "incomplete" in text and "does not count" in text and "12.0 dB" in text
 
@@ -116,7 +112,6 @@ def test_bad_input_costs_2(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for options, words in (
         (["--model", tmp_path / "none"], "no bundle"),
-        (["--int8", DEFAULT_MODEL], "is in fp32, and a bundle in int8 is expected"),
         (["--out", tmp_path / "file" / "below"], "cannot be written"),
         (["--only", "magic"], "magic"),
         (["--runs", "1"], "1"),

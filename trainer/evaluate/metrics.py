@@ -1,5 +1,6 @@
 """Metrics that compare two images. They need nothing but numpy, so that any part of the toolchain can use them."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,9 +32,11 @@ def within(image: np.ndarray, other: np.ndarray, tolerance: int) -> np.ndarray:
 
 
 def rounded(data: Any) -> Any:
-    """JSON-like data with every float rounded to six significant digits, so that reports can be read and compared."""
+    """JSON-like data with floats of six significant digits, for reports to be read; what is not finite becomes None."""
     if isinstance(data, Mapping):
         return {key: rounded(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
         return [rounded(value) for value in data]
-    return float(f"{data:.6g}") if isinstance(data, float) else data
+    if isinstance(data, float):
+        return float(f"{data:.6g}") if math.isfinite(data) else None
+    return data
