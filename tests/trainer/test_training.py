@@ -22,6 +22,7 @@ from mige_rt.scheduler import ALPHAS, SIGMAS
 from mige_rt.tokenizer import load_tokenizer
 from trainer.__main__ import main
 from trainer.loop import Float32Attention
+from trainer.model.dit import Block
 from trainer.model.encoders import ImageEncoder
 from trainer.model.vae import VAEDecoder, VAEEncoder, make_vae
 from trainer.settings import LadderSettings, StageSettings, load_settings
@@ -395,6 +396,7 @@ def test_half_of_the_heads_start_by_looking_at_their_own_place(state: Path, conc
     grid = TINY.dit.trained_grid
     places = query_places(TINY.qformer.queries, grid)
     for block, linear, x in zip(module.denoiser.blocks, module.conditioner.kv_linears, asked, strict=True):
+        assert isinstance(block, Block)
         assert block.cross_attn.proj.weight[:, : looking * size].abs().max() == 0
         query = block.cross_attn.q_linear(x)[..., :size]
         key = linear(keys_from)[..., :size]
