@@ -20,7 +20,7 @@ from export import build_plans as tensorrt
 from export.build_plans import OPTIONS, PLAN_OPTIONS, PORTABLE, build, profile
 from export.plan_job import PlanJob
 from export.plan_worker import BuildError, work
-from mige_rt.bundle import MANIFEST, check_files, read_manifest
+from mige_rt.bundle import MANIFEST, OpenedModel, check_files, read_manifest
 from mige_rt.cli import main
 from mige_rt.errors import InputError, NotAvailableError
 from mige_rt.graphs import GRAPHS, AxisRange
@@ -143,12 +143,12 @@ def test_run_builds_what_is_missing_if_it_is_told_to(
 ) -> None:
     machine = Machine("tensorrt-rtx", trt.__version__, "NVIDIA GeForce RTX 4090", "8.9")
 
-    def opened(folder: Path, *_: object) -> None:
+    def opened(model: OpenedModel, *_: object) -> None:
         if left(bundle):
             raise InputError("plans were built")
-        find_plans(folder, read_manifest(folder), machine)
+        find_plans(model.folder, read_manifest(model.folder), machine)
 
-    monkeypatch.setattr("engines.factory.open_engine", opened)
+    monkeypatch.setattr("mige_rt.pipeline.open_engine", opened)
     monkeypatch.setattr(tensorrt, "find_device", lambda *_: pytest.fail("there is no GPU"))
     monkeypatch.setattr(tensorrt, "_find_gpu", lambda *_: tensorrt._Gpu(machine.gpu, "8.9", "", 2**33))
     arguments = ["run", "--model", str(bundle), "--engine", "tensorrt-rtx", "--prompt", "a thing"]
