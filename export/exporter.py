@@ -2,7 +2,6 @@
 
 import errno
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Mapping
@@ -22,6 +21,7 @@ from mige_rt.bundle import DEFAULT_MODEL, MANIFEST, REPORT, SCHEMA, TOKENIZER_FI
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
 from mige_rt.graphs import GRAPHS, AxisRange, GraphName, resolved_axes
+from mige_rt.hub import local_folder
 from trainer.checkpoints.open_checkpoint import CheckpointLocation, open_checkpoint
 
 SCHEDULER = "dpm_solver_pp_2m"  # mige_rt.scheduler
@@ -135,24 +135,8 @@ def locate_checkpoint(ckpt: str, options: ExportOptions = ExportOptions()) -> Ch
     Raises:
         InputError: the repository cannot be downloaded. A path is not checked here.
     """
-    path = Path(ckpt)
-    if ckpt == "tiny" and not path.exists():
-        path = DEFAULT_MODEL
-    elif not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", ckpt):
-        path = Path(_download(ckpt))
+    path = DEFAULT_MODEL if ckpt == "tiny" and not Path(ckpt).exists() else local_folder(ckpt)
     return CheckpointLocation(path.absolute(), options.vae, options.tokenizer, options.config)
-
-
-def _download(name: str) -> str:
-    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]: untyped arguments
-
-    try:
-        return snapshot_download(name)
-    except Exception as error:  # the library's errors and those of the network have no common class
-        raise InputError(
-            f"{name} is no path here, and could not be downloaded from the Hugging Face hub ({error}); give tiny, the "
-            "published model.pth or a folder with it, a model folder, a bundle, or the name of a repository"
-        ) from error
 
 
 def export_bundle(
