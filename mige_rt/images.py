@@ -3,6 +3,7 @@
 import math
 import os
 import warnings
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -26,19 +27,39 @@ def open_image(path: str | Path) -> Image.Image:
     path = Path(path)
     if not os.path.isfile(path):  # unlike Path's, it takes names that the system refuses
         raise InputError(f"there is no image file at {path}; check the path")
+    return _read(path, f"{path} ({path.stat().st_size} bytes)", str(path), MAX_PIXELS)
+
+
+def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Like `open_image`, for an image file's content.
+
+    Args:
+        data: Of the file.
+        name: What an error calls it.
+        max_pixels: At most MAX_PIXELS.
+
+    Raises:
+        InputError: It is no image, it is damaged or incomplete, or it has more than `max_pixels`.
+    """
+    return _read(BytesIO(data), f"{name} ({len(data)} bytes)", name, max_pixels)
+
+
+def _read(file: Path | BytesIO, description: str, name: str, max_pixels: int) -> Image.Image:
+    """description: what an error calls a file that is no image."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=READABLE)
+            image = Image.open(file, formats=READABLE)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise InputError(_too_large(str(path))) from error
+        raise InputError(_too_large(name, max_pixels)) from error
     except Exception as error:  # damaged files make the format readers raise nearly anything
         raise InputError(
-            f"{path} ({path.stat().st_size} bytes) is not an image that can be read; "
-            f"give one of these formats: {', '.join(READABLE)}"
+            f"{description} is not an image that can be read; give one of these formats: {', '.join(READABLE)}"
         ) from error
     with image:
-        return normalize_image(image, name=str(path))
+        if image.width * image.height > max_pixels:
+            raise InputError(_too_large(f"{name} ({image.width}x{image.height})", max_pixels))
+        return normalize_image(image, name=name)
 
 
 def normalize_image(image: Image.Image, name: str = "the image") -> Image.Image:
@@ -58,21 +79,21 @@ def normalize_image(image: Image.Image, name: str = "the image") -> Image.Image:
     if width * height == 0:
         raise InputError(f"{name} has no pixels ({width}x{height}); give an image of at least 1x1")
     if width * height > MAX_PIXELS:
-        raise InputError(_too_large(f"{name} ({width}x{height})"))
+        raise InputError(_too_large(f"{name} ({width}x{height})", MAX_PIXELS))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return _to_rgb(ImageOps.exif_transpose(image))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise InputError(_too_large(name)) from error
+        raise InputError(_too_large(name, MAX_PIXELS)) from error
     except Exception as error:  # damaged files make the decoders raise nearly anything
         raise InputError(
             f"{name} cannot be decoded ({error}); it is damaged or incomplete, save or download it again"
         ) from error
 
 
-def _too_large(name: str) -> str:
-    return f"{name} is too large: images of at most {MAX_PIXELS:,} pixels are opened; make it smaller"
+def _too_large(name: str, max_pixels: int) -> str:
+    return f"{name} is too large: images of at most {max_pixels:,} pixels are opened; make it smaller"
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -8,6 +8,7 @@ from mige_rt.cli.bench import bench
 from mige_rt.cli.bundles import build, convert, export, info
 from mige_rt.cli.compare import compare
 from mige_rt.cli.run import run
+from mige_rt.cli.serve import serve
 from mige_rt.errors import InputError
 
 
@@ -27,5 +28,5 @@ def main() -> None:
     """MIGE: put the subject of an image into a new scene, edit an image as told, or both at once."""
 
 
-for command in (run, convert, export, build, info, bench, compare):
+for command in (run, serve, convert, export, build, info, bench, compare):
     main.add_command(command)
