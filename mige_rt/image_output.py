@@ -6,6 +6,7 @@ import json
 import os
 import stat
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
@@ -87,6 +88,8 @@ def check_name(path: Path) -> None:
         raise InputError(f"{path.parent} is no folder; write elsewhere")
     try:
         check_folder(path.parent)
+        with suppress(FileNotFoundError):
+            os.lstat(path)  # refuses a name that is too long
     except OSError as error:
         raise _cannot_write(path, error) from error
 
