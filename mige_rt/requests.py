@@ -274,6 +274,10 @@ def parse_request(line: str) -> RequestRecord:
         ) from error
     if not isinstance(data, dict):
         raise InputError(f"it is a {type(data).__name__}; write an object, such as " + '{"prompt": "a red apple"}')
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InputError("it holds half a character, as \\ud800 without \\udc00 is; write it as UTF-8") from error
     values = {name: value for name, value in cast("dict[str, Any]", data).items() if value is not None}
     if type(values.get("id")) is int:
         values["id"] = str(values["id"])

@@ -4,6 +4,7 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -301,7 +302,8 @@ def _check_inputs_stay(batch: Path, lines: Sequence[_Line]) -> None:
     for line in lines:
         if not isinstance(line.record, InputError):
             for path in line.record.paths(batch.parent):
-                readers.setdefault(os.path.realpath(path), set()).add(line.number)
+                with suppress(ValueError):  # a zero byte in the name, of which opening it will speak
+                    readers.setdefault(os.path.realpath(path), set()).add(line.number)
     for line in lines:
         for path in line.paths:
             target = os.path.realpath(path)
