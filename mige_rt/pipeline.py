@@ -3,12 +3,13 @@
 import logging
 import secrets
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, cast, get_args
 
 import numpy as np
 from PIL import Image
@@ -55,8 +56,28 @@ class MigePipelineOutput:
     seeds: list[int]
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _in_turn(
+    method: "Callable[Concatenate[MigePipeline, P], T]",
+) -> "Callable[Concatenate[MigePipeline, P], T]":
+    """Calls from several threads wait for each other: caches, an engine's outputs and opened files are shared."""
+
+    @wraps(method)
+    def locked(self: "MigePipeline", *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._lock:  # pyright: ignore[reportPrivateUsage]
+            return method(self, *args, **kwargs)
+
+    return locked
+
+
 class MigePipeline:
     """MIGE on one engine: make an image of given things, edit an image, or both at once.
+
+    One pipeline may be used from several threads; their calls take turns, since each uses all cores, or the GPU. A
+    callback must not wait for another thread that uses the pipeline.
 
     Examples:
         >>> from PIL import Image
@@ -96,6 +117,7 @@ class MigePipeline:
         self.config = config
         self.model_name = model_name or config.name
         self.engine = engine
+        self._lock = threading.RLock()  # re-entrant: a callback may use the pipeline
         self.runner = GraphRunner(engine, low_memory=low_memory)
         self.condition_encoder = ConditionEncoder(config, tokenize, self.runner)
         self._step: Step = denoising_step(partial(self.runner.run, "denoiser"))
@@ -156,6 +178,7 @@ class MigePipeline:
             cuda_graphs=cuda_graphs,
         )
 
+    @_in_turn
     def __call__(  # noqa: PLR0913, diffusers' way to sample
         self,
         prompt: str | Sequence[str],
@@ -256,6 +279,7 @@ class MigePipeline:
             [image for images in images_of for image in images], [seed for row in seeds for seed in row]
         )
 
+    @_in_turn
     def generate(
         self,
         requests: Sequence[ResolvedRequest],
@@ -320,6 +344,7 @@ class MigePipeline:
         limit = self.engine.limits.get("B")
         return sys.maxsize if limit is None else limit.max
 
+    @_in_turn
     def clear_cache(self) -> None:
         """Drop the encoded prompts and images that are cached, and captured CUDA graphs."""
         self.condition_encoder.clear_cache()

@@ -1,5 +1,9 @@
 """The command `mige-rt`. Each command parses, calls one function, and prints; heavy imports stay inside."""
 
+import errno
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -8,17 +12,51 @@ from mige_rt.cli.bench import bench
 from mige_rt.cli.bundles import build, convert, export, info
 from mige_rt.cli.compare import compare
 from mige_rt.cli.run import run
+from mige_rt.cli.shared import is_verbose, verbose_option
 from mige_rt.errors import InputError
+from mige_rt.terminal import message, report_cause
 
 
 class _Commands(click.Group):
-    """Turns what the user can mend into one sentence and exit code 2."""
+    """Every error is one sentence; what the user can mend has exit code 2."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _one_sentence():
+            return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with _one_sentence():
             return super().invoke(ctx)
-        except InputError as error:
-            raise click.UsageError(str(error)) from error
+
+
+@contextmanager
+def _one_sentence() -> Generator[None, None, None]:
+    """Turns errors into what `click` prints, escaped. Before, `--verbose` prints where they come from.
+
+    Warnings of Python are the libraries', and for programmers: `python -W` or pytest shows them in the API's use.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (click.exceptions.Exit, click.Abort):
+        raise
+    except click.UsageError as error:
+        raise click.UsageError(message(error.format_message()), error.ctx) from error
+    except click.ClickException as error:
+        raise click.ClickException(message(error.format_message())) from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.EPIPE:
+            raise  # whoever reads stdout has read enough, which `click` knows
+        if is_verbose():
+            report_cause(error)
+        if isinstance(error, InputError):
+            raise click.UsageError(message(error)) from error
+        if isinstance(error, MemoryError):
+            sentence = "this takes more memory than there is; make smaller images, or fewer at once"
+        else:
+            sentence = f"{type(error).__name__}: this is a bug in mige-rt; report it with what --verbose prints"
+        raise click.ClickException(message(sentence)) from error
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -28,4 +66,4 @@ def main() -> None:
 
 
 for command in (run, convert, export, build, info, bench, compare):
-    main.add_command(command)
+    main.add_command(verbose_option(command))
