@@ -11,6 +11,7 @@ import click
 from mige_rt.cli.bench import bench
 from mige_rt.cli.bundles import build, convert, export, info
 from mige_rt.cli.compare import compare
+from mige_rt.cli.limits import limit_options
 from mige_rt.cli.run import run
 from mige_rt.cli.shared import is_verbose, verbose_option
 from mige_rt.errors import InputError
@@ -65,5 +66,7 @@ def main() -> None:
     """MIGE: put the subject of an image into a new scene, edit an image as told, or both at once."""
 
 
+for command in (run, compare):
+    limit_options(command)
 for command in (run, convert, export, build, info, bench, compare):
     main.add_command(verbose_option(command))
