@@ -326,15 +326,7 @@ class MigePipeline:
             self.memory.check_run(_sizes(requests, plan, self.config))
         for sentence in plan.warnings:
             warn(sentence)
-        source = None if plan.task == "subject" else self.condition_encoder.encode_sources(requests, plan)
-        prompts = self.condition_encoder.encode_prompts(requests, plan, warn)
-        has_text = np.repeat([branch.text for branch in plan.branches], len(requests))  # [R], branch-major
-        text_states = array_namespace(prompts.text_states).concat([prompts.text_states] * len(plan.branches))
-        conditioning = Conditioning(
-            source=source,
-            cross_kv=self.runner.run("conditioner", text_states=text_states, has_text=self.engine.array(has_text)),
-            text_mask=self.engine.array(np.tile(prompts.text_mask, (len(plan.branches), 1))),
-        )
+        conditioning = self.encode_conditioning(requests, plan, warn)
 
         def on_step_end(index: int, latents: Array) -> Array | None:
             if callback_on_step_end is None:
@@ -351,6 +343,37 @@ class MigePipeline:
             approximations=plan.approximations,
             on_step_end=on_step_end,
         )
+        return self.decode(latents)
+
+    def encode_conditioning(
+        self, requests: Sequence[ResolvedRequest], plan: SamplingPlan, warn: Callable[[str], None]
+    ) -> Conditioning:
+        """What a batch of requests is conditioned on; encoded prompts and images are taken from the cache.
+
+        Args:
+            requests: The batch.
+            plan: Theirs.
+            warn: Gets a sentence for each prompt that was cut.
+
+        Raises:
+            InputError: The tokenizer is not the model's.
+        """
+        source = None if plan.task == "subject" else self.condition_encoder.encode_sources(requests, plan)
+        prompts = self.condition_encoder.encode_prompts(requests, plan, warn)
+        has_text = np.repeat([branch.text for branch in plan.branches], len(requests))  # [R], branch-major
+        text_states = array_namespace(prompts.text_states).concat([prompts.text_states] * len(plan.branches))
+        return Conditioning(
+            source=source,
+            cross_kv=self.runner.run("conditioner", text_states=text_states, has_text=self.engine.array(has_text)),
+            text_mask=self.engine.array(np.tile(prompts.text_mask, (len(plan.branches), 1))),
+        )
+
+    def decode(self, latents: Array) -> list[Image.Image]:
+        """Images of scaled latents, float32 [B,c,h,w].
+
+        Raises:
+            NotFiniteError: The model overflowed.
+        """
         pixels = self.runner.run("vae_decoder", latents=latents / self.config.vae.scale)
         return [to_image(image) for image in to_numpy(pixels)]
 

@@ -13,6 +13,7 @@ from mige_rt.cli.bundles import build, convert, export, info
 from mige_rt.cli.compare import compare
 from mige_rt.cli.limits import limit_options
 from mige_rt.cli.run import run
+from mige_rt.cli.serve import serve
 from mige_rt.cli.shared import is_verbose, verbose_option
 from mige_rt.errors import InputError
 from mige_rt.terminal import message, report_cause
@@ -66,7 +67,7 @@ def main() -> None:
     """MIGE: put the subject of an image into a new scene, edit an image as told, or both at once."""
 
 
-for command in (run, compare):
+for command in (run, serve, compare):
     limit_options(command)
-for command in (run, convert, export, build, info, bench, compare):
+for command in (run, serve, convert, export, build, info, bench, compare):
     main.add_command(verbose_option(command))
