@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import stat
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -143,6 +144,8 @@ def save_image(image: Image.Image, path: str | Path, info: Mapping[str, str], *,
         content = _encoded(image, _format(path), info)
         target = Path(os.path.realpath(path)) if overwrite else path
         with atomic_file(target, replace=overwrite) as temporary:
+            if overwrite and target.exists():
+                shutil.copymode(target, temporary)
             with temporary.open("wb") as file:
                 file.write(content)
                 file.flush()

@@ -35,7 +35,7 @@ class _Commands(click.Group):
 def _one_sentence() -> Generator[None, None, None]:
     """Turns errors into what `click` prints, escaped. Before, `--verbose` prints where they come from.
 
-    Warnings of Python are the libraries', and for programmers: `python -W` or pytest shows them in the API's use.
+    Warnings of Python are the libraries', and for programmers.
     """
     try:
         with warnings.catch_warnings():
@@ -43,22 +43,25 @@ def _one_sentence() -> Generator[None, None, None]:
             yield
     except (click.exceptions.Exit, click.Abort):
         raise
-    except click.UsageError as error:
-        raise click.UsageError(message(error.format_message()), error.ctx) from error
-    except click.ClickException as error:
-        raise click.ClickException(message(error.format_message())) from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.EPIPE:
             raise  # whoever reads stdout has read enough, which `click` knows
         if is_verbose():
             report_cause(error)
-        if isinstance(error, InputError):
-            raise click.UsageError(message(error)) from error
-        if isinstance(error, MemoryError):
-            sentence = "this takes more memory than there is; make smaller images, or fewer at once"
-        else:
-            sentence = f"{type(error).__name__}: this is a bug in mige-rt; report it with what --verbose prints"
-        raise click.ClickException(message(sentence)) from error
+        raise _click_error(error) from error
+
+
+def _click_error(error: Exception) -> click.ClickException:
+    if isinstance(error, click.UsageError):
+        return click.UsageError(message(error.format_message()), error.ctx)
+    if isinstance(error, click.ClickException):
+        return click.ClickException(message(error.format_message()))
+    if isinstance(error, InputError):
+        return click.UsageError(message(error))
+    if isinstance(error, MemoryError):
+        return click.ClickException("this takes more memory than there is; make smaller images, or fewer at once")
+    name = type(error).__name__
+    return click.ClickException(f"{name}: this is a bug in mige-rt; report it with what --verbose prints")
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})

@@ -95,7 +95,7 @@ def progress(description: str) -> Generator[Callable[[str, int, int], None], Non
     text = TextColumn("{task.description}", markup=False)
     columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
-        task = bar.add_task(description, total=None)
+        task = bar.add_task(printable(description), total=None)
 
         def advance(description: str, done: int, total: int) -> None:
             bar.update(task, description=printable(description), completed=done, total=total)
