@@ -2,6 +2,8 @@
 
 import logging
 import math
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,8 @@ import click
 
 from mige_rt.cli.limits import given_limits
 from mige_rt.cli.shared import model_options, requires
+from mige_rt.errors import InputError
 from mige_rt.terminal import report
-
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @click.command()
@@ -34,9 +35,12 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 @click.option(
     "--request-timeout", type=click.FloatRange(1), default=300, show_default=True, help="seconds to a request's end"
 )
+@click.option(
+    "--body-timeout", type=click.FloatRange(0.1), default=60, show_default=True, help="seconds for a request to arrive"
+)
 @click.option("--max-body-mb", type=click.IntRange(1), default=64, show_default=True, help="size of a request")
 @click.option(
-    "--max-input-pixels", type=click.IntRange(1), default=64_000_000, show_default=True, help="of a request's images"
+    "--max-input-pixels", type=click.IntRange(1), default=32_000_000, show_default=True, help="of a request's images"
 )
 @click.option("--max-n", type=click.IntRange(1), default=10, show_default=True, help="images of a request")
 @click.option("--max-steps", type=click.IntRange(2, 1000), default=100, show_default=True, help="of an image")
@@ -56,11 +60,17 @@ def serve(**values: Any) -> None:
 
         from mige_rt.serve.api import create_app
         from mige_rt.serve.metrics import Metrics
-        from mige_rt.serve.options import ServerOptions
+        from mige_rt.serve.options import LOOPBACK_HOSTS, ServerOptions
         from mige_rt.serve.supervisor import QueueLimits, Supervisor
         from mige_rt.serve.worker import WorkerOptions
     from mige_rt.bundle import DEFAULT_MODEL
 
+    if values["api_key"] == "":
+        raise InputError("--api-key is empty; leave it out for none")
+    if values["host"] not in LOOPBACK_HOSTS and values["api_key"] is None:
+        click.echo(
+            f"warning: whoever reaches {values['host']} can use the server; --api-key keeps others out", err=True
+        )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     worker = WorkerOptions(
         model=values["model"] or str(DEFAULT_MODEL),
@@ -77,8 +87,9 @@ def serve(**values: Any) -> None:
     options = ServerOptions(
         model_name=values["served_model_name"] or _shown_name(model.name),
         api_key=values["api_key"],
-        any_host=values["host"] not in _LOOPBACK,
+        any_host=values["host"] not in LOOPBACK_HOSTS,
         max_body=values["max_body_mb"] * 1024 * 1024,
+        body_timeout=values["body_timeout"],
         max_input_pixels=values["max_input_pixels"],
         max_n=min(values["max_n"], values["max_queue"]),
         max_steps=values["max_steps"],
@@ -94,6 +105,7 @@ def serve(**values: Any) -> None:
         server_header=False,
         timeout_graceful_shutdown=math.ceil(timeout),  # by then, what was accepted has ended
     )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn sends the signal again when all is done
     uvicorn.Server(config).run()
 
 

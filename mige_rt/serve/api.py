@@ -1,5 +1,6 @@
 """The HTTP application: routes, who may ask, errors, and the OpenAPI page."""
 
+import asyncio
 import hmac
 import time
 from collections.abc import AsyncGenerator
@@ -15,7 +16,7 @@ from starlette.exceptions import HTTPException
 from mige_rt.serve.errors import ApiError
 from mige_rt.serve.image_data import ImageDecoder
 from mige_rt.serve.image_service import ImageService
-from mige_rt.serve.options import ServerOptions
+from mige_rt.serve.options import LOOPBACK_HOSTS, ServerOptions
 from mige_rt.serve.schemas import (
     IMAGE_REFERENCES,
     EditRequest,
@@ -28,7 +29,6 @@ from mige_rt.serve.schemas import (
 )
 from mige_rt.serve.supervisor import Supervisor
 
-_LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 _PIXEL = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
 )
@@ -43,7 +43,7 @@ def create_app(options: ServerOptions, supervisor: Supervisor) -> FastAPI:
         supervisor.attach()
         yield
         await supervisor.close()
-        decoder.close()
+        await asyncio.to_thread(decoder.close)
 
     app = FastAPI(
         title="mige-rt",
@@ -123,10 +123,8 @@ def _check_origin(request: Request, options: ServerOptions) -> None:
     host, origin = request.headers.get("host", ""), request.headers.get("origin")
     if origin is not None and urlsplit(origin).netloc != host:
         raise ApiError(403, f"a page of {origin} asks, and only this server's own pages may")
-    if not options.any_host and urlsplit(f"//{host}").hostname not in _LOOPBACK_HOSTS:
-        raise ApiError(
-            403, f"the request is for the host {host!r}; this server is {' or '.join(_LOOPBACK_HOSTS)} alone"
-        )
+    if not options.any_host and urlsplit(f"//{host}").hostname not in LOOPBACK_HOSTS:
+        raise ApiError(403, f"the request is for the host {host!r}; this server is {' or '.join(LOOPBACK_HOSTS)} alone")
 
 
 def _check_key(request: Request, options: ServerOptions) -> None:
@@ -134,7 +132,7 @@ def _check_key(request: Request, options: ServerOptions) -> None:
     if options.api_key is None:
         return
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), options.api_key.encode()):
+    if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode("latin-1"), options.api_key.encode()):
         message = "the API key is missing or not this server's; send it as Authorization: Bearer KEY"
         raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 

@@ -83,6 +83,8 @@ def _json_body(content: bytes, options: ServerOptions) -> Body:
             400, f"the body is a JSON {type(data).__name__}; send an object, such as " + '{"prompt": "a cat"}'
         )
     fields = {name: value for name, value in cast("dict[str, Any]", data).items() if value is not None}
+    if "image" in fields:
+        raise ApiError(400, "image is for forms; in JSON send images, a list of objects", param="image")
     references: object = fields.pop("images", [])
     if not isinstance(references, list):
         raise ApiError(400, f"images is a {type(references).__name__}; send a list of objects", param="images")

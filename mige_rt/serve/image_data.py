@@ -77,12 +77,13 @@ class ImageDecoder:
 
     def close(self) -> None:
         """End the process."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(cancel_futures=True)
 
 
 def _new_pool() -> ProcessPoolExecutor:
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, mp_context=context, initializer=_limit_process)
+    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_limit_process)
+    pool.submit(_decode, [], 0)  # starts the process, so that the first request need not wait for it
+    return pool
 
 
 def _limit_process() -> None:

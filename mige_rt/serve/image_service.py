@@ -39,6 +39,8 @@ from mige_rt.serve.supervisor import Job, QueueFullError, Supervisor
 
 EventPrefix = Literal["image_generation", "image_edit"]
 
+_UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # a proxy sends each event at once
+
 _log = logging.getLogger(__name__)
 
 
@@ -50,6 +52,16 @@ class _Exchange:
     path: str
     began: float
     images: int = 0
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a request has come to, and who watches its client."""
+
+    fields: ImageRequest
+    tasks: Sequence[ImageTask]
+    job: Job
+    watcher: asyncio.Task[None]
 
 
 class ImageService:
@@ -74,21 +86,21 @@ class ImageService:
         try:
             fields, tasks = await self._read(request, model)
             exchange.images = len(tasks)
-            job = self._submit(tasks)
-            watcher = asyncio.create_task(self._cancel_on_disconnect(request, job))
+            work = self._start(request, fields, tasks)
+            if fields.stream:
+                await self._check_start(work)
+                events = self._stream(exchange, work, prefix)
+                return StreamingResponse(events, media_type="text/event-stream", headers=headers | _UNBUFFERED)
             try:
-                if fields.stream:
-                    _raise_if_failed(await job.next_event())  # an error found this early has a status of its own
-                    events = self._stream(exchange, fields, tasks[0], job, prefix)
-                    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-                content = await _images_response(fields, tasks, job)
+                content = await _images_response(work)
             finally:
-                if not fields.stream:
-                    watcher.cancel()
-                    self._supervisor.cancel(job)  # the rest, if one has failed
+                self._end(work)
         except ApiError as error:
             self._record(exchange, error.status)
             error.headers |= headers
+            raise
+        except Exception:
+            self._record(exchange, 500)
             raise
         self._record(exchange, 200)
         return JSONResponse(content.model_dump(), headers=headers)
@@ -117,24 +129,36 @@ class ImageService:
         except QueueFullError as error:
             raise _queue_full(error) from error
 
-    def _submit(self, tasks: Sequence[ImageTask]) -> Job:
+    def _start(self, request: Request, fields: ImageRequest, tasks: Sequence[ImageTask]) -> _Work:
         try:
-            return self._supervisor.submit(tasks)
+            job = self._supervisor.submit(tasks)
         except QueueFullError as error:
             raise _queue_full(error) from error
+        return _Work(fields, tasks, job, asyncio.create_task(self._cancel_on_disconnect(request, job)))
+
+    def _end(self, work: _Work) -> None:
+        """Let go of a request; what of it is still being made is not needed any more."""
+        work.watcher.cancel()
+        self._supervisor.cancel(work.job)
+
+    async def _check_start(self, work: _Work) -> None:
+        """Wait for the first event: an error that comes before anything was sent has a status of its own."""
+        event = await work.job.next_event()
+        if isinstance(event, Failed):
+            self._end(work)
+            raise ApiError.of(event)
 
     async def _cancel_on_disconnect(self, request: Request, job: Job) -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
         self._supervisor.cancel(job)
 
-    async def _stream(
-        self, exchange: _Exchange, fields: ImageRequest, task: ImageTask, job: Job, prefix: EventPrefix
-    ) -> AsyncGenerator[str]:
+    async def _stream(self, exchange: _Exchange, work: _Work, prefix: EventPrefix) -> AsyncGenerator[str]:
         """Server-sent events: partial images, and the last one or an error."""
+        fields, task = work.fields, work.tasks[0]
         status, sent = CLIENT_CLOSED_REQUEST, 0
         try:
-            while (event := await job.next_event()) is not None:
+            while (event := await work.job.next_event()) is not None:
                 match event:
                     case PartialImage(_, index, image) if index >= sent:  # or else it was sent by a worker before
                         sent = index + 1
@@ -151,7 +175,7 @@ class ImageService:
                     case _:
                         pass
         finally:
-            self._supervisor.cancel(job)
+            self._end(work)
             self._record(exchange, status)
 
     def _record(self, exchange: _Exchange, status: int) -> None:
@@ -171,11 +195,6 @@ class ImageService:
 def _queue_full(error: QueueFullError) -> ApiError:
     message = f"the queue is full; try again in {error.retry_after} seconds"
     return ApiError(429, message, code="queue_full", headers={"Retry-After": str(error.retry_after)})
-
-
-def _raise_if_failed(event: object) -> None:
-    if isinstance(event, Failed):
-        raise ApiError.of(event)
 
 
 def _tasks(fields: ImageRequest, images: Sequence[Image]) -> list[ImageTask]:
@@ -203,19 +222,20 @@ def _prompt_request(fields: ImageRequest, images: Sequence[Image]) -> PromptRequ
     return PromptRequest(fields.prompt, tuple(images), source)
 
 
-async def _images_response(fields: ImageRequest, tasks: Sequence[ImageTask], job: Job) -> ImagesResponse:
+async def _images_response(work: _Work) -> ImagesResponse:
     """Wait for all images. Raises ApiError when one has failed."""
-    finished: dict[str, Finished] = {}
-    while (event := await job.next_event()) is not None:
-        _raise_if_failed(event)
+    fields, finished = work.fields, dict[str, Finished]()
+    while (event := await work.job.next_event()) is not None:
+        if isinstance(event, Failed):
+            raise ApiError.of(event)
         if isinstance(event, Finished):
             finished[event.id] = event
-    results = [finished[task.id] for task in tasks]
+    results = [finished[task.id] for task in work.tasks]
     return ImagesResponse(
         created=int(time.time()),
         data=[
             ImageData(b64_json=await _base64(fields, result.image), seed=task.request.seed)
-            for task, result in zip(tasks, results, strict=True)
+            for task, result in zip(work.tasks, results, strict=True)
         ],
         output_format=fields.output_format,
         size=_size(results[0].image),

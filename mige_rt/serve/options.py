@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
@@ -26,7 +28,7 @@ class ServerOptions:
     any_host: bool = False
     max_body: int = 64 * 1024 * 1024
     body_timeout: float = 60.0
-    max_input_pixels: int = 64_000_000
+    max_input_pixels: int = 32_000_000
     max_images: int = 16
     max_n: int = 10
     max_steps: int = 100

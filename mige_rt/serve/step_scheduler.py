@@ -99,18 +99,19 @@ class StepScheduler:
     for its size. None overtakes another. Not safe for several threads.
     """
 
-    def __init__(self, pipe: MigePipeline, max_batch: int) -> None:
+    def __init__(self, pipe: MigePipeline, max_batch: int, *, one_image_a_call: bool | None = None) -> None:
         """Prepare to make images.
 
         Args:
             pipe: Of the model.
             max_batch: How many images advance together at most; fewer where the engine's graphs take fewer.
+            one_image_a_call: Call the denoiser for each image by itself. None: in int8 alone, where the activations of
+                a whole batch are scaled together, so that images in it would change each other.
         """
         self.pipe, self.max_batch = pipe, max_batch
         limit = pipe.engine.limits.get("R")
         self._max_entries = sys.maxsize if limit is None else limit.max
-        # int8 activations share one scale over the whole batch, so that an image would depend on the others in it.
-        self._one_image_a_call = pipe.engine.precision == "int8"
+        self._one_image_a_call = pipe.engine.precision == "int8" if one_image_a_call is None else one_image_a_call
         self._waiting: deque[tuple[ImageTask, SamplingPlan]] = deque()
         self._groups: dict[GroupKey, _Group] = {}
 

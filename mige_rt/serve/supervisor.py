@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -53,7 +54,7 @@ class QueueLimits:
 
     Attributes:
         max_queue: Images that wait at most.
-        max_wait: Seconds that an image waits for its first step at most.
+        max_wait: Seconds that a request waits for the first step of its first image at most.
         timeout: Seconds from a request's acceptance to its end at most.
     """
 
@@ -69,6 +70,7 @@ class Job:
         self.tasks = {task.id: task for task in tasks}  # those that have not ended
         self.accepted = time.monotonic()
         self.waiting = set(self.tasks)  # ids of those that have not started
+        self.has_started = False  # one of them
         self.attempts = dict.fromkeys(self.tasks, 0)
         self.timers: list[asyncio.TimerHandle] = []
         self._events: asyncio.Queue[TaskEvent] = asyncio.Queue()
@@ -149,10 +151,10 @@ class Supervisor:
         assert self._loop is not None
         self.check_room(len(tasks))
         job = Job(tasks)
-        wait, timeout = self.limits.max_wait, self.limits.timeout
+        timeout = self.limits.timeout
         job.timers = [
-            self._loop.call_later(wait, self._expire, job, True, f"it has waited in the queue for {wait:g} seconds"),
-            self._loop.call_later(timeout, self._expire, job, False, f"it is not done after {timeout:g} seconds"),
+            self._loop.call_later(self.limits.max_wait, self._expire_waiting, job),
+            self._loop.call_later(timeout, self._expire, job, f"it is not done after {timeout:g} seconds"),
         ]
         for task in tasks:
             self._jobs[task.id] = job
@@ -164,16 +166,16 @@ class Supervisor:
     def cancel(self, job: Job, kind: FailureKind = "cancelled", message: str = "the client has gone") -> None:
         """End what of a request has not ended; the worker leaves it before its next step."""
         for task_id in list(job.tasks):
-            self._cancel_task(task_id, kind, message)
+            if self._worker is not None:
+                self._worker.send(Cancel(task_id))
+            self._end(Failed(task_id, kind, message))
 
-    def _expire(self, job: Job, only_waiting: bool, reason: str) -> None:
-        for task_id in list(job.waiting if only_waiting else job.tasks):
-            self._cancel_task(task_id, "timeout", f"the request was given up: {reason}; try again later")
+    def _expire_waiting(self, job: Job) -> None:
+        if not job.has_started:  # or else its images wait for each other
+            self._expire(job, f"it has waited in the queue for {self.limits.max_wait:g} seconds")
 
-    def _cancel_task(self, task_id: str, kind: FailureKind, message: str) -> None:
-        if self._worker is not None:
-            self._worker.send(Cancel(task_id))
-        self._end(Failed(task_id, kind, message))
+    def _expire(self, job: Job, reason: str) -> None:
+        self.cancel(job, "timeout", f"the request was given up: {reason}; try again later")
 
     def _end(self, event: Finished | Failed) -> None:
         """Pass on a task's last event, and forget the task."""
@@ -211,6 +213,7 @@ class Supervisor:
         job.attempts[event.id] += 1
         if event.id in job.waiting:  # or else it was begun before, by a worker that has ended
             job.waiting.remove(event.id)
+            job.has_started = True
             self.metrics.queue_time.observe(time.monotonic() - job.accepted)
             job.put(event)
         self._count()
@@ -220,26 +223,25 @@ class Supervisor:
         assert loop is not None
 
         def receive() -> None:
-            try:
-                while True:
-                    loop.call_soon_threadsafe(self._on_message, worker.connection.recv())
-            except (EOFError, OSError):
-                pass
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(self._on_exit, worker)
+            with suppress(RuntimeError):  # the loop has ended, and with it the server
+                try:
+                    while True:
+                        loop.call_soon_threadsafe(self._on_message, worker.connection.recv())
+                except (EOFError, OSError):
+                    loop.call_soon_threadsafe(self._on_exit, worker)
 
         Thread(target=receive, name="worker-events", daemon=True).start()
 
     def _on_exit(self, worker: "_Worker") -> None:
-        if self._closing:
-            return
-        assert self._loop is not None
-        self._worker = None
-        self.metrics.restarts.inc()
-        _log.error("the engine worker has ended (exit code %s); starting another", worker.exit_code())
-        self._restart = self._loop.create_task(self._start_again())
+        if not self._closing:
+            assert self._loop is not None
+            self._worker = None
+            self.metrics.restarts.inc()
+            self._restart = self._loop.create_task(self._replace(worker))
 
-    async def _start_again(self) -> None:
+    async def _replace(self, worker: "_Worker") -> None:
+        exit_code = await asyncio.to_thread(worker.close)
+        _log.error("the engine worker has ended (exit code %s); starting another", exit_code)
         pause = 0.0
         while True:
             try:
@@ -279,16 +281,12 @@ class _Worker:
         """Send it when the worker takes it. If the worker has ended, nothing is sent."""
         self._messages.put(message)
 
-    def exit_code(self) -> int | None:
-        """Of the process; None if it runs on although the connection has ended."""
-        self._process.join(1)
-        return self._process.exitcode
-
-    def close(self) -> None:
-        """End the process."""
+    def close(self) -> int | None:
+        """End the process, if it has not ended itself; its exit code."""
         self._messages.put(_END_OF_MESSAGES)
         self._process.kill()  # it holds nothing that is worth a farewell
         self._process.join()
+        return self._process.exitcode
 
     def _send_messages(self) -> None:
         while (message := self._messages.get()) is not _END_OF_MESSAGES:
