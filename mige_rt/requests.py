@@ -6,18 +6,20 @@ evaluation manifests.
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from PIL.Image import Image
 
-from mige_rt.errors import InputError
+from mige_rt.errors import InputError, reason
 from mige_rt.images import open_image
 from mige_rt.instruction import (
     PLACEHOLDER,
     EditScope,
     Task,
+    check_length,
     clean_caption,
     compose_prompt,
     count_placeholders,
@@ -25,6 +27,11 @@ from mige_rt.instruction import (
     words_before_cut,
 )
 
+MAX_LINE = 2**20  # characters of a line of a request file
+MAX_FILE = 2**28  # characters of a request file
+MAX_REQUESTS = 100_000  # of a request file
+
+_ONE_A_LINE = "one JSON object a line is expected"
 _ID = re.compile(r"[\w.-]{1,100}", re.ASCII)
 
 
@@ -91,9 +98,10 @@ def resolve(request: Request, scope: EditScope = "local") -> ResolvedRequest:
         scope: How the rule completes a prompt that does not name the image: 'in' (local) or 'of' it (global).
 
     Raises:
-        InputError: Placeholders and images do not match, the prompt is empty, or the task needs a source and there is
-            none.
+        InputError: Placeholders and images do not match, the prompt is empty or too long, or the task needs a source
+            and there is none.
     """
+    check_length(request.prompt)
     source, images, prompt = request.source, request.images, request.prompt
     if source is not None:
         images = tuple(source if _same(image, source) else image for image in images)
@@ -101,9 +109,9 @@ def resolve(request: Request, scope: EditScope = "local") -> ResolvedRequest:
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"the prompt holds half a character ({error}); write it as UTF-8") from error
+        raise InputError(f"the prompt holds half a character at position {error.start}; write it as UTF-8") from error
     if not clean_caption(prompt):
-        raise InputError(f"the prompt is empty ({prompt!r}); say in words what the image should be")
+        raise InputError(f"the prompt is empty ({prompt[:80]!r}); say in words what the image should be")
     if source is not None:
         rewritten = rewrite_instruction(prompt, scope)
         all_sources = (source,) * count_placeholders(rewritten)
@@ -161,39 +169,70 @@ class RequestRecord:
     id: str | None = None
     truth: dict[str, Any] | None = None
 
-    def open(self, folder: Path, seed: int, task: Task | None = None) -> Request:
+    def paths(self, folder: Path) -> list[Path]:
+        """Of the images and the source. folder: that the record's paths are relative to."""
+        return [folder / path for path in (*self.images, *([] if self.source is None else [self.source]))]
+
+    def open(self, folder: Path, seed: int, task: Task | None = None, *, max_pixels: int | None = None) -> Request:
         """The request with its images read.
 
         Args:
             folder: That the paths are relative to.
             seed: Where the record has none.
             task: Where the record has none.
+            max_pixels: Of an image, see `images.normalize_image`.
 
         Raises:
             InputError: An image cannot be read.
         """
         return Request(
             self.prompt,
-            tuple(open_image(folder / path) for path in self.images),
-            None if self.source is None else open_image(folder / self.source),
+            tuple(open_image(folder / path, max_pixels=max_pixels) for path in self.images),
+            None if self.source is None else open_image(folder / self.source, max_pixels=max_pixels),
             seed if self.seed is None else self.seed,
             self.task or task,
         )
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
-    """A file's lines that are not blank, numbered from 1.
+    """A file's lines that are not blank, numbered from 1. They end with a line feed, a carriage return, or both.
 
     Raises:
-        InputError: It has none, or is no text.
+        InputError: It has none, it is no text, or it is larger than MAX_LINE, MAX_REQUESTS and MAX_FILE allow.
     """
+    lines: list[tuple[int, str]] = []
+    number = characters = 0
     try:
-        lines = [(n, line) for n, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1) if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as a text file of JSON lines: {error}") from error
+        with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+            while line := file.readline(MAX_LINE + 1):
+                number += 1
+                characters += len(line)
+                if len(line) > MAX_LINE:
+                    raise InputError(f"{path} line {number} has more than {MAX_LINE:,} characters; {_ONE_A_LINE}")
+                if characters > MAX_FILE or len(lines) == MAX_REQUESTS:
+                    raise InputError(
+                        f"{path} is too large: at most {MAX_REQUESTS:,} requests of {MAX_FILE:,} characters together "
+                        "are expected; split it"
+                    )
+                if line.strip():
+                    lines.append((number, _utf8(line, path, number)))
+    except (OSError, ValueError) as error:  # InputError is a ValueError, too; others speak of the file's name
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} cannot be read as a text file of JSON lines: {reason(error)}") from error
     if not lines:
-        raise InputError(f"{path} holds no line; one JSON object a line is expected")
+        raise InputError(f"{path} holds no line; {_ONE_A_LINE}")
     return lines
+
+
+def _utf8(line: str, path: Path, number: int) -> str:
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{path} cannot be read as a text file of JSON lines: line {number} is no UTF-8; save it as UTF-8"
+        ) from error
+    return line
 
 
 def read_requests(path: Path) -> dict[str, ResolvedRequest]:
@@ -224,11 +263,21 @@ def parse_request(line: str) -> RequestRecord:
     from mige_rt.validation import validate  # brings pydantic, which a single prompt does not need
 
     try:
-        data = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"it is no JSON ({error}); write one object a line") from error
+        data = json.loads(line, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise InputError(f"it is no JSON ({error.msg}, column {error.colno}); write one object a line") from error
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:  # a number of very many digits, or brackets within brackets
+        raise InputError(
+            "its numbers are too long, or it is nested too deeply; write one plain object a line"
+        ) from error
     if not isinstance(data, dict):
         raise InputError(f"it is a {type(data).__name__}; write an object, such as " + '{"prompt": "a red apple"}')
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InputError("it holds half a character, as \\ud800 without \\udc00 is; write it as UTF-8") from error
     values = {name: value for name, value in cast("dict[str, Any]", data).items() if value is not None}
     if type(values.get("id")) is int:
         values["id"] = str(values["id"])
@@ -238,3 +287,12 @@ def parse_request(line: str) -> RequestRecord:
     if record.id is not None and not _ID.fullmatch(record.id):
         raise InputError(f"id is {record.id!r}; it becomes part of a file name: use letters, digits, '.', '_', '-'")
     return record
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What JSON calls an object; each name in it once, since one of the values would be lost."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        ((name, times),) = Counter(name for name, _ in pairs).most_common(1)
+        raise InputError(f"it has {name!r} {times} times; give it once")
+    return values

@@ -10,8 +10,10 @@ from typing import Any
 
 import click
 
+from mige_rt.cli.limits import given_limits
 from mige_rt.cli.shared import model_options, requires
 from mige_rt.errors import InputError
+from mige_rt.terminal import report
 
 
 @click.command()
@@ -77,6 +79,7 @@ def serve(**values: Any) -> None:
         device=values["device"],
         precision=values["precision"],
         max_batch=values["max_batch"],
+        limits=given_limits(),
     )
     timeout: float = values["request_timeout"]
     limits = QueueLimits(max_queue=values["max_queue"], max_wait=values["max_wait_ms"] / 1000, timeout=timeout)
@@ -93,7 +96,7 @@ def serve(**values: Any) -> None:
         max_steps=values["max_steps"],
         max_side=values["max_side"] or 2 * model.size,
     )
-    click.echo(f"model {options.model_name}, engine {model.engine}", err=True)
+    report(f"model {options.model_name}, engine {model.engine}")
     config = uvicorn.Config(
         create_app(options, supervisor),
         host=values["host"],

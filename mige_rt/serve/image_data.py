@@ -108,7 +108,7 @@ def _end_with_parent() -> None:
 def _decode(files: Sequence[bytes], max_pixels: int) -> list[Image.Image]:
     images: list[Image.Image] = []
     for i, data in enumerate(files):
-        image = decode_image(data, f"image[{i}]", max_pixels)
+        image = decode_image(data, f"image[{i}]", max_pixels=max_pixels)
         max_pixels = max(0, max_pixels - image.width * image.height)
         images.append(image)
     return images

@@ -1,8 +1,10 @@
 """The engine worker: the process that holds the model, and advances whatever the server has sent it."""
 
 import signal
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from typing import Any
 
 from PIL import Image
 
@@ -22,6 +24,7 @@ class WorkerOptions:
     device: str
     precision: Precision | str
     max_batch: int
+    limits: Mapping[str, Any] = field(default_factory=dict[str, Any])  # trust and memory_limit, where they were given
 
 
 def run_worker(connection: Connection, options: WorkerOptions) -> None:
@@ -57,6 +60,7 @@ def _open(options: WorkerOptions) -> MigePipeline:
         engine=options.engine,
         device=options.device,
         precision=options.precision,  # pyright: ignore[reportArgumentType]
+        **options.limits,
         cuda_graphs=False,  # captured for one shape of the batch, which changes here whenever an image comes or leaves
     )
     blank = Image.new("RGB", (pipe.config.size, pipe.config.size))
