@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,10 +147,21 @@ def test_partial_images_come_midway_and_change_nothing(pipe: MigePipeline, tasks
     events = run_until_idle(scheduler)
     partial = [event for event in events if isinstance(event, PartialImage)]
     assert [(event.id, event.index) for event in partial] == [(task.id, 0), (task.id, 1), (task.id, 2)]
-    alone = pipe.generate([task.request], task.params)[0]
+    noisy: list[Image.Image] = []  # the latents after each step, which still hold noise
+
+    def keep(pipe: MigePipeline, index: int, timestep: float, values: dict[str, Any]) -> None:
+        noisy.extend(pipe.decode(values["latents"]))
+
+    alone = pipe.generate([task.request], task.params, callback_on_step_end=keep)[0]
     assert finished(events)[task.id].tobytes() == alone.tobytes()
-    distance = [float(np.abs(np.asarray(event.image, np.float32) - np.asarray(alone)).mean()) for event in partial]
-    assert distance[0] > distance[2]  # each is nearer to the last one
+
+    def distance(image: Image.Image) -> float:
+        return float(np.abs(np.asarray(image, np.float32) - np.asarray(alone)).mean())
+
+    distances = [distance(event.image) for event in partial]
+    assert distances[0] > distances[2]  # each is nearer to the last one
+    steps = partial_image_steps(len(noisy), 3)
+    assert all(d < distance(noisy[step - 1]) for d, step in zip(distances, steps, strict=True))
 
 
 @pytest.mark.parametrize(
