@@ -138,6 +138,8 @@ def _upright(image: Image.Image) -> Image.Image:
     """The image turned as its EXIF says. Junk there does not make a good image a bad one."""
     try:
         return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
     except Exception:  # junk makes Pillow raise nearly anything
         return image
 
