@@ -6,12 +6,14 @@ evaluation manifests.
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from PIL.Image import Image
 
+from mige_rt.config import PositiveInt
 from mige_rt.errors import InputError
 from mige_rt.images import open_image
 from mige_rt.instruction import (
@@ -25,6 +27,7 @@ from mige_rt.instruction import (
     words_before_cut,
 )
 
+AnyImage = TypeVar("AnyImage")  # an image, or its path
 _ID = re.compile(r"[\w.-]{1,100}", re.ASCII)
 
 
@@ -94,9 +97,34 @@ def resolve(request: Request, scope: EditScope = "local") -> ResolvedRequest:
         InputError: Placeholders and images do not match, the prompt is empty, or the task needs a source and there is
             none.
     """
-    source, images, prompt = request.source, request.images, request.prompt
+    source, images = request.source, request.images
     if source is not None:
         images = tuple(source if _same(image, source) else image for image in images)
+    prompt, images = complete_instruction(request.prompt, images, source, scope)
+    return ResolvedRequest(prompt, images, source, request.seed, check_task(request.task, images, source))
+
+
+def _same(a: Image, b: Image) -> bool:
+    return a is b or (a.size == b.size and a.tobytes() == b.tobytes())
+
+
+def complete_instruction(
+    prompt: str, images: tuple[AnyImage, ...], source: AnyImage | None, scope: EditScope = "local"
+) -> tuple[str, tuple[AnyImage, ...]]:
+    """A prompt with one image for each placeholder: what is left out of an edit can only be the source.
+
+    Args:
+        prompt: With or without placeholders.
+        images: Images or their paths; those that are the source are the same object.
+        source: The image to edit, or None.
+        scope: See `resolve`.
+
+    Returns:
+        The prompt, rewritten by the paper's rule if it had no placeholder, and its images.
+
+    Raises:
+        InputError: Placeholders and images do not match, or the prompt is empty.
+    """
     placeholders = count_placeholders(prompt)
     try:
         prompt.encode()
@@ -117,24 +145,30 @@ def resolve(request: Request, scope: EditScope = "local") -> ResolvedRequest:
             f"the prompt has {placeholders} {PLACEHOLDER} and {len(images)} images were given; "
             "give one image for each, in their order"
         )
-    return ResolvedRequest(prompt, images, source, request.seed, _task(request, images, source))
+    return prompt, images
 
 
-def _same(a: Image, b: Image) -> bool:
-    return a is b or (a.size == b.size and a.tobytes() == b.tobytes())
+def check_task(task: Task | None, images: Sequence[object], source: object | None) -> Task:
+    """The task that was asked for, or else the one that the images imply.
 
+    Args:
+        task: None: not said.
+        images: Of the placeholders; those that are the source are the same object.
+        source: The image to edit, or None.
 
-def _task(request: Request, images: tuple[Image, ...], source: Image | None) -> Task:
+    Raises:
+        InputError: The task needs a source and there is none, or the other way round.
+    """
     if source is None:
         implied: Task = "subject"
     else:
         implied = "edit" if all(image is source for image in images) else "compose"
-    if request.task is None:
+    if task is None:
         return implied
-    if (request.task == "subject") != (source is None):
+    if (task == "subject") != (source is None):
         needs = "takes no source image" if source is not None else "needs a source image"
-        raise InputError(f"the task {request.task!r} {needs}; the images given are those of {implied!r}")
-    return request.task
+        raise InputError(f"the task {task!r} {needs}; the images given are those of {implied!r}")
+    return task
 
 
 @dataclass(frozen=True)
@@ -146,9 +180,11 @@ class RequestRecord:
         images: Paths, in the order of the placeholders.
         source: Path of the image to edit, or None.
         target: In manifests: path of the image that should be made.
+        size: In manifests: (width, height) of the target in pixels.
         task: None: the one that the images imply.
         seed: 0 or more.
         id: Becomes part of file names: letters, digits, '.', '_', '-'.
+        scores: In manifests: how good the sample is by measures such as `aesthetic`, see `trainer.data.filters`.
         truth: In manifests: what else is known, see `trainer.synthetic.manifest`.
     """
 
@@ -159,6 +195,8 @@ class RequestRecord:
     task: Task | None = None
     seed: int | None = None
     id: str | None = None
+    size: tuple[PositiveInt, PositiveInt] | None = None
+    scores: dict[str, float] | None = None
     truth: dict[str, Any] | None = None
 
     def open(self, folder: Path, seed: int, task: Task | None = None) -> Request:
