@@ -68,9 +68,7 @@ def serve(**values: Any) -> None:
     if values["api_key"] == "":
         raise InputError("--api-key is empty; leave it out for none")
     if values["host"] not in LOOPBACK_HOSTS and values["api_key"] is None:
-        click.echo(
-            f"warning: whoever reaches {values['host']} can use the server; --api-key keeps others out", err=True
-        )
+        report(f"warning: whoever reaches {values['host']} can use the server; --api-key keeps others out")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     worker = WorkerOptions(
         model=values["model"] or str(DEFAULT_MODEL),
