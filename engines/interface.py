@@ -44,12 +44,14 @@ class EngineOptions:
         precision: auto: a bundle's own; PyTorch's default for the device.
         low_memory: Load a graph when it is first run.
         compile: Put PyTorch's denoiser through `torch.compile`.
+        trust: Run graphs and plans that were not made here without trying them first.
     """
 
     device: str = "auto"
     precision: Precision | Literal["auto"] = "auto"
     low_memory: bool = False
     compile: bool = False
+    trust: bool = False
 
 
 class Engine(Protocol):

@@ -7,7 +7,9 @@ import threading
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,21 +38,42 @@ def open_image(path: str | Path, *, max_pixels: int | None = None) -> Image.Imag
     """
     path = Path(path)
     _check_file(path)
+    try:
+        file = path.open("rb")
+    except PermissionError as error:
+        raise _no_permission(path) from error
+    with file:
+        return _read(file, str(path), max_pixels)
+
+
+def decode_image(data: bytes, name: str, *, max_pixels: int | None = None) -> Image.Image:
+    """Like `open_image`, for the content of an image file.
+
+    Args:
+        data: Of the file.
+        name: What an error calls it.
+        max_pixels: See `normalize_image`.
+
+    Raises:
+        InputError: It is no image, it is damaged or incomplete, or it is too large.
+    """
+    return _read(BytesIO(data), name, max_pixels)
+
+
+def _read(file: BinaryIO, name: str, max_pixels: int | None) -> Image.Image:
+    description = f"{name} ({file.seek(0, os.SEEK_END)} bytes)"
+    file.seek(0)
     with _own_limits():
         try:
-            image = Image.open(path, formats=READABLE)
-        except PermissionError as error:
-            raise _no_permission(path) from error
+            image = Image.open(file, formats=READABLE)
         except Exception as error:  # damaged files make the format readers raise nearly anything
             raise InputError(
-                f"{path} ({path.stat().st_size} bytes) is not an image that can be read; "
-                f"give one of these formats: {', '.join(READABLE)}"
+                f"{description} is not an image that can be read; give one of these formats: {', '.join(READABLE)}"
             ) from error
-        with image:
-            opened = normalize_image(image, str(path), max_pixels=max_pixels)
-            if image.format == "PNG":
-                _check_png_end(path)
-            return opened
+        opened = normalize_image(image, name, max_pixels=max_pixels)
+        if image.format == "PNG":
+            _check_png_end(file, description)
+        return opened
 
 
 def normalize_image(image: Image.Image, name: str = "the image", *, max_pixels: int | None = None) -> Image.Image:
@@ -120,17 +143,16 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
         )
 
 
-def _check_png_end(path: Path) -> None:
+def _check_png_end(file: BinaryIO, description: str) -> None:
     """Find out whether a PNG is there to its last byte, which its pixels do not show: Pillow decodes what there is."""
     try:
-        with path.open("rb") as file, Image.open(file, formats=["PNG"]) as image:
-            image.verify()  # every chunk but the last one, which is empty
-            if len(file.read(4)) < 4:  # its checksum
-                raise OSError("the last chunk is cut")
+        file.seek(0)
+        Image.open(file, formats=["PNG"]).verify()  # every chunk but the last one, which is empty
+        if len(file.read(4)) < 4:  # its checksum
+            raise OSError("the last chunk is cut")
     except Exception as error:  # OSError or SyntaxError, as the damage may be
         raise InputError(
-            f"{path} ({path.stat().st_size} bytes) ends too early, or is damaged behind its pixels; save or download "
-            "it again"
+            f"{description} ends too early, or is damaged behind its pixels; save or download it again"
         ) from error
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar,
 import numpy as np
 from PIL import Image
 
-from engines.factory import EngineOptions, open_engine
+from engines.factory import EngineOptions, has_nvidia_driver, open_engine
 from engines.interface import Array, Engine, array_namespace, to_numpy
 from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, open_model
 from mige_rt.conditioning import ConditionEncoder
@@ -26,10 +26,12 @@ from mige_rt.hub import local_folder
 from mige_rt.image_size import Fit
 from mige_rt.images import normalize_image
 from mige_rt.instruction import EditScope, Task
+from mige_rt.known_bundles import is_known_bundle
+from mige_rt.memory import MemoryBudget
 from mige_rt.postprocessing import to_image
 from mige_rt.requests import Request, ResolvedRequest, resolve
 from mige_rt.sampling_params import SamplingParams
-from mige_rt.sampling_plan import plan_sampling
+from mige_rt.sampling_plan import SamplingPlan, plan_sampling
 from mige_rt.tokenizer import Tokenize, load_tokenizer
 
 if TYPE_CHECKING:
@@ -103,6 +105,7 @@ class MigePipeline:
         model_name: str = "",
         low_memory: bool = False,
         cuda_graphs: bool = True,
+        memory: MemoryBudget | None = None,
     ) -> None:
         """Assemble a pipeline from parts; `from_pretrained` opens them from a folder.
 
@@ -113,12 +116,14 @@ class MigePipeline:
             model_name: The configuration's name if empty.
             low_memory: See `from_pretrained`.
             cuda_graphs: See `from_pretrained`.
+            memory: What a run may take; None: no limit.
         """
         self.config = config
         self.model_name = model_name or config.name
         self.engine = engine
         self._lock = threading.RLock()  # re-entrant: a callback may use the pipeline
-        self.runner = GraphRunner(engine, low_memory=low_memory)
+        self.memory = memory
+        self.runner = GraphRunner(engine, config, low_memory=low_memory)
         self.condition_encoder = ConditionEncoder(config, tokenize, self.runner)
         self._step: Step = denoising_step(partial(self.runner.run, "denoiser"))
         self._cuda_graphs: CudaGraphRunner | None = None
@@ -141,6 +146,8 @@ class MigePipeline:
         low_memory: bool = False,
         cuda_graphs: bool = True,
         compile: bool = False,
+        memory_limit: int | None = None,
+        trust: bool = False,
     ) -> "MigePipeline":
         """Open a model.
 
@@ -157,6 +164,9 @@ class MigePipeline:
                 needed and released before the next, which costs the time of loading them for every image.
             cuda_graphs: On CUDA, a step of the loop is captured as a CUDA graph (engines pytorch and tensorrt).
             compile: The denoiser goes through `torch.compile` (engine pytorch): a minute or more at the first image.
+            memory_limit: Refuse what would need more bytes of memory than this. Default: on the CPU what is free, else
+                no limit.
+            trust: Run a bundle's graphs and plans that were not made on this machine without trying them first.
 
         Returns:
             The pipeline.
@@ -166,8 +176,11 @@ class MigePipeline:
             NotAvailableError: The engine, the device or the precision is not to be had here; an InputError, too.
         """
         model = open_model(local_folder(name_or_path, local_files_only=local_files_only))
-        tokenize = load_tokenizer(model.folder / TOKENIZER_FILE)
-        options = EngineOptions(device=device, precision=precision, low_memory=low_memory, compile=compile)
+        on_cpu = device == "cpu" or (device == "auto" and not has_nvidia_driver())
+        memory = MemoryBudget(model.config, model.weights_bytes(largest=low_memory), memory_limit, enforced=on_cpu)
+        memory.check_model()
+        tokenize = load_tokenizer(model.folder / TOKENIZER_FILE, known=is_known_bundle(model.folder))
+        options = EngineOptions(device=device, precision=precision, low_memory=low_memory, compile=compile, trust=trust)
         name = model.config.name if model.folder == DEFAULT_MODEL else str(name_or_path)
         return cls(
             model.config,
@@ -176,6 +189,7 @@ class MigePipeline:
             model_name=name,
             low_memory=low_memory,
             cuda_graphs=cuda_graphs,
+            memory=memory,
         )
 
     @_in_turn
@@ -308,17 +322,11 @@ class MigePipeline:
                 (on_warning or _log.warning)(sentence)
 
         plan = plan_sampling(requests, params, self.config, self.engine.limits, self.engine.precision)
+        if self.memory is not None:
+            self.memory.check_run(_sizes(requests, plan, self.config))
         for sentence in plan.warnings:
             warn(sentence)
-        source = None if plan.task == "subject" else self.condition_encoder.encode_sources(requests, plan)
-        prompts = self.condition_encoder.encode_prompts(requests, plan, warn)
-        has_text = np.repeat([branch.text for branch in plan.branches], len(requests))  # [R], branch-major
-        text_states = array_namespace(prompts.text_states).concat([prompts.text_states] * len(plan.branches))
-        conditioning = Conditioning(
-            source=source,
-            cross_kv=self.runner.run("conditioner", text_states=text_states, has_text=self.engine.array(has_text)),
-            text_mask=self.engine.array(np.tile(prompts.text_mask, (len(plan.branches), 1))),
-        )
+        conditioning = self.encode_conditioning(requests, plan, warn)
 
         def on_step_end(index: int, latents: Array) -> Array | None:
             if callback_on_step_end is None:
@@ -335,6 +343,37 @@ class MigePipeline:
             approximations=plan.approximations,
             on_step_end=on_step_end,
         )
+        return self.decode(latents)
+
+    def encode_conditioning(
+        self, requests: Sequence[ResolvedRequest], plan: SamplingPlan, warn: Callable[[str], None]
+    ) -> Conditioning:
+        """What a batch of requests is conditioned on; encoded prompts and images are taken from the cache.
+
+        Args:
+            requests: The batch.
+            plan: Theirs.
+            warn: Gets a sentence for each prompt that was cut.
+
+        Raises:
+            InputError: The tokenizer is not the model's.
+        """
+        source = None if plan.task == "subject" else self.condition_encoder.encode_sources(requests, plan)
+        prompts = self.condition_encoder.encode_prompts(requests, plan, warn)
+        has_text = np.repeat([branch.text for branch in plan.branches], len(requests))  # [R], branch-major
+        text_states = array_namespace(prompts.text_states).concat([prompts.text_states] * len(plan.branches))
+        return Conditioning(
+            source=source,
+            cross_kv=self.runner.run("conditioner", text_states=text_states, has_text=self.engine.array(has_text)),
+            text_mask=self.engine.array(np.tile(prompts.text_mask, (len(plan.branches), 1))),
+        )
+
+    def decode(self, latents: Array) -> list[Image.Image]:
+        """Images of scaled latents, float32 [B,c,h,w].
+
+        Raises:
+            NotFiniteError: The model overflowed.
+        """
         pixels = self.runner.run("vae_decoder", latents=latents / self.config.vae.scale)
         return [to_image(image) for image in to_numpy(pixels)]
 
@@ -350,6 +389,18 @@ class MigePipeline:
         self.condition_encoder.clear_cache()
         if self._cuda_graphs is not None:
             self._cuda_graphs.clear()
+
+
+def _sizes(requests: Sequence[ResolvedRequest], plan: SamplingPlan, config: ModelConfig) -> dict[str, int]:
+    """The sizes of the axes that a batch has."""
+    factor = config.vae.factor
+    return {
+        "B": len(requests),
+        "R": len(plan.branches) * len(requests),
+        "N": max(1, sum(len(request.used_images) for request in requests)),
+        "h": plan.height // factor,
+        "w": plan.width // factor,
+    }
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from engines.factory import ENGINES
 from engines.plans import NoPlanError, PlanEngine
+from mige_rt.cli.limits import given_limits
 from mige_rt.config import Precision
 from mige_rt.errors import InputError
 from mige_rt.terminal import console, printable, report
@@ -179,6 +180,7 @@ def open_pipeline(
         "precision": precision,
         "low_memory": low_memory,
         "compile": compile,
+        **given_limits(),
     }
     try:
         pipe = MigePipeline.from_pretrained(model or DEFAULT_MODEL, **options)
@@ -200,7 +202,7 @@ def command_line() -> str:
     words = ["mige-rt", str(context.info_name)]
     for param in context.command.params:
         name = str(param.name)
-        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE or name not in context.params:
             continue
         value = context.params[name]
         values = value if param.multiple else [value]
