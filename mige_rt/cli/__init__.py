@@ -9,6 +9,7 @@ from mige_rt.cli.bundles import build, convert, export, info
 from mige_rt.cli.compare import compare
 from mige_rt.cli.limits import limit_options
 from mige_rt.cli.run import run
+from mige_rt.cli.signing import sign, verify
 from mige_rt.errors import InputError
 
 
@@ -30,5 +31,5 @@ def main() -> None:
 
 for command in (run, compare):
     limit_options(command)
-for command in (run, convert, export, build, info, bench, compare):
+for command in (run, convert, export, build, info, sign, verify, bench, compare):
     main.add_command(command)
