@@ -88,10 +88,10 @@ def edited(name: str, **changes: Any) -> Change:
         content = json.loads(path.read_text(encoding="utf-8"))
         for place, value in changes.items():
             *parents, last = place.split("__")
-            inner = content
+            inner: Any = content
             for part in parents:
                 inner = inner[int(part) if isinstance(inner, list) else part]
-            key = int(last) if isinstance(inner, list) else last
+            key: Any = int(last) if isinstance(inner, list) else last
             if value is DROP:
                 del inner[key]
             else:

@@ -295,7 +295,7 @@ def _moved(key: str, value: str) -> Callable[[ModelProto], None]:
     return edit
 
 
-def _entry(key: str, value: str) -> Callable[[ModelProto], None]:
+def _entry(key: str, value: str) -> Callable[[ModelProto], object]:
     return lambda model: _weight(model).external_data.add(key=key, value=value)
 
 
@@ -337,7 +337,8 @@ def _functions(model: ModelProto) -> None:
 
 
 def _attribute_graph(operator: str, *names: str) -> Callable[[ModelProto], None]:
-    return append(helper.make_node(operator, ["has_text"], ["y"], **{name: subgraph() for name in names}))
+    graphs: dict[str, Any] = {name: subgraph() for name in names}
+    return append(helper.make_node(operator, ["has_text"], ["y"], **graphs))
 
 
 def _nested(depth: int) -> Callable[[ModelProto], None]:
@@ -552,7 +553,7 @@ def _filled(value: float) -> Callable[[], tuple[list[onnx.NodeProto], list[Tenso
             helper.make_node("Mul", ["large", "zero"], ["black"]),
             helper.make_node("Add", ["black", "value"], ["pixels"]),
         ]
-        return _three(*nodes, scales=np.float32([1, 1, 4, 4]), zero=np.float32(0), value=np.float32(value))
+        return _three(*nodes, scales=np.array([1, 1, 4, 4], np.float32), zero=np.float32(0), value=np.float32(value))
 
     return build
 
@@ -618,7 +619,7 @@ def _doubling(model: ModelProto) -> None:
     for number in range(40):
         model.graph.node.append(helper.make_node("Concat", [name, name], [f"d{number}"], axis=0))
         name = f"d{number}"
-    zero = numpy_helper.from_array(np.float32(0), "nothing")
+    zero = numpy_helper.from_array(np.array(0, np.float32), "nothing")
     model.graph.initializer.append(zero)
     output = model.graph.node[-41].output[0]
     model.graph.node[-41].output[0] = "before"
