@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 
 from annotated_types import Ge, Le, MaxLen
 
-from mige_rt.bundle import ALWAYS_HASHED, FileEntry, Manifest, Text, load_json, printable, sha256
+from mige_rt.bundle import ALWAYS_HASHED, FileEntry, Manifest, Text, all_printable, load_json, sha256
 from mige_rt.config import Precision
 from mige_rt.errors import InputError, NotAvailableError
 from mige_rt.graphs import GRAPHS, AxisRange, GraphName
@@ -258,7 +258,7 @@ def _problem(plans: Plans) -> str | None:
         if entry.plan.path != f"{graph}.plan":
             return f"the plan of {graph} is said to be {entry.plan.path!r}"
     target = plans.target
-    if not printable((target.version, target.gpu or "", *target.capabilities, *plans.ranges, *plans.options)):
+    if not all_printable((target.version, target.gpu or "", *target.capabilities, *plans.ranges, *plans.options)):
         return "it has texts that are not printable"
     if plans.fingerprint != plans.folder.name:
         return f"it tells of plans that belong into a folder {plans.fingerprint}"

@@ -256,7 +256,7 @@ def _check_file(folder: Path, file: FileEntry, *, hashed: bool) -> None:
         )
 
 
-def printable(texts: Iterable[str]) -> bool:
+def all_printable(texts: Iterable[str]) -> bool:
     """Whether texts hold nothing that moves a terminal's cursor, ends a line or cannot be written."""
     return all(text.isprintable() for text in texts)
 
@@ -299,7 +299,7 @@ def _rules(manifest: Manifest) -> dict[str, bool]:
             if axis in manifest.ranges
         ),
         "hashes are SHA-256 in hex": all(is_sha256(file.sha256) for file in manifest.files),
-        "texts are printable": printable(
+        "texts are printable": all_printable(
             (
                 manifest.source,
                 *(text for part in (manifest.versions, *precisions) for pair in part.items() for text in pair),

@@ -3,12 +3,13 @@
 import logging
 import secrets
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, cast, get_args
 
 import numpy as np
 from PIL import Image
@@ -57,8 +58,28 @@ class MigePipelineOutput:
     seeds: list[int]
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _in_turn(
+    method: "Callable[Concatenate[MigePipeline, P], T]",
+) -> "Callable[Concatenate[MigePipeline, P], T]":
+    """Calls from several threads wait for each other: caches, an engine's outputs and opened files are shared."""
+
+    @wraps(method)
+    def locked(self: "MigePipeline", *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._lock:  # pyright: ignore[reportPrivateUsage]
+            return method(self, *args, **kwargs)
+
+    return locked
+
+
 class MigePipeline:
     """MIGE on one engine: make an image of given things, edit an image, or both at once.
+
+    One pipeline may be used from several threads; their calls take turns, since each uses all cores, or the GPU. A
+    callback must not wait for another thread that uses the pipeline.
 
     Examples:
         >>> from PIL import Image
@@ -100,6 +121,7 @@ class MigePipeline:
         self.config = config
         self.model_name = model_name or config.name
         self.engine = engine
+        self._lock = threading.RLock()  # re-entrant: a callback may use the pipeline
         self.memory = memory
         self.runner = GraphRunner(engine, config, low_memory=low_memory)
         self.condition_encoder = ConditionEncoder(config, tokenize, self.runner)
@@ -170,6 +192,7 @@ class MigePipeline:
             memory=memory,
         )
 
+    @_in_turn
     def __call__(  # noqa: PLR0913, diffusers' way to sample
         self,
         prompt: str | Sequence[str],
@@ -270,6 +293,7 @@ class MigePipeline:
             [image for images in images_of for image in images], [seed for row in seeds for seed in row]
         )
 
+    @_in_turn
     def generate(
         self,
         requests: Sequence[ResolvedRequest],
@@ -302,15 +326,7 @@ class MigePipeline:
             self.memory.check_run(_sizes(requests, plan, self.config))
         for sentence in plan.warnings:
             warn(sentence)
-        source = None if plan.task == "subject" else self.condition_encoder.encode_sources(requests, plan)
-        prompts = self.condition_encoder.encode_prompts(requests, plan, warn)
-        has_text = np.repeat([branch.text for branch in plan.branches], len(requests))  # [R], branch-major
-        text_states = array_namespace(prompts.text_states).concat([prompts.text_states] * len(plan.branches))
-        conditioning = Conditioning(
-            source=source,
-            cross_kv=self.runner.run("conditioner", text_states=text_states, has_text=self.engine.array(has_text)),
-            text_mask=self.engine.array(np.tile(prompts.text_mask, (len(plan.branches), 1))),
-        )
+        conditioning = self.encode_conditioning(requests, plan, warn)
 
         def on_step_end(index: int, latents: Array) -> Array | None:
             if callback_on_step_end is None:
@@ -327,6 +343,37 @@ class MigePipeline:
             approximations=plan.approximations,
             on_step_end=on_step_end,
         )
+        return self.decode(latents)
+
+    def encode_conditioning(
+        self, requests: Sequence[ResolvedRequest], plan: SamplingPlan, warn: Callable[[str], None]
+    ) -> Conditioning:
+        """What a batch of requests is conditioned on; encoded prompts and images are taken from the cache.
+
+        Args:
+            requests: The batch.
+            plan: Theirs.
+            warn: Gets a sentence for each prompt that was cut.
+
+        Raises:
+            InputError: The tokenizer is not the model's.
+        """
+        source = None if plan.task == "subject" else self.condition_encoder.encode_sources(requests, plan)
+        prompts = self.condition_encoder.encode_prompts(requests, plan, warn)
+        has_text = np.repeat([branch.text for branch in plan.branches], len(requests))  # [R], branch-major
+        text_states = array_namespace(prompts.text_states).concat([prompts.text_states] * len(plan.branches))
+        return Conditioning(
+            source=source,
+            cross_kv=self.runner.run("conditioner", text_states=text_states, has_text=self.engine.array(has_text)),
+            text_mask=self.engine.array(np.tile(prompts.text_mask, (len(plan.branches), 1))),
+        )
+
+    def decode(self, latents: Array) -> list[Image.Image]:
+        """Images of scaled latents, float32 [B,c,h,w].
+
+        Raises:
+            NotFiniteError: The model overflowed.
+        """
         pixels = self.runner.run("vae_decoder", latents=latents / self.config.vae.scale)
         return [to_image(image) for image in to_numpy(pixels)]
 
@@ -336,6 +383,7 @@ class MigePipeline:
         limit = self.engine.limits.get("B")
         return sys.maxsize if limit is None else limit.max
 
+    @_in_turn
     def clear_cache(self) -> None:
         """Drop the encoded prompts and images that are cached, and captured CUDA graphs."""
         self.condition_encoder.clear_cache()
