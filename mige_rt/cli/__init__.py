@@ -7,7 +7,7 @@ import click
 from mige_rt.cli.bench import bench
 from mige_rt.cli.bundles import build, convert, export, info
 from mige_rt.cli.compare import compare
-from mige_rt.cli.data import convert_data
+from mige_rt.cli.data import convert_data, prepare
 from mige_rt.cli.run import run
 from mige_rt.errors import InputError
 
@@ -28,5 +28,5 @@ def main() -> None:
     """MIGE: put the subject of an image into a new scene, edit an image as told, or both at once."""
 
 
-for command in (run, convert, export, build, info, bench, compare, convert_data):
+for command in (run, convert, export, build, info, bench, compare, convert_data, prepare):
     main.add_command(command)

@@ -1,4 +1,4 @@
-"""`mige-rt convert-data`: the way from published datasets to what training reads."""
+"""`mige-rt convert-data` and `prepare`: the way from published datasets to what training reads."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +18,18 @@ _FILTERS = click.option(
     show_default=True,
     help="leave out what the paper does: much wider than high, or a score too low",
 )
+
+
+class _Part(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
+    name = "I/N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value  # pyright: ignore[reportUnknownVariableType]  # the default
+        numbers = [int(n) for n in str(value).split("/") if n.isascii() and n.isdigit() and len(n) < 7]
+        if len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]:
+            self.fail(f"{value!r} is no part; give its number and how many there are, as 2/6", param, ctx)
+        return numbers[0], numbers[1]
 
 
 @click.command("convert-data")
@@ -74,6 +86,62 @@ def convert_data(layout: str, data: Path, out: Path, scores: tuple[str, ...], **
         )
     click.echo(f"{report.samples} samples{_left_out(report.rejected)}", err=True)
     click.echo(out / "manifest.jsonl")
+
+
+@click.command()
+@click.option("--manifest", type=PATH, required=True, help="JSON lines, or the published JSON")
+@click.option("--out", type=PATH, required=True, help="the folder to make, or to go on with")
+@click.option(
+    "--model",
+    default="tiny",
+    show_default=True,
+    help="whose VAE and ViT are used: the published model.pth or a folder with it, a model folder, a bundle, a "
+    "repository on the Hugging Face hub, or tiny, the model that comes with mige-rt",
+)
+@click.option(
+    "--images-root", "root", type=PATH, help="the folder that the manifest's paths are relative to  [default: its own]"
+)
+@click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="that work at once")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1")
+@click.option("--shard-samples", type=click.IntRange(1), default=256, show_default=True, help="samples in each shard")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="images encoded at once")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="of the order of the samples")
+@click.option(
+    "--part", type=_Part(), default=(1, 1), help="one part alone, as 2/6 on the second of six machines  [default: all]"
+)
+@_FILTERS
+def prepare(manifest: Path, out: Path, model: str, **options: Any) -> None:
+    r"""Compute the latents and ViT features of a manifest's images, once, for training to read.
+
+    \b
+      mige-rt prepare --manifest data/magicbrush/manifest.jsonl --model MIGE --out prepared/magicbrush --processes 8
+
+    A run that was stopped goes on by the same command, and ends on the same bytes. A sample with an image that cannot
+    be read is left out; more than 1 % of such images stop the run.
+    """
+    with requires("data", "preparing training data"):
+        from export.exporter import locate_checkpoint
+        from trainer.data.prepare import CorruptImage, PrepareOptions
+        from trainer.data.prepare import prepare as prepare_manifest
+
+    def warn(image: CorruptImage) -> None:
+        click.echo(f"warning: {image.id} is left out: {image.error}", err=True)
+
+    with progress("shards") as advance:
+        report = prepare_manifest(
+            manifest,
+            locate_checkpoint(model),
+            out,
+            PrepareOptions(**options),
+            on_progress=advance,
+            on_corrupt=warn,
+        )
+    total = report.total
+    corrupt = {"an image that cannot be read": len({image.id for image in total.corrupt})} if total.corrupt else {}
+    click.echo(f"{total.samples} samples{_left_out({**corrupt, **total.filtered})}", err=True)
+    if report.missing:
+        click.echo(f"{report.missing} of {report.shards} shards are left to the other parts", err=True)
+    click.echo(out)
 
 
 def _score_columns(scores: tuple[str, ...]) -> dict[str, str]:
