@@ -67,7 +67,7 @@ class PyTorchEngine:
         Raises:
             InputError: The device is not there, or the precision is not one of this engine's.
         """
-        device = _device(options.device)
+        device = torch_device(options.device)
         precision = options.precision
         if precision == "auto":
             precision = "fp32" if device == "cpu" else "bf16"
@@ -125,8 +125,15 @@ class PyTorchEngine:
         self._released.remove(graph)
 
 
-def _device(name: str) -> str:
-    """The device to use: cpu, cuda or cuda:N, which is there."""
+def torch_device(name: str) -> str:
+    """The device that PyTorch runs on: cpu, cuda or cuda:N.
+
+    Args:
+        name: One of these, or auto, which is cuda where there is a GPU.
+
+    Raises:
+        InputError: It is no such name, or the device is not there.
+    """
     device = parse_device(name)
     if device.kind == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
