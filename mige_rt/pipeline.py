@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from engines.factory import EngineOptions, open_engine
-from engines.interface import Array, Engine, array_namespace, to_numpy
+from engines.interface import Array, Attention, Engine, array_namespace, to_numpy
 from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, open_model
 from mige_rt.conditioning import ConditionEncoder
 from mige_rt.config import ModelConfig, Precision, SchedulerName
@@ -119,6 +119,7 @@ class MigePipeline:
         low_memory: bool = False,
         cuda_graphs: bool = True,
         compile: bool = False,
+        attention: Attention = "auto",
     ) -> "MigePipeline":
         """Open a model.
 
@@ -129,12 +130,15 @@ class MigePipeline:
             engine: `onnxruntime`, `pytorch`, `tensorrt` or `tensorrt-rtx`; `auto`: the fastest that works here.
             device: `cpu`, `cuda` or `cuda:N`; `auto`: cuda where there is one.
             precision: `fp32`, `fp16`, `bf16` or `int8`; `auto`: a bundle's own, but with the engine pytorch fp32 on the
-                CPU and bf16 on CUDA.
+                CPU and fp16 on CUDA, where T5 computes in bf16.
             local_files_only: Do not download; a repository must have been downloaded before.
             low_memory: The image encoders, the text encoder, the denoiser and the decoder are loaded when they are
                 needed and released before the next, which costs the time of loading them for every image.
             cuda_graphs: On CUDA, a step of the loop is captured as a CUDA graph (engines pytorch and tensorrt).
-            compile: The denoiser goes through `torch.compile` (engine pytorch): a minute or more at the first image.
+            compile: The layers of the denoiser and the encoders go through `torch.compile` (engine pytorch): a minute
+                or more at the first image.
+            attention: PyTorch's implementation of attention on CUDA (engine pytorch): `cudnn`, `flash`, `efficient` or
+                `math`; `auto`: the fastest, measured at opening.
 
         Returns:
             The pipeline.
@@ -145,7 +149,9 @@ class MigePipeline:
         """
         model = open_model(local_folder(name_or_path, local_files_only=local_files_only))
         tokenize = load_tokenizer(model.folder / TOKENIZER_FILE)
-        options = EngineOptions(device=device, precision=precision, low_memory=low_memory, compile=compile)
+        options = EngineOptions(
+            device=device, precision=precision, low_memory=low_memory, compile=compile, attention=attention
+        )
         name = model.config.name if model.folder == DEFAULT_MODEL else str(name_or_path)
         return cls(
             model.config,

@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from engines.factory import ENGINES
+from engines.interface import Attention
 from engines.plans import NoPlanError, PlanEngine
 from mige_rt.config import Precision
 from mige_rt.errors import InputError
@@ -122,7 +123,7 @@ class Size(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
             self.fail(str(error), param, ctx)
 
 
-def open_pipeline(
+def open_pipeline(  # noqa: PLR0913, the options of from_pretrained
     model: str | Path | None,
     *,
     engine: str = "auto",
@@ -130,6 +131,7 @@ def open_pipeline(
     precision: Precision | Literal["auto"] = "auto",
     low_memory: bool = False,
     compile: bool = False,
+    attention: Attention = "auto",
     build_missing: bool = False,
 ) -> "MigePipeline":
     """`MigePipeline.from_pretrained` for a command: says on stderr what was chosen.
@@ -141,6 +143,7 @@ def open_pipeline(
         precision: The same.
         low_memory: The same.
         compile: The same.
+        attention: The same.
         build_missing: Where a plan is missing for this machine, build it.
     """
     from mige_rt.bundle import DEFAULT_MODEL
@@ -154,6 +157,7 @@ def open_pipeline(
         "precision": precision,
         "low_memory": low_memory,
         "compile": compile,
+        "attention": attention,
     }
     try:
         pipe = MigePipeline.from_pretrained(model or DEFAULT_MODEL, **options)
