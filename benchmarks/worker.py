@@ -167,7 +167,7 @@ class WorkerState:
         images = [np.asarray(image) for image in self._variant(self.pipe).generate(batch, params)]
         peak, gpu = peak_bytes(), self.cuda and self.free_gpu - self.cuda.mem_get_info()[0]
         memory = Memory(None if peak is None else max(peak, self.opening_peak), gpu)
-        tracer = _Tracer(self._synchronize)
+        tracer = GraphTracer(self._synchronize)
         engine, tokenize = HookedEngine(self.pipe.engine, tracer), self.pipe.condition_encoder.tokenize
         pipe = MigePipeline(self.pipe.config, tokenize, engine, low_memory=self.config.low_vram)
         if self.pipe._cuda_graphs is not None:  # a replayed step runs no graph by name: it is timed as the denoiser
@@ -210,7 +210,7 @@ def _open_pipeline(config: WorkerConfig) -> MigePipeline:
     return MigePipeline(manifest.model, load_tokenizer(config.model / TOKENIZER_FILE), engine)
 
 
-class _Tracer:
+class GraphTracer:
     """Times each run of a graph, and keeps the final latents and the prompt's length."""
 
     def __init__(self, synchronize: Callable[[], None]) -> None:

@@ -1,15 +1,18 @@
 """Which engine opens a model: the one that is named, or the fastest that works here."""
 
 import ctypes
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engines.interface import Engine, EngineOptions
-from engines.plans import PLAN_ENGINES, PlanEngine
+from engines.plans import PLAN_ENGINES, PlanEngine, UntrustedError
 from mige_rt.bundle import OpenedModel
 from mige_rt.errors import InputError, NotAvailableError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ def _open_fastest(model: OpenedModel, options: EngineOptions) -> Engine:
             try:
                 return _open(model, name, replace(options, device="cpu" if device == "auto" else device))
             except InputError as error:
+                if isinstance(error, UntrustedError):
+                    _log.warning("%s", error)
                 if name in PLAN_ENGINES:  # that nobody built plans is no mistake, and damaged ones are no obstacle
                     continue
                 if not isinstance(error, NotAvailableError):
@@ -105,6 +110,8 @@ def _open_fastest(model: OpenedModel, options: EngineOptions) -> Engine:
 
 
 def _open(model: OpenedModel, engine: str, options: EngineOptions) -> Engine:
+    from engines.trial import admit
+
     entry = _ENTRIES[engine]
     if model.manifest is None and engine != "pytorch":
         plans = f"--engine {engine} " if engine in PLAN_ENGINES else ""
@@ -115,11 +122,13 @@ def _open(model: OpenedModel, engine: str, options: EngineOptions) -> Engine:
     if model.manifest is not None and engine != "pytorch":
         _check_precision(model.folder, model.manifest.precision, options.precision)
     try:
-        return entry.open(model, options)
+        opened = entry.open(model, options)
     except ImportError as error:
         raise NotAvailableError(
             f"the engine {engine} needs a package that is not here ({error}); install it with: {entry.install}"
         ) from error
+    admit(model, opened, trust=options.trust)
+    return opened
 
 
 def _check_precision(bundle: Path, precision: str, requested: str) -> None:

@@ -47,6 +47,7 @@ class EngineOptions:
         low_memory: Load a graph when it is first run.
         compile: Put the layers of PyTorch's denoiser through `torch.compile`.
         attention: Which implementation of attention PyTorch uses on CUDA; auto: the fastest, measured at opening.
+        trust: Run graphs and plans that were not made here without trying them first.
     """
 
     device: str = "auto"
@@ -54,6 +55,7 @@ class EngineOptions:
     low_memory: bool = False
     compile: bool = False
     attention: Attention = "auto"
+    trust: bool = False
 
 
 class Engine(Protocol):

@@ -121,7 +121,11 @@ class OnnxRuntimeEngine:
         try:
             return dict(zip(names, session.run(names, dict(inputs)), strict=True))
         except Exception as error:  # the library's own classes derive from Exception alone
-            raise InputError(f"ONNX Runtime could not run {graph} of {self.folder} ({error})") from error
+            shapes = ", ".join(f"{name} {list(values.shape)}" for name, values in inputs.items())
+            raise InputError(
+                f"ONNX Runtime could not run {graph} of {self.folder} with {shapes}: memory ran out, or the graph is "
+                "not what mige-rt wrote; make fewer or smaller images at once, or export the bundle again"
+            ) from error
 
     def _session(self, graph: GraphName, threads: int) -> onnxruntime.InferenceSession:
         """threads: within a node. The options are set from what benchmarks/results/runtime-settings.md measured."""
@@ -136,8 +140,9 @@ class OnnxRuntimeEngine:
                 session = onnxruntime.InferenceSession(str(path), options, providers=self._providers())
             except Exception as error:  # the library's own classes derive from Exception alone
                 raise InputError(
-                    f"ONNX Runtime {onnxruntime.__version__} cannot load {path} for {self.device} ({error}); "
-                    "try --device cpu, another precision, or export the bundle again"
+                    f"ONNX Runtime {onnxruntime.__version__} cannot load {path} for {self.device}: a graph that "
+                    "`mige-rt export` wrote is expected, and memory for it; try --device cpu, another precision, or "
+                    "export the bundle again"
                 ) from error
             if self.device != "cpu" and CUDA not in session.get_providers():  # ONNX Runtime goes on without it
                 raise NotAvailableError(f"ONNX Runtime could not load its CUDA provider for {path}: {_cuda_remedy()}")

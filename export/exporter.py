@@ -17,17 +17,29 @@ from export.precision import TABLES, check_precision
 from export.processes import WorkerFailedError, WorkerHooks, run_worker
 from export.results import Check, GraphResult, PipelineResult, worst_check
 from mige_rt.atomic import atomic_folder
-from mige_rt.bundle import DEFAULT_MODEL, MANIFEST, REPORT, SCHEMA, TOKENIZER_FILE, GraphEntry, Manifest, file_entry
+from mige_rt.bundle import (
+    DEFAULT_MODEL,
+    MANIFEST,
+    REPORT,
+    SCHEMA,
+    TOKENIZER_FILE,
+    GraphEntry,
+    Manifest,
+    file_entry,
+    onnx_path,
+    weights_path,
+)
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
 from mige_rt.graphs import GRAPHS, AxisRange, GraphName, resolved_axes
 from mige_rt.hub import local_folder
+from mige_rt.known_bundles import remember
 from trainer.checkpoints.open_checkpoint import CheckpointLocation, open_checkpoint
 
 SCHEDULER = "dpm_solver_pp_2m"  # mige_rt.scheduler
 SMALL = 200_000_000  # parameters up to which every shape is validated, and two graphs are exported at a time
 
-WORKER = (sys.executable, "-m", "export.worker")
+WORKER = (sys.executable, "-P", "-m", "export.worker")  # -P: the working folder, a bundle perhaps, has no code of ours
 
 OnProgress = Callable[[str, int, int], None]  # what is being done, jobs done, jobs in all
 Result = TypeVar("Result", GraphResult, PipelineResult)
@@ -192,8 +204,8 @@ def export_bundle(
             ranges=ranges,
             graphs={
                 graph: GraphEntry(
-                    file_entry(folder, f"onnx/{graph}.onnx"),
-                    file_entry(folder, f"onnx/{graph}.safetensors"),
+                    file_entry(folder, onnx_path(graph)),
+                    file_entry(folder, weights_path(graph)),
                     axes[graph],
                     TABLES[checked][graph],
                     result.parameters,
@@ -208,6 +220,7 @@ def export_bundle(
         result = ExportResult(replace(manifest, validated=options.validate), graphs, pipeline)
         _write(folder / REPORT, result.report())
         _write(folder / MANIFEST, result.manifest.to_json())
+    remember(out / MANIFEST)
     return result
 
 

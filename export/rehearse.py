@@ -7,10 +7,8 @@ half an hour.
 """
 
 import json
-import math
 import os
 import tempfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -18,69 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from rich.console import Console
-from tokenizers import Tokenizer
-from torch import Tensor
 
 from export.build_plans import rehearse_plan
 from export.environment import environment
 from export.exporter import ExportLimits, ExportOptions, ExportResult, export_bundle
 from export.formatting import markdown_table
+from export.made_up import make_model
 from export.results import worst_check
-from mige_rt.atomic import atomic_folder
-from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, Manifest
-from mige_rt.config import PRESETS, ModelConfig
+from mige_rt.bundle import Manifest
+from mige_rt.config import PRESETS
 from mige_rt.errors import InputError
 from mige_rt.graphs import GRAPHS, GraphName
-from trainer.checkpoints.model_folder import ModelContent, write_model_folder
-from trainer.checkpoints.weights import our_shapes
-from trainer.model.vae import make_vae
-
-BLOCK = 4_194_301  # numbers drawn once and repeated; a prime, so that no two weights begin alike
-
-
-def made_up(name: str, shape: tuple[int, ...], block: Tensor) -> Tensor:
-    """A weight of about the size that a trained one has, fixed by its name and shape.
-
-    Norms are near 1, biases are small, and products keep the size of what they are applied to.
-
-    Args:
-        name: the weight's name.
-        shape: its shape.
-        block: normal numbers, [n], which are repeated.
-
-    Returns:
-        A bfloat16 tensor of the shape.
-    """
-    size, start = math.prod(shape), zlib.crc32(name.encode()) % len(block)
-    values = block.roll(-start).repeat(-(-size // len(block)))[:size].reshape(shape)
-    leaf = name.rpartition(".")[2]
-    if len(shape) == 1:
-        return (1 + 0.1 * values if leaf == "weight" else 0.05 * values).bfloat16()
-    if "embed_tokens" in name or "shared" in name:
-        return values.bfloat16()
-    if name.endswith("SelfAttention.q.weight"):
-        # T5 divides no scores by the square root of the head's width, since its training starts from queries that are
-        # smaller by it; larger ones make 24 layers of hard choices, which no precision but the same follows.
-        values = values / math.sqrt(PRESETS["xl"].text.head_width)
-    return (values / math.sqrt(math.prod(shape[1:]))).bfloat16()
-
-
-def make_model(config: ModelConfig, out: Path) -> None:
-    """A model folder of these sizes with made-up weights, one held at a time, and the default model's tokenizer."""
-    shapes = our_shapes(config)
-    block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0))
-    with atomic_folder(out) as folder:
-        content = ModelContent(
-            config=config,
-            source="made up",
-            tokenizer=Tokenizer.from_file(str(DEFAULT_MODEL / TOKENIZER_FILE)),
-            sizes={name: 2 * math.prod(shape) for name, shape in shapes.items()},
-            tensor=lambda name: made_up(name, shapes[name], block),
-            vae=make_vae(config.vae).state_dict(),
-        )
-        write_model_folder(folder, content)
 
 
 @dataclass(frozen=True)

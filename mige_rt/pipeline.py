@@ -3,17 +3,18 @@
 import logging
 import secrets
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, cast, get_args
 
 import numpy as np
 from PIL import Image
 
-from engines.factory import EngineOptions, open_engine
+from engines.factory import EngineOptions, has_nvidia_driver, open_engine
 from engines.interface import Array, Attention, Engine, array_namespace, to_numpy
 from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, open_model
 from mige_rt.conditioning import ConditionEncoder
@@ -25,10 +26,12 @@ from mige_rt.hub import local_folder
 from mige_rt.image_size import Fit
 from mige_rt.images import normalize_image
 from mige_rt.instruction import EditScope, Task
+from mige_rt.known_bundles import is_known_bundle
+from mige_rt.memory import MemoryBudget
 from mige_rt.postprocessing import to_image
 from mige_rt.requests import Request, ResolvedRequest, resolve
 from mige_rt.sampling_params import SamplingParams
-from mige_rt.sampling_plan import plan_sampling
+from mige_rt.sampling_plan import SamplingPlan, plan_sampling
 from mige_rt.tokenizer import Tokenize, load_tokenizer
 
 if TYPE_CHECKING:
@@ -55,8 +58,28 @@ class MigePipelineOutput:
     seeds: list[int]
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _in_turn(
+    method: "Callable[Concatenate[MigePipeline, P], T]",
+) -> "Callable[Concatenate[MigePipeline, P], T]":
+    """Calls from several threads wait for each other: caches, an engine's outputs and opened files are shared."""
+
+    @wraps(method)
+    def locked(self: "MigePipeline", *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._lock:  # pyright: ignore[reportPrivateUsage]
+            return method(self, *args, **kwargs)
+
+    return locked
+
+
 class MigePipeline:
     """MIGE on one engine: make an image of given things, edit an image, or both at once.
+
+    One pipeline may be used from several threads; their calls take turns, since each uses all cores, or the GPU. A
+    callback must not wait for another thread that uses the pipeline.
 
     Examples:
         >>> from PIL import Image
@@ -82,6 +105,7 @@ class MigePipeline:
         model_name: str = "",
         low_memory: bool = False,
         cuda_graphs: bool = True,
+        memory: MemoryBudget | None = None,
     ) -> None:
         """Assemble a pipeline from parts; `from_pretrained` opens them from a folder.
 
@@ -92,11 +116,14 @@ class MigePipeline:
             model_name: The configuration's name if empty.
             low_memory: See `from_pretrained`.
             cuda_graphs: See `from_pretrained`.
+            memory: What a run may take; None: no limit.
         """
         self.config = config
         self.model_name = model_name or config.name
         self.engine = engine
-        self.runner = GraphRunner(engine, low_memory=low_memory)
+        self._lock = threading.RLock()  # re-entrant: a callback may use the pipeline
+        self.memory = memory
+        self.runner = GraphRunner(engine, config, low_memory=low_memory)
         self.condition_encoder = ConditionEncoder(config, tokenize, self.runner)
         self._step: Step = denoising_step(partial(self.runner.run, "denoiser"))
         self._cuda_graphs: CudaGraphRunner | None = None
@@ -120,6 +147,8 @@ class MigePipeline:
         cuda_graphs: bool = True,
         compile: bool = False,
         attention: Attention = "auto",
+        memory_limit: int | None = None,
+        trust: bool = False,
     ) -> "MigePipeline":
         """Open a model.
 
@@ -139,6 +168,9 @@ class MigePipeline:
                 or more at the first image.
             attention: PyTorch's implementation of attention on CUDA (engine pytorch): `cudnn`, `flash`, `efficient` or
                 `math`; `auto`: the fastest, measured at opening.
+            memory_limit: Refuse what would need more bytes of memory than this. Default: on the CPU what is free, else
+                no limit.
+            trust: Run a bundle's graphs and plans that were not made on this machine without trying them first.
 
         Returns:
             The pipeline.
@@ -148,9 +180,17 @@ class MigePipeline:
             NotAvailableError: The engine, the device or the precision is not to be had here; an InputError, too.
         """
         model = open_model(local_folder(name_or_path, local_files_only=local_files_only))
-        tokenize = load_tokenizer(model.folder / TOKENIZER_FILE)
+        on_cpu = device == "cpu" or (device == "auto" and not has_nvidia_driver())
+        memory = MemoryBudget(model.config, model.weights_bytes(largest=low_memory), memory_limit, enforced=on_cpu)
+        memory.check_model()
+        tokenize = load_tokenizer(model.folder / TOKENIZER_FILE, known=is_known_bundle(model.folder))
         options = EngineOptions(
-            device=device, precision=precision, low_memory=low_memory, compile=compile, attention=attention
+            device=device,
+            precision=precision,
+            low_memory=low_memory,
+            compile=compile,
+            attention=attention,
+            trust=trust,
         )
         name = model.config.name if model.folder == DEFAULT_MODEL else str(name_or_path)
         return cls(
@@ -160,8 +200,10 @@ class MigePipeline:
             model_name=name,
             low_memory=low_memory,
             cuda_graphs=cuda_graphs,
+            memory=memory,
         )
 
+    @_in_turn
     def __call__(  # noqa: PLR0913, diffusers' way to sample
         self,
         prompt: str | Sequence[str],
@@ -262,6 +304,7 @@ class MigePipeline:
             [image for images in images_of for image in images], [seed for row in seeds for seed in row]
         )
 
+    @_in_turn
     def generate(
         self,
         requests: Sequence[ResolvedRequest],
@@ -290,17 +333,11 @@ class MigePipeline:
                 (on_warning or _log.warning)(sentence)
 
         plan = plan_sampling(requests, params, self.config, self.engine.limits, self.engine.precision)
+        if self.memory is not None:
+            self.memory.check_run(_sizes(requests, plan, self.config))
         for sentence in plan.warnings:
             warn(sentence)
-        source = None if plan.task == "subject" else self.condition_encoder.encode_sources(requests, plan)
-        prompts = self.condition_encoder.encode_prompts(requests, plan, warn)
-        has_text = np.repeat([branch.text for branch in plan.branches], len(requests))  # [R], branch-major
-        text_states = array_namespace(prompts.text_states).concat([prompts.text_states] * len(plan.branches))
-        conditioning = Conditioning(
-            source=source,
-            cross_kv=self.runner.run("conditioner", text_states=text_states, has_text=self.engine.array(has_text)),
-            text_mask=self.engine.array(np.tile(prompts.text_mask, (len(plan.branches), 1))),
-        )
+        conditioning = self.encode_conditioning(requests, plan, warn)
 
         def on_step_end(index: int, latents: Array) -> Array | None:
             if callback_on_step_end is None:
@@ -317,6 +354,37 @@ class MigePipeline:
             approximations=plan.approximations,
             on_step_end=on_step_end,
         )
+        return self.decode(latents)
+
+    def encode_conditioning(
+        self, requests: Sequence[ResolvedRequest], plan: SamplingPlan, warn: Callable[[str], None]
+    ) -> Conditioning:
+        """What a batch of requests is conditioned on; encoded prompts and images are taken from the cache.
+
+        Args:
+            requests: The batch.
+            plan: Theirs.
+            warn: Gets a sentence for each prompt that was cut.
+
+        Raises:
+            InputError: The tokenizer is not the model's.
+        """
+        source = None if plan.task == "subject" else self.condition_encoder.encode_sources(requests, plan)
+        prompts = self.condition_encoder.encode_prompts(requests, plan, warn)
+        has_text = np.repeat([branch.text for branch in plan.branches], len(requests))  # [R], branch-major
+        text_states = array_namespace(prompts.text_states).concat([prompts.text_states] * len(plan.branches))
+        return Conditioning(
+            source=source,
+            cross_kv=self.runner.run("conditioner", text_states=text_states, has_text=self.engine.array(has_text)),
+            text_mask=self.engine.array(np.tile(prompts.text_mask, (len(plan.branches), 1))),
+        )
+
+    def decode(self, latents: Array) -> list[Image.Image]:
+        """Images of scaled latents, float32 [B,c,h,w].
+
+        Raises:
+            NotFiniteError: The model overflowed.
+        """
         pixels = self.runner.run("vae_decoder", latents=latents / self.config.vae.scale)
         return [to_image(image) for image in to_numpy(pixels)]
 
@@ -326,11 +394,24 @@ class MigePipeline:
         limit = self.engine.limits.get("B")
         return sys.maxsize if limit is None else limit.max
 
+    @_in_turn
     def clear_cache(self) -> None:
         """Drop the encoded prompts and images that are cached, and captured CUDA graphs."""
         self.condition_encoder.clear_cache()
         if self._cuda_graphs is not None:
             self._cuda_graphs.clear()
+
+
+def _sizes(requests: Sequence[ResolvedRequest], plan: SamplingPlan, config: ModelConfig) -> dict[str, int]:
+    """The sizes of the axes that a batch has."""
+    factor = config.vae.factor
+    return {
+        "B": len(requests),
+        "R": len(plan.branches) * len(requests),
+        "N": max(1, sum(len(request.used_images) for request in requests)),
+        "h": plan.height // factor,
+        "w": plan.width // factor,
+    }
 
 
 @dataclass(frozen=True)

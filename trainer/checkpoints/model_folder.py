@@ -118,8 +118,7 @@ class SafetensorsCheckpoint(Checkpoint):
                 self._open_files[path] = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise InputError(
-                    f"{path} cannot be read ({error}): a whole safetensors file is expected; convert or download the "
-                    "model again"
+                    f"{path} cannot be read: a whole safetensors file is expected; convert or download the model again"
                 ) from error
         return self._open_files[path]
 
