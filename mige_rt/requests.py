@@ -7,12 +7,14 @@ evaluation manifests.
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from PIL.Image import Image
 
+from mige_rt.config import PositiveInt
 from mige_rt.errors import InputError, reason
 from mige_rt.images import open_image
 from mige_rt.instruction import (
@@ -30,6 +32,8 @@ from mige_rt.instruction import (
 MAX_LINE = 2**20  # characters of a line of a request file
 MAX_FILE = 2**28  # characters of a request file
 MAX_REQUESTS = 100_000  # of a request file
+
+AnyImage = TypeVar("AnyImage")  # an image, or its path
 
 _ONE_A_LINE = "one JSON object a line is expected"
 _ID = re.compile(r"[\w.-]{1,100}", re.ASCII)
@@ -101,10 +105,35 @@ def resolve(request: Request, scope: EditScope = "local") -> ResolvedRequest:
         InputError: Placeholders and images do not match, the prompt is empty or too long, or the task needs a source
             and there is none.
     """
-    check_length(request.prompt)
-    source, images, prompt = request.source, request.images, request.prompt
+    source, images = request.source, request.images
     if source is not None:
         images = tuple(source if _same(image, source) else image for image in images)
+    prompt, images = complete_instruction(request.prompt, images, source, scope)
+    return ResolvedRequest(prompt, images, source, request.seed, check_task(request.task, images, source))
+
+
+def _same(a: Image, b: Image) -> bool:
+    return a is b or (a.size == b.size and a.tobytes() == b.tobytes())
+
+
+def complete_instruction(
+    prompt: str, images: tuple[AnyImage, ...], source: AnyImage | None, scope: EditScope = "local"
+) -> tuple[str, tuple[AnyImage, ...]]:
+    """A prompt with one image for each placeholder: what is left out of an edit can only be the source.
+
+    Args:
+        prompt: With or without placeholders.
+        images: Images or their paths; those that are the source are the same object.
+        source: The image to edit, or None.
+        scope: See `resolve`.
+
+    Returns:
+        The prompt, rewritten by the paper's rule if it had no placeholder, and its images.
+
+    Raises:
+        InputError: Placeholders and images do not match, or the prompt is empty or too long.
+    """
+    check_length(prompt)
     placeholders = count_placeholders(prompt)
     try:
         prompt.encode()
@@ -125,24 +154,30 @@ def resolve(request: Request, scope: EditScope = "local") -> ResolvedRequest:
             f"the prompt has {placeholders} {PLACEHOLDER} and {len(images)} images were given; "
             "give one image for each, in their order"
         )
-    return ResolvedRequest(prompt, images, source, request.seed, _task(request, images, source))
+    return prompt, images
 
 
-def _same(a: Image, b: Image) -> bool:
-    return a is b or (a.size == b.size and a.tobytes() == b.tobytes())
+def check_task(task: Task | None, images: Sequence[object], source: object | None) -> Task:
+    """The task that was asked for, or else the one that the images imply.
 
+    Args:
+        task: None: not said.
+        images: Of the placeholders; those that are the source are the same object.
+        source: The image to edit, or None.
 
-def _task(request: Request, images: tuple[Image, ...], source: Image | None) -> Task:
+    Raises:
+        InputError: The task needs a source and there is none, or the other way round.
+    """
     if source is None:
         implied: Task = "subject"
     else:
         implied = "edit" if all(image is source for image in images) else "compose"
-    if request.task is None:
+    if task is None:
         return implied
-    if (request.task == "subject") != (source is None):
+    if (task == "subject") != (source is None):
         needs = "takes no source image" if source is not None else "needs a source image"
-        raise InputError(f"the task {request.task!r} {needs}; the images given are those of {implied!r}")
-    return request.task
+        raise InputError(f"the task {task!r} {needs}; the images given are those of {implied!r}")
+    return task
 
 
 @dataclass(frozen=True)
@@ -154,9 +189,11 @@ class RequestRecord:
         images: Paths, in the order of the placeholders.
         source: Path of the image to edit, or None.
         target: In manifests: path of the image that should be made.
+        size: In manifests: (width, height) of the target in pixels.
         task: None: the one that the images imply.
         seed: 0 or more.
         id: Becomes part of file names: letters, digits, '.', '_', '-'.
+        scores: In manifests: how good the sample is by measures such as `aesthetic`, see `trainer.data.filters`.
         truth: In manifests: what else is known, see `trainer.synthetic.manifest`.
     """
 
@@ -167,6 +204,8 @@ class RequestRecord:
     task: Task | None = None
     seed: int | None = None
     id: str | None = None
+    size: tuple[PositiveInt, PositiveInt] | None = None
+    scores: dict[str, float] | None = None
     truth: dict[str, Any] | None = None
 
     def paths(self, folder: Path) -> list[Path]:
@@ -194,8 +233,12 @@ class RequestRecord:
         )
 
 
-def read_lines(path: Path) -> list[tuple[int, str]]:
+def read_lines(path: Path, *, limited: bool = True) -> list[tuple[int, str]]:
     """A file's lines that are not blank, numbered from 1. They end with a line feed, a carriage return, or both.
+
+    Args:
+        path: The file.
+        limited: MAX_REQUESTS and MAX_FILE are kept, too; datasets are larger than that.
 
     Raises:
         InputError: It has none, it is no text, or it is larger than MAX_LINE, MAX_REQUESTS and MAX_FILE allow.
@@ -209,7 +252,7 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
                 characters += len(line)
                 if len(line) > MAX_LINE:
                     raise InputError(f"{path} line {number} has more than {MAX_LINE:,} characters; {_ONE_A_LINE}")
-                if characters > MAX_FILE or len(lines) == MAX_REQUESTS:
+                if limited and (characters > MAX_FILE or len(lines) == MAX_REQUESTS):
                     raise InputError(
                         f"{path} is too large: at most {MAX_REQUESTS:,} requests of {MAX_FILE:,} characters together "
                         "are expected; split it"
