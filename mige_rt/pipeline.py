@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from engines.factory import EngineOptions, has_nvidia_driver, open_engine
-from engines.interface import Array, Engine, array_namespace, to_numpy
+from engines.interface import Array, Attention, Engine, array_namespace, to_numpy
 from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, open_model
 from mige_rt.conditioning import ConditionEncoder
 from mige_rt.config import ModelConfig, Precision, SchedulerName
@@ -146,6 +146,7 @@ class MigePipeline:
         low_memory: bool = False,
         cuda_graphs: bool = True,
         compile: bool = False,
+        attention: Attention = "auto",
         memory_limit: int | None = None,
         trust: bool = False,
     ) -> "MigePipeline":
@@ -158,12 +159,15 @@ class MigePipeline:
             engine: `onnxruntime`, `pytorch`, `tensorrt` or `tensorrt-rtx`; `auto`: the fastest that works here.
             device: `cpu`, `cuda` or `cuda:N`; `auto`: cuda where there is one.
             precision: `fp32`, `fp16`, `bf16` or `int8`; `auto`: a bundle's own, but with the engine pytorch fp32 on the
-                CPU and bf16 on CUDA.
+                CPU and fp16 on CUDA, where T5 computes in bf16.
             local_files_only: Do not download; a repository must have been downloaded before.
             low_memory: The image encoders, the text encoder, the denoiser and the decoder are loaded when they are
                 needed and released before the next, which costs the time of loading them for every image.
             cuda_graphs: On CUDA, a step of the loop is captured as a CUDA graph (engines pytorch and tensorrt).
-            compile: The denoiser goes through `torch.compile` (engine pytorch): a minute or more at the first image.
+            compile: The layers of the denoiser and the encoders go through `torch.compile` (engine pytorch): a minute
+                or more at the first image.
+            attention: PyTorch's implementation of attention on CUDA (engine pytorch): `cudnn`, `flash`, `efficient` or
+                `math`; `auto`: the fastest, measured at opening.
             memory_limit: Refuse what would need more bytes of memory than this. Default: on the CPU what is free, else
                 no limit.
             trust: Run a bundle's graphs and plans that were not made on this machine without trying them first.
@@ -180,7 +184,14 @@ class MigePipeline:
         memory = MemoryBudget(model.config, model.weights_bytes(largest=low_memory), memory_limit, enforced=on_cpu)
         memory.check_model()
         tokenize = load_tokenizer(model.folder / TOKENIZER_FILE, known=is_known_bundle(model.folder))
-        options = EngineOptions(device=device, precision=precision, low_memory=low_memory, compile=compile, trust=trust)
+        options = EngineOptions(
+            device=device,
+            precision=precision,
+            low_memory=low_memory,
+            compile=compile,
+            attention=attention,
+            trust=trust,
+        )
         name = model.config.name if model.folder == DEFAULT_MODEL else str(name_or_path)
         return cls(
             model.config,
@@ -321,9 +332,7 @@ class MigePipeline:
                 warnings.add(sentence)
                 (on_warning or _log.warning)(sentence)
 
-        plan = plan_sampling(requests, params, self.config, self.engine.limits, self.engine.precision)
-        if self.memory is not None:
-            self.memory.check_run(_sizes(requests, plan, self.config))
+        plan = self.plan(requests, params)
         for sentence in plan.warnings:
             warn(sentence)
         conditioning = self.encode_conditioning(requests, plan, warn)
@@ -344,6 +353,21 @@ class MigePipeline:
             on_step_end=on_step_end,
         )
         return self.decode(latents)
+
+    def plan(self, requests: Sequence[ResolvedRequest], params: SamplingParams) -> SamplingPlan:
+        """What it takes to make a batch of requests.
+
+        Args:
+            requests: All of one task.
+            params: How to sample.
+
+        Raises:
+            InputError: A request or a parameter cannot be used with this model, on this engine, or in this memory.
+        """
+        plan = plan_sampling(requests, params, self.config, self.engine.limits, self.engine.precision)
+        if self.memory is not None:
+            self.memory.check_run(_sizes(requests, plan, self.config))
+        return plan
 
     def encode_conditioning(
         self, requests: Sequence[ResolvedRequest], plan: SamplingPlan, warn: Callable[[str], None]
