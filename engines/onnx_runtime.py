@@ -74,7 +74,7 @@ class OnnxRuntimeEngine:
         """
         assert model.manifest is not None
         device = _device(options.device)
-        if model.manifest.precision == "bf16" and device == "cpu":
+        if device == "cpu" and any(entry.is_bf16 for entry in model.manifest.graphs.values()):
             raise NotAvailableError(
                 "ONNX Runtime's CPU does not compute in bf16: use --engine pytorch, or export with --precision fp16"
             )
