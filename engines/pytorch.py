@@ -86,7 +86,7 @@ class PyTorchEngine:
             NotAvailableError: The device is not there, or the precision is not one of this engine's.
             InputError: The weights cannot be read, or memory ran out.
         """
-        device = _device(options.device)
+        device = torch_device(options.device)
         precision = options.precision
         if precision == "auto":
             precision = "fp32" if device == "cpu" else "fp16"
@@ -237,8 +237,15 @@ def _writable(values: Array) -> Any:
     return values
 
 
-def _device(name: str) -> str:
-    """The device to use: cpu, cuda or cuda:N, which is there."""
+def torch_device(name: str) -> str:
+    """The device that PyTorch runs on: cpu, cuda or cuda:N.
+
+    Args:
+        name: One of these, or auto, which is cuda where there is a GPU.
+
+    Raises:
+        InputError: It is no such name, or the device is not there.
+    """
     device = parse_device(name)
     if device.kind == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

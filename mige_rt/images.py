@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from mige_rt.errors import InputError
+from mige_rt.errors import InputError, reason
 
 MAX_PIXELS = 80_000_000  # 240 MB decoded
 # Not all that Pillow reads: some formats start other programs.
@@ -42,6 +42,8 @@ def open_image(path: str | Path, *, max_pixels: int | None = None) -> Image.Imag
         file = path.open("rb")
     except PermissionError as error:
         raise _no_permission(path) from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({reason(error)}); check the disk, or copy it elsewhere") from error
     with file:
         return _read(file, str(path), max_pixels)
 
@@ -160,6 +162,8 @@ def _upright(image: Image.Image) -> Image.Image:
     """The image turned as its EXIF says. Junk there does not make a good image a bad one."""
     try:
         return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
     except Exception:  # junk makes Pillow raise nearly anything
         return image
 

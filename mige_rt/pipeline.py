@@ -350,9 +350,7 @@ class MigePipeline:
                 warnings.add(sentence)
                 (on_warning or _log.warning)(sentence)
 
-        plan = plan_sampling(requests, params, self.config, self.engine.limits, self.engine.precision)
-        if self.memory is not None:
-            self.memory.check_run(_sizes(requests, plan, self.config))
+        plan = self.plan(requests, params)
         for sentence in plan.warnings:
             warn(sentence)
         conditioning = self.encode_conditioning(requests, plan, warn)
@@ -373,6 +371,21 @@ class MigePipeline:
             on_step_end=on_step_end,
         )
         return self.decode(latents)
+
+    def plan(self, requests: Sequence[ResolvedRequest], params: SamplingParams) -> SamplingPlan:
+        """What it takes to make a batch of requests.
+
+        Args:
+            requests: All of one task.
+            params: How to sample.
+
+        Raises:
+            InputError: A request or a parameter cannot be used with this model, on this engine, or in this memory.
+        """
+        plan = plan_sampling(requests, params, self.config, self.engine.limits, self.engine.precision)
+        if self.memory is not None:
+            self.memory.check_run(_sizes(requests, plan, self.config))
+        return plan
 
     def encode_conditioning(
         self, requests: Sequence[ResolvedRequest], plan: SamplingPlan, warn: Callable[[str], None]

@@ -16,7 +16,7 @@ from engines.interface import Array, array_namespace, device
 from mige_rt.denoise import LoopInputs, coefficient_rows, loop_inputs, solver_step
 from mige_rt.errors import InputError
 from mige_rt.pipeline import MigePipeline
-from mige_rt.sampling_plan import SamplingPlan, plan_sampling
+from mige_rt.sampling_plan import SamplingPlan
 from mige_rt.serve.protocol import Failed, Finished, ImageTask, PartialImage, Started, StepReport, TaskEvent, TokenUsage
 
 GroupKey = tuple[tuple[int, ...], str]  # shape of the latents, and the task's id where each has a call of its own
@@ -131,8 +131,7 @@ class StepScheduler:
         Raises:
             InputError: It cannot be made with this model or on this engine.
         """
-        pipe = self.pipe
-        plan = plan_sampling([task.request], task.params, pipe.config, pipe.engine.limits, pipe.engine.precision)
+        plan = self.pipe.plan([task.request], task.params)
         if len(plan.branches) > self._max_entries:
             raise InputError(
                 f"{len(plan.branches)} guidance branches are needed, and this model's graphs take {self._max_entries} "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from mige_rt.cli import main
 
@@ -92,6 +93,11 @@ def check_answer(result: Result, says: str, exit_code: int) -> None:
 def contents(folder: Path) -> dict[str, bytes | str]:
     """What a folder holds, by relative path: a file's bytes, or the size of a very large one, or what else it is."""
     return {str(path.relative_to(folder)): _content(path) for path in sorted(folder.rglob("*"))}
+
+
+def same_image(a: Image.Image, b: Image.Image) -> bool:
+    """Whether two images have the same pixels."""
+    return (a.mode, a.size) == (b.mode, b.size) and a.tobytes() == b.tobytes()
 
 
 def _content(path: Path) -> bytes | str:

@@ -139,7 +139,30 @@ INPUTS = [
 ]
 
 
-@cases(outputs(), INPUTS)
+def folders() -> list[Case]:
+    """Names that commands cannot make a folder under; none of them loads a model before it knows."""
+    exists, no_folder = "exists already: give a path that does not", "cannot be written .*in an existing folder"
+    names = {
+        **{name: (text, exists) for name, text in NO_IMAGES.items()},
+        "an existing folder": ("folder", exists),
+        "a missing folder": ("missing/out", no_folder),
+        "5,000 characters": (
+            LONG,
+            "cannot be written .*name too long.*in an existing folder|xxx.* in an existing folder",
+        ),
+        "300 characters": ("x" * 300, "cannot be written .*name too long"),
+        "an escape": ("\x1b[2J/out", r"\\x1b\[2J/out cannot be written"),
+        "/proc": ("/proc/out", no_folder),
+    }
+    commands = (("export",), ("convert", "--ckpt", "folder"), ("compare",), ("bench",))
+    return [
+        Case(f"{command[0]} --out {name}", with_folder(*command, "--out", text), says)
+        for command in commands
+        for name, (text, says) in names.items()
+    ]
+
+
+@cases(outputs(), INPUTS, folders())
 def test_names(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_case(case, tmp_path, monkeypatch)
 

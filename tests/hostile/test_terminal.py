@@ -101,12 +101,13 @@ def test_tables_show_whatever_a_manifest_says(hostile: tuple[str, str], monkeypa
 def test_a_progress_bar_shows_whatever_it_is_told(hostile: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    monkeypatch.setattr(sys, "stderr", StringIO())
+    stderr = StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
     monkeypatch.setenv("COLUMNS", "200")
     text, printed = hostile
     with progress(text) as advance:
         advance(f"graph {text}", 1, 2)
-    output = sys.stderr.getvalue()
+    output = stderr.getvalue()
     assert f"graph {printed}" in output and (text == printed or text not in output)
 
 
