@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from engines.interface import Array, EngineOptions, to_numpy
-from engines.onnx_runtime import OnnxRuntimeEngine
+from engines.onnx_runtime import OnnxRuntimeEngine, computes_in_bf16
 from engines.pytorch import PyTorchEngine
 from engines.wrapper import HookedEngine
 from export.chunks import CHUNK_BYTES, run_onnx
@@ -148,7 +148,9 @@ class _PreciseEngine(PyTorchEngine):
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         super().__init__(load_model(folder, dtype=None), "cpu", manifest.precision)
         self.graphs = {
-            graph: PreciseGraph(graph, self.model.graph(graph), "bf16" if entry.is_bf16 else manifest.precision)
+            graph: PreciseGraph(
+                graph, self.model.graph(graph), "bf16" if computes_in_bf16(entry) else manifest.precision
+            )
             for graph, entry in manifest.graphs.items()
         }
 
@@ -174,7 +176,7 @@ def validate_pipeline(checkpoint: Checkpoint, bundle: Path, precision: Precision
     tokenize = load_tokenizer(bundle / TOKENIZER_FILE)
     reference = PyTorchEngine(checkpoint.load(dtype=torch.float32))
     manifest = read_manifest(bundle)
-    if any(entry.is_bf16 for entry in manifest.graphs.values()):
+    if any(computes_in_bf16(entry) for entry in manifest.graphs.values()):
         ours = _PreciseEngine(bundle, manifest)
     else:
         ours = OnnxRuntimeEngine.open(open_model(bundle), EngineOptions(device="cpu", precision=precision))

@@ -68,11 +68,6 @@ class GraphEntry:
     precision: Annotated[dict[Text, Text], MaxLen(32)]
     parameters: Annotated[int, Ge(0), Le(2**42)]
 
-    @property
-    def is_bf16(self) -> bool:
-        """Whether it computes in bfloat16, which ONNX Runtime's CPU does not."""
-        return "bfloat16" in self.precision.values()
-
 
 @dataclass(frozen=True)
 class Manifest:

@@ -201,7 +201,7 @@ def test_another_precision_than_the_bundles_is_refused(bundles: Any) -> None:
 
 
 def test_a_context_that_can_tell_is_asked_whether_it_can_be_captured(cuda: Cuda, plan: _Plan) -> None:
-    engine = TensorRTEngine.__new__(TensorRTEngine)  # without a GPU
+    engine: Any = TensorRTEngine.__new__(TensorRTEngine)  # without a GPU
     engine.device, engine._plans = "cuda:0", {"denoiser": plan}
     assert engine.is_capturable("denoiser")  # TensorRT's contexts cannot tell
     asked: list[int] = []

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors import safe_open
 
+from engines.onnx_runtime import computes_in_bf16
 from export.exporter import ExportLimits, ExportOptions, axis_ranges, export_bundle
 from mige_rt.bundle import DEFAULT_MODEL, MANIFEST, read_manifest
 from mige_rt.cli import main
@@ -249,7 +250,7 @@ def test_t5_can_be_bfloat16_in_an_fp16_bundle(tmp_path: Path, scene: Image.Image
         with safe_open(out / entry.weights.path, framework="pt") as file:
             types = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118, it is no dict
         assert types == ({"BF16"} if graph == "text_encoder" else {"F16"}), graph
-        assert entry.is_bf16 == (graph == "text_encoder")
+        assert computes_in_bf16(entry) == (graph == "text_encoder")
     pipe = MigePipeline.from_pretrained(out, device="cpu")  # ONNX Runtime's CPU has no bfloat16
     assert pipe.engine.name == "pytorch"
     with pytest.raises(InputError, match="does not compute in bf16"):
