@@ -30,7 +30,7 @@ def attention_order(
     shape: tuple[int, int, int, int],
     measure: Measure | None = None,
 ) -> list[SDPBackend]:
-    """The implementations in the order of preference, the last of which takes every input.
+    """All implementations in the order of preference: what the first does not take goes to the next.
 
     Args:
         choice: One of them, which comes first; auto: the fastest without a mask comes first.

@@ -19,7 +19,6 @@ from mige_rt.config import Precision
 from mige_rt.errors import InputError, NotAvailableError
 from mige_rt.graphs import GRAPHS, INTERNAL_TENSORS, AxisRange, GraphName
 from trainer.checkpoints.model_folder import SafetensorsCheckpoint
-from trainer.checkpoints.weights import Checkpoint
 from trainer.model.dit import attention_bias
 from trainer.model.mige import Mige
 
@@ -50,7 +49,7 @@ class PyTorchEngine:
         device: str = "cpu",
         precision: Precision = "fp32",
         *,
-        checkpoint: Checkpoint | None = None,
+        checkpoint: SafetensorsCheckpoint | None = None,
         compile: bool = False,
         attention: Sequence[SDPBackend] = (),
         released: Collection[GraphName] = (),
@@ -197,8 +196,9 @@ class PyTorchEngine:
             module.to(memory_format=torch.channels_last)  # the order that cuDNN's kernels take
 
 
-def _load_graph(checkpoint: Checkpoint, model: Mige, graph: GraphName, device: str, precision: str) -> None:
+def _load_graph(checkpoint: SafetensorsCheckpoint, model: Mige, graph: GraphName, device: str, precision: str) -> None:
     checkpoint.load([graph], dtype=graph_dtype(graph, precision), device=device, model=model)
+    checkpoint.close()  # or the pages of all weights that were copied would stay in memory
 
 
 def _drop_weights(part: nn.Module, hollow: dict[Tensor, Tensor]) -> None:

@@ -244,7 +244,9 @@ def test_info_shows_what_is_inside(bundles: Bundles) -> None:
 def test_t5_can_be_bfloat16_in_an_fp16_bundle(tmp_path: Path, scene: Image.Image) -> None:
     """For plans: its feed-forward products need no float32 then, which take a fifth of its memory at full size."""
     out = tmp_path / "bundle"
-    export_bundle("tiny", out, "fp16", ExportLimits(1, 1), options=ExportOptions(bf16_text_encoder=True))
+    export_bundle(
+        "tiny", out, "fp16", ExportLimits(1, 1), options=ExportOptions(bf16_text_encoder=True, validate=False)
+    )
     manifest = read_manifest(out)
     for graph, entry in manifest.graphs.items():
         with safe_open(out / entry.weights.path, framework="pt") as file:

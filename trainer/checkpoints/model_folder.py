@@ -42,7 +42,7 @@ OnProgress = Callable[[str, int, int], None]  # the component being written, byt
 class SafetensorsCheckpoint(Checkpoint):
     """A model folder or a bundle, opened.
 
-    A file is opened when the first of its weights is asked for, and stays open as long as the checkpoint exists.
+    A file is opened when the first of its weights is asked for, and stays open until `close`.
     """
 
     def __init__(self, model: OpenedModel) -> None:
@@ -111,6 +111,10 @@ class SafetensorsCheckpoint(Checkpoint):
                 "Convert, export or download the model again."
             )
         return {name: file.get_tensor(key) for name, (file, key) in places.items() if name in wanted}
+
+    def close(self) -> None:
+        """Let go of the files, of which weights that are mapped hold theirs; what is asked for later opens it again."""
+        self._open_files.clear()
 
     def _open(self, path: Path) -> safe_open:
         if path not in self._open_files:
