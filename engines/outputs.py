@@ -50,8 +50,8 @@ class OutputCheck:
                 if not bool(xp.all(xp.isfinite(output))):
                     raise NotFiniteError(
                         f"{graph} gives a {spec.name} with values that are NaN or infinite, finite ones are expected: "
-                        "the model overflowed, or its weights are damaged; try the precision fp32, or export the "
-                        "bundle again"
+                        "the model overflowed, or its weights are damaged; try smaller scales, the precision fp32, or "
+                        "export the bundle again"
                     )
         self._finite.add(graph)
 

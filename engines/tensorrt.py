@@ -113,6 +113,13 @@ class TensorRTEngine:
                 plan.cache.save()
         return dict(plan.outputs)
 
+    def is_capturable(self, graph: GraphName) -> bool:
+        """See `Engine.is_capturable`."""
+        context = self._plans[graph].context
+        # Of TensorRT for RTX alone, which says no where shapes or weights would be handled on the host.
+        ask = getattr(context, "is_stream_capturable", None)
+        return ask is None or bool(ask(torch.cuda.current_stream(self.device).cuda_stream))
+
     def _grow(self, size: int) -> None:
         if size > self.workspace.numel():
             # What was captured or is running with the old one: the former holds it, the latter is before us in line.

@@ -75,7 +75,7 @@ def run_trial(folder: Path, manifest: Manifest, device: str) -> None:
     command = [sys.executable, "-P", "-m", "engines.trial"]  # -P: a bundle has a folder `engines`, which is no code
     again = "do not use this bundle, or open it with --trust if you know who made it"
     try:
-        ended = subprocess.run(
+        ended = subprocess.run(  # noqa: S603, a command of ours
             command,
             input=json.dumps(job),
             capture_output=True,

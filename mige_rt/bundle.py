@@ -115,11 +115,13 @@ class OpenedModel:
         folder: The model folder or the bundle.
         config: The model's sizes and defaults.
         manifest: The bundle's; None for a model folder.
+        source: Where the weights came from, in words.
     """
 
     folder: Path
     config: ModelConfig
     manifest: Manifest | None
+    source: str
 
     def weights_bytes(self, *, largest: bool = False) -> int:
         """The size of the files with weights; largest: of the largest one alone."""
@@ -137,10 +139,11 @@ def open_model(folder: Path) -> OpenedModel:
         InputError: It is neither a bundle nor a model folder, is damaged, or is of another schema.
     """
     if not is_bundle(folder):
-        return OpenedModel(folder, read_config(folder), None)
+        config, source = _read_model_folder(folder)
+        return OpenedModel(folder, config, None, source)
     manifest = read_manifest(folder)
     check_files(folder, manifest)
-    return OpenedModel(folder, manifest.model, manifest)
+    return OpenedModel(folder, manifest.model, manifest, manifest.source)
 
 
 def is_bundle(folder: Path) -> bool:
@@ -155,11 +158,6 @@ def read_config(folder: Path) -> ModelConfig:
         InputError: It is neither, or of another schema than ours.
     """
     return read_manifest(folder).model if is_bundle(folder) else _read_model_folder(folder)[0]
-
-
-def read_source(folder: Path) -> str:
-    """Where the weights of a model folder or a bundle came from, in words. Raises InputError as `read_config` does."""
-    return read_manifest(folder).source if is_bundle(folder) else _read_model_folder(folder)[1]
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -21,7 +21,7 @@ class Denoiser(Protocol):
         *,
         latents: Array,  # float32 [R,c,h,w]
         source: Array,  # float32 [R,c,h,w], scaled; zeros where there is no source
-        timestep: Array,  # float32 [R]
+        timestep: Array,  # float32 [R]; expanded from one value where all have the same
         cross_kv: Array,  # [2,depth,R,heads,L,head_dim]
         text_mask: Array,  # bool [R,L]
     ) -> Array:  # float32 [R,c,h,w]
@@ -79,7 +79,7 @@ def denoising_step(denoiser: Denoiser) -> Step:
         prediction = denoiser(
             latents=xp.concat([latents] * branches),
             source=inputs.source,
-            timestep=scheduler.timestep * xp.ones_like(inputs.source[:, 0, 0, 0]),
+            timestep=xp.broadcast_to(scheduler.timestep, (inputs.source.shape[0],)),
             cross_kv=inputs.cross_kv,
             text_mask=inputs.text_mask,
         )  # [R,c,h,w]

@@ -39,7 +39,6 @@ OPERATORS = frozenset(
         "Gemm",
         "Greater",
         "GreaterOrEqual",
-        "Identity",
         "InstanceNormalization",
         "LayerNormalization",
         "Less",

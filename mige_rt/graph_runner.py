@@ -25,11 +25,12 @@ class GraphRunner:
         Args:
             engine: What runs them.
             config: The model's, which says what they must give.
-            low_memory: Before a graph is run, the graphs of other phases are released.
+            low_memory: When a run comes to another phase, the graphs of the others are released.
         """
         self.engine = engine
         self.low_memory = low_memory
         self.check = OutputCheck(config)
+        self._phase: tuple[GraphName, ...] | None = None  # the last one that was run
         self.before_denoiser_release: Callable[[], None] = lambda: None  # what holds the denoiser's memory lets it go
 
     def run(self, graph: GraphName, **inputs: Array) -> Array:
@@ -38,12 +39,16 @@ class GraphRunner:
         Raises:
             InputError: What it gives is not what the table of graphs says.
         """
-        if self.low_memory:
-            phase = next(phase for phase in PHASES if graph in phase)
-            others: list[GraphName] = [other for other in GRAPHS if other not in phase]
-            if "denoiser" in others:
-                self.before_denoiser_release()
-            self.engine.release(others)
+        if self.low_memory and (self._phase is None or graph not in self._phase):
+            self._enter(next(phase for phase in PHASES if graph in phase))
         outputs = self.engine.run(graph, inputs)
         self.check(graph, inputs, outputs)
         return outputs[GRAPHS[graph].outputs[0].name]
+
+    def _enter(self, phase: tuple[GraphName, ...]) -> None:
+        """Release what other phases need: once a phase, since it waits for the device, which a capture must not."""
+        others: list[GraphName] = [graph for graph in GRAPHS if graph not in phase]
+        if "denoiser" in others:
+            self.before_denoiser_release()
+        self.engine.release(others)
+        self._phase = phase

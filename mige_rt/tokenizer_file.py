@@ -22,6 +22,7 @@ from mige_rt.validation import validate
 LARGEST = 64 << 20  # bytes of the file; T5's has 2.4 million
 LONGEST_PIECE = 128  # characters; sentencepiece's own limit is 16
 LONGEST_REPLACEMENT = 64  # bytes that a character may be normalized to; NFKC's longest has 33
+_UNUSED = ("padding", "post_processor", "truncation")  # a segment's plain ids are all that is asked for
 
 Piece = Annotated[str, MinLen(1), MaxLen(LONGEST_PIECE)]
 Id = Annotated[int, Ge(0), Le(2**20)]
@@ -104,8 +105,6 @@ class _TokenizerFile:
     """What tokenizer.json holds."""
 
     version: Literal["1.0"]
-    truncation: None
-    padding: None
     added_tokens: Annotated[list[_AddedToken], MaxLen(1024)]
     normalizer: _Precompiled | _Normalizers
     pre_tokenizer: _Metaspace | _OldMetaspace | _PreTokenizers
@@ -114,12 +113,12 @@ class _TokenizerFile:
 
 
 def read_tokenizer_file(path: Path) -> str:
-    """A tokenizer.json as the library is to read it, without a post-processor, which is never asked for.
+    """A tokenizer.json as the library is to read it, without the parts that are never used.
 
     Raises:
         InputError: It cannot be read, or holds other components than T5's tokenizers.
     """
-    remedy = "take the tokenizer.json that belongs to the model, or convert or export the model again"
+    remedy = "it may be of another model; take the one that belongs to it, or convert or export the model again"
     try:
         content: Any = load_json(path, LARGEST)
     except (OSError, ValueError) as error:
@@ -127,14 +126,14 @@ def read_tokenizer_file(path: Path) -> str:
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a readable tokenizer.json (it holds no object); {remedy}")
     fields = cast("dict[str, Any]", content)
-    fields.pop("post_processor", None)
+    fields = {name: value for name, value in fields.items() if name not in _UNUSED}
     try:
-        tokenizer = validate(_TokenizerFile, fields, f"{path} is not a tokenizer.json of T5's kind")
+        tokenizer = validate(_TokenizerFile, fields, f"{path} is not a readable tokenizer.json of T5's kind")
     except InputError as error:
         raise InputError(f"{error}; {remedy}") from error
     if problem := _problem(tokenizer):
-        raise InputError(f"{path} is not a tokenizer.json of T5's kind: {problem}; {remedy}")
-    return json.dumps({**fields, "post_processor": None})
+        raise InputError(f"{path} is not a readable tokenizer.json of T5's kind: {problem}; {remedy}")
+    return json.dumps(fields | dict.fromkeys(_UNUSED))
 
 
 def _problem(tokenizer: _TokenizerFile) -> str | None:

@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -17,6 +18,9 @@ from mige_rt.pipeline import MigePipeline
 from trainer.preview import first_of_each_kind
 from trainer.synthetic.concepts import Concept, load_concepts
 from trainer.synthetic.tasks import Sample
+
+sys.path.insert(0, str(Path(__file__).parent / "stubs"))
+from cuda_stubs import cuda  # noqa: F401, a fixture
 
 DATA = Path(__file__).parent / "data"
 

@@ -16,6 +16,7 @@ from mige_rt.cli.limits import limit_options
 from mige_rt.cli.run import run
 from mige_rt.cli.serve import serve
 from mige_rt.cli.shared import is_verbose, verbose_option
+from mige_rt.cli.signing import sign, verify
 from mige_rt.errors import InputError
 from mige_rt.terminal import message, report_cause
 
@@ -73,5 +74,5 @@ def main() -> None:
 
 for command in (run, serve, compare):
     limit_options(command)
-for command in (run, serve, convert, export, build, info, bench, compare, convert_data, prepare):
+for command in (run, serve, convert, export, build, info, sign, verify, bench, compare, convert_data, prepare):
     main.add_command(verbose_option(command))

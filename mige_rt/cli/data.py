@@ -9,7 +9,8 @@ import click
 from mige_rt.cli.shared import PATH, progress, requires
 from mige_rt.errors import InputError
 from mige_rt.terminal import echo, report
-from trainer.data.converters import LAYOUTS
+
+LAYOUTS = ("instructpix2pix", "magicbrush", "ultraedit", "seed-data-edit", "hq-edit", "gier", "subjects200k")
 
 _FILTERS = click.option(
     "--filter/--no-filter",
@@ -102,11 +103,13 @@ def convert_data(layout: str, data: Path, out: Path, scores: tuple[str, ...], **
     "--images-root", "root", type=PATH, help="the folder that the manifest's paths are relative to  [default: its own]"
 )
 @click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="that work at once")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1")
 @click.option("--shard-samples", type=click.IntRange(1), default=256, show_default=True, help="samples in each shard")
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="images encoded at once")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="of the order of the samples")
-@click.option("--part", type=_Part(), default=(1, 1), help="make one part alone, as 2/6 on the second of six machines")
+@click.option(
+    "--part", type=_Part(), default=(1, 1), help="one part alone, as 2/6 on the second of six machines  [default: all]"
+)
 @_FILTERS
 def prepare(manifest: Path, out: Path, model: str, **options: Any) -> None:
     r"""Compute the latents and ViT features of a manifest's images, once, for training to read.

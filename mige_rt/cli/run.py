@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
 
+from engines.interface import Attention
 from engines.plans import PLAN_ENGINES
 from mige_rt.cli.shared import PATH, Scale, Size, StepRange, is_verbose, model_options, open_pipeline, progress
 from mige_rt.config import Precision, SchedulerName
@@ -60,6 +61,7 @@ class RunOptions:
     reuse: float | None
     low_vram: bool
     compile: bool
+    attention: Attention
     build: bool
 
     def check(self) -> None:
@@ -177,7 +179,14 @@ class RunOptions:
     "little different",
 )
 @click.option("--low-vram", is_flag=True, help="load each part of the model when it is needed and release it: slower")
-@click.option("--compile", is_flag=True, help="put the denoiser through torch.compile (engine pytorch)")
+@click.option("--compile", is_flag=True, help="put the model's layers through torch.compile (engine pytorch)")
+@click.option(
+    "--attention",
+    type=click.Choice(get_args(Attention)),
+    default="auto",
+    show_default=True,
+    help="PyTorch's implementation of it on CUDA (engine pytorch); auto: the fastest, measured",
+)
 @click.option("--build", is_flag=True, help="build plans for this machine if the bundle has none")
 def run(**values: Any) -> None:
     r"""Make an image, or edit one.
@@ -349,6 +358,7 @@ def _open(options: RunOptions) -> "MigePipeline":
         precision=options.precision,
         low_memory=options.low_vram,
         compile=options.compile,
+        attention=options.attention,
         build_missing=options.build,
     )
 

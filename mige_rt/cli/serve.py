@@ -5,6 +5,7 @@ import math
 import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -103,8 +104,12 @@ def serve(**values: Any) -> None:
         server_header=False,
         timeout_graceful_shutdown=math.ceil(timeout),  # by then, what was accepted has ended
     )
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn sends the signal again when all is done
+    signal.signal(signal.SIGTERM, _exit)  # uvicorn sends the signal again when all is done
     uvicorn.Server(config).run()
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    sys.exit(0)
 
 
 def _shown_name(model: str) -> str:

@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from engines.factory import ENGINES
+from engines.interface import Attention
 from engines.plans import NoPlanError, PlanEngine
 from mige_rt.cli.limits import given_limits
 from mige_rt.config import Precision
@@ -148,7 +149,7 @@ class Size(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
             self.fail(str(error), param, ctx)
 
 
-def open_pipeline(
+def open_pipeline(  # noqa: PLR0913, the options of from_pretrained
     model: str | Path | None,
     *,
     engine: str = "auto",
@@ -156,6 +157,7 @@ def open_pipeline(
     precision: Precision | Literal["auto"] = "auto",
     low_memory: bool = False,
     compile: bool = False,
+    attention: Attention = "auto",
     build_missing: bool = False,
 ) -> "MigePipeline":
     """`MigePipeline.from_pretrained` for a command: says on stderr what was chosen.
@@ -167,6 +169,7 @@ def open_pipeline(
         precision: The same.
         low_memory: The same.
         compile: The same.
+        attention: The same.
         build_missing: Where a plan is missing for this machine, build it.
     """
     from mige_rt.bundle import DEFAULT_MODEL
@@ -180,6 +183,7 @@ def open_pipeline(
         "precision": precision,
         "low_memory": low_memory,
         "compile": compile,
+        "attention": attention,
         **given_limits(),
     }
     try:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from datasets import Dataset
 from PIL import Image
 
 from mige_rt.cli import main
+from mige_rt.cli.data import LAYOUTS
 from trainer.data.convert import CONVERTERS
-from trainer.data.converters import LAYOUTS
 from trainer.data.converters.subjects200k import name_subject
 from trainer.data.manifest import ManifestSample, open_manifest
 
@@ -130,6 +131,7 @@ def _seed_data_edit(folder: Path) -> Path:
             {"source_image": "a.jpg", "target_image": "b.jpg", "instruction": "make it blue"},
             {"source_image": "a.jpg", "target_image": "gone.jpg", "instruction": "make it white"},
             {"source_image": "a.jpg", "target_image": "b.jpg", "instruction": " "},
+            {"source_image": None, "target_image": "b.jpg", "instruction": "make it white"},
         ],
         "multi_turn_editing": [
             {
@@ -231,7 +233,7 @@ EXPECTED: dict[str, list[tuple[str, tuple[tuple[int, ...], tuple[int, ...]]]]] =
 }
 LEFT_OUT = {
     "ultraedit": ["1 (clip_t below 0.255)"],
-    "seed-data-edit": ["1 (missing image file)", "1 (no instruction)"],
+    "seed-data-edit": ["1 (missing image file)", "1 (no instruction)", "1 (no image)"],
     "subjects200k": ["2 (quality_assessment below 5)", "1 (the description does not name its subject)"],
 }
 
@@ -249,6 +251,8 @@ def test_a_published_layout_becomes_a_manifest(layout: str, tmp_path: Path) -> N
     for (_, colors), (_, expected) in zip(found, EXPECTED[layout], strict=True):
         assert np.abs(np.subtract(colors, expected)).max() <= 10
     for sample in samples:
+        with Image.open(sample.target) as target:
+            assert not is_subject or np.ptp(np.asarray(target), axis=(0, 1)).max() == 0  # nothing of the border
         assert sample.task == ("subject" if is_subject else "edit")
         assert is_subject or set(sample.images) == {sample.source}
         assert sample.size == ((512, 512) if is_subject else (40, 30))
@@ -308,6 +312,8 @@ def test_an_image_that_cannot_be_read_is_left_out_and_counted(tmp_path: Path) ->
         ("ultraedit", ["--score-column", "clip_t=similarity"], r"has no column 'similarity'"),
         ("ultraedit", ["--score-column", "beauty=idx"], r"'beauty' is no score that is filtered by"),
         ("ultraedit", ["--score-column", "clip_t"], r"--score-column is 'clip_t'"),
+        ("ultraedit", ["--score-column", "clip_t=idx"], r"the score idx is '0'; a number is expected"),
+        ("ultraedit", ["--source-column", "edit_prompt"], r"the column 'edit_prompt' holds str, no images"),
         ("gier", ["--image-column", "a"], r"GIER's columns are fixed"),
         ("gier", [], r"has no GIER.json"),
         ("seed-data-edit", [], r"has no annotations/\*.jsonl"),
@@ -317,8 +323,6 @@ def test_an_image_that_cannot_be_read_is_left_out_and_counted(tmp_path: Path) ->
 def test_another_layout_is_refused_and_nothing_is_written(
     layout: str, options: list[str], message: str, tmp_path: Path
 ) -> None:
-    import re
-
     data = _ultraedit(tmp_path / "downloaded")
     result = _convert(layout, data, tmp_path / "out", *options)
     assert result.exit_code == 2 and re.search(message, " ".join(result.stderr.split())), result.stderr

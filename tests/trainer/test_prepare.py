@@ -218,6 +218,7 @@ def test_bad_input_is_refused_before_anything_is_written(manifest: Path, tmp_pat
         (tmp_path / "no" / "out", [], "cannot be written"),
         (tmp_path / "out", ["--part", "3/2"], "is no part"),
         (tmp_path / "out", ["--model", str(there)], str(there)),
+        (tmp_path / "out", ["--device", "cuda:9"], "there is no device 'cuda:9' here"),
         (tmp_path / "out", ["--images-root", str(there)], "line 1: images[0] is '0-reference.png', but"),
     ):
         result = _prepare(manifest, out, *options)

@@ -92,6 +92,13 @@ def test_what_a_line_leaves_out_is_what_running_it_would_take(folder: Path) -> N
     assert samples[0].size is None and samples[0].scores == {}
 
 
+def test_an_image_of_the_sources_path_is_the_source(folder: Path) -> None:
+    name = "scene" * 20 + ".png"  # so long that equal strings are not one object
+    (folder / "scene.png").rename(folder / name)
+    line = {"prompt": "make <imagehere> blue", "images": [name], "source": name, "target": "made.png"}
+    assert open_manifest(_write(folder, line))[0].task == "edit"
+
+
 def test_a_written_line_is_read_again() -> None:
     record = parse_request(json.dumps(GOOD))
     assert parse_request(manifest_line(record)) == record

@@ -67,7 +67,7 @@ def convert(
     manifest names them relative to `out`.
 
     Args:
-        layout: One of `trainer.data.converters.LAYOUTS`.
+        layout: A key of CONVERTERS.
         data: The downloaded dataset: its folder, or the one file of it.
         out: The folder to make.
         options: Columns, and how instructions are rewritten.

@@ -88,7 +88,7 @@ class MixedBatches:
         self.config = first.config
         self._bounds = np.cumsum(ratios) / sum(ratios) * batch  # of each source's part of a batch, [S]
         self._bounds[-1] = batch
-        self._batch, self._seed = batch, seed
+        self._seed = seed
 
     def batches(self, step: int, rank: int, ranks: int) -> Iterator[MixedSamples]:
         """The batches of one process from a step on, without end.

@@ -10,32 +10,26 @@ that are missing, and several machines may each make a part of them in one folde
 """
 
 import json
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
-from itertools import cycle, islice
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from engines.pytorch import torch_device
 from mige_rt.atomic import atomic_file
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
 from trainer.checkpoints.open_checkpoint import CheckpointLocation
-from trainer.data.encode import Encoders, load_encoders
+from trainer.data.encode import load_encoders
 from trainer.data.manifest import ManifestSample, open_manifest
 from trainer.data.prepared import INDEX_FILE, SCHEMA, Index, ShardEntry
 from trainer.data.shards import CorruptImage, Shard, ShardReport, make_shard
+from trainer.data.workers import devices_of_processes, make_here, make_in_processes
 
 PLAN_FILE = "plan.json"
 CORRUPT_FILE = "corrupt.jsonl"
@@ -48,17 +42,17 @@ class PrepareOptions:
 
     Attributes:
         processes: How many work at once; each holds the encoders.
-        device: cpu, cuda (the processes take turns at the GPUs), cuda:1.
+        device: cpu, cuda (the processes take turns at the GPUs), cuda:1, or auto: cuda where there is a GPU.
         shard_samples: Samples in each shard.
         batch: Images that go through an encoder at once.
         seed: Of the order of the samples: a shard is a random part of the manifest.
         filtered: Apply the paper's filters (`trainer.data.filters`).
         part: (i, n): make the i-th of n parts of the shards, from 1 on.
-        root: The folder that the manifest's paths are relative to; None: the manifest's own.
+        root: The folder that the manifest's paths are relative to; None: see `open_manifest`.
     """
 
     processes: int = 1
-    device: str = "cpu"
+    device: str = "auto"
     shard_samples: int = 256
     batch: int = 8
     seed: int = 0
@@ -111,33 +105,47 @@ def prepare(
         InputError: The manifest or the model cannot be used, `out` holds something else, the disk is full, or more than
             MAX_CORRUPT of the images are corrupt: then the run stops as soon as that is certain.
     """
+    device = torch_device(options.device)
     samples = open_manifest(manifest, options.root)
     shards = _shards(samples, out, options)
-    encoders = load_encoders(model, options.device if options.processes == 1 else "cpu")
+    encoders = load_encoders(model, device if options.processes == 1 else "cpu")
     config, fingerprint = encoders.config, encoders.fingerprint()
-    _write_plan(out, _plan(manifest, config, fingerprint, options))
+    # All that the shards' bytes depend on.
+    plan = {
+        "schema": SCHEMA,
+        "manifest": sha256(manifest.read_bytes()).hexdigest(),
+        "model": config.name,
+        "encoders": fingerprint,
+        "device": device.partition(":")[0],
+        "shard_samples": options.shard_samples,
+        "batch": options.batch,
+        "seed": options.seed,
+        "filtered": options.filtered,
+    }
+    _write_plan(out, plan)
     part, parts = options.part
     todo = [shard for shard in shards[part - 1 :: parts] if not shard.report_path.is_file()]
-    for shard in todo:
-        for stale in out.glob(f".{shard.path.stem}.*.part"):
-            stale.unlink(missing_ok=True)
+    _remove_stale(out, todo)
     total = _total(shards)
     most_corrupt = MAX_CORRUPT * sum(len(sample.paths()) for sample in samples)
     _check_corrupt(total, most_corrupt, out)
     make = partial(make_shard, batch=options.batch, filtered=options.filtered)
     if options.processes == 1:
-        reports = _reports_of_one(partial(make, encoders), todo, encoders.device)
+        reports = make_here(partial(make, encoders), todo, encoders.device)
     else:
         del encoders  # each process has its own
-        reports = _reports_of_many(make, todo, model, options)
-    for done, report in enumerate(reports, len(shards) - len(todo) + 1):
-        total.add(report)
-        if on_corrupt:
-            for image in report.corrupt:
-                on_corrupt(image)
-        _check_corrupt(total, most_corrupt, out)
-        if on_progress:
-            on_progress("shards", done, len(shards))
+        reports = make_in_processes(
+            make, todo, partial(load_encoders, model), devices_of_processes(device, options.processes)
+        )
+    with closing(reports):  # an error here ends the processes
+        for done, report in enumerate(reports, len(shards) - len(todo) + 1):
+            total.add(report)
+            if on_corrupt:
+                for image in report.corrupt:
+                    on_corrupt(image)
+            _check_corrupt(total, most_corrupt, out)
+            if on_progress:
+                on_progress("shards", done, len(shards))
     missing = sum(not shard.report_path.is_file() for shard in shards)
     if not missing:
         _write_index(out, shards, config, fingerprint)
@@ -162,21 +170,6 @@ def _total(shards: Sequence[Shard]) -> ShardReport:
     return total
 
 
-def _plan(manifest: Path, config: ModelConfig, fingerprint: str, options: PrepareOptions) -> dict[str, Any]:
-    """All that the shards' bytes depend on."""
-    return {
-        "schema": SCHEMA,
-        "manifest": sha256(manifest.read_bytes()).hexdigest(),
-        "model": config.name,
-        "encoders": fingerprint,
-        "device": options.device.partition(":")[0],
-        "shard_samples": options.shard_samples,
-        "batch": options.batch,
-        "seed": options.seed,
-        "filtered": options.filtered,
-    }
-
-
 def _write_plan(out: Path, plan: dict[str, Any]) -> None:
     path = out / PLAN_FILE
     if path.is_file():
@@ -187,7 +180,7 @@ def _write_plan(out: Path, plan: dict[str, Any]) -> None:
                 f"{out} was begun with another {', '.join(changed)}; give the same as before, or another folder"
             )
         return
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and not all(_is_stale(file, {PLAN_FILE}) for file in out.iterdir()):
         raise InputError(f"{out} holds something else: give a path that does not exist, or remove it first")
     try:
         out.mkdir(exist_ok=True)
@@ -197,13 +190,26 @@ def _write_plan(out: Path, plan: dict[str, Any]) -> None:
         raise InputError(f"{out} cannot be written ({error}): give a path in an existing folder of your own") from error
 
 
+def _is_stale(path: Path, names: set[str]) -> bool:
+    """Whether a file is what a killed process left of one of `names`, see `atomic_file`."""
+    return path.name.startswith(".") and path.name.endswith(".part") and path.name[1:].rsplit(".", 2)[0] in names
+
+
+def _remove_stale(out: Path, todo: Sequence[Shard]) -> None:
+    """Not those of other parts' shards, which other machines may be writing."""
+    names = {PLAN_FILE, CORRUPT_FILE, INDEX_FILE}
+    names |= {path.name for shard in todo for path in (shard.path, shard.report_path)}
+    for path in out.iterdir():
+        if _is_stale(path, names):
+            path.unlink(missing_ok=True)
+
+
 def _check_corrupt(total: ShardReport, most: float, out: Path) -> None:
     if len(total.corrupt) > most:
-        first = total.corrupt[0]
         raise InputError(
-            f"{len(total.corrupt)} images cannot be read, more than {MAX_CORRUPT:.0%} of them, such as {first.image} "
-            f"({first.error}); mend them or take their lines out of the manifest, and remove {out}, which leaves "
-            "them out so far"
+            f"{len(total.corrupt)} images cannot be read, more than {MAX_CORRUPT:.0%} of them, such as: "
+            f"{total.corrupt[0].error}. Repair them or take their lines out of the manifest, and remove {out}, which "
+            "leaves them out so far"
         )
 
 
@@ -225,74 +231,3 @@ def _write_index(out: Path, shards: Sequence[Shard], config: ModelConfig, finger
         temporary.write_text("".join(lines), encoding="utf-8")
     with atomic_file(out / INDEX_FILE) as temporary:
         temporary.write_text(json.dumps(asdict(index), indent=2) + "\n", encoding="utf-8")
-
-
-def _reports_of_one(
-    make: Callable[[Shard], ShardReport], work: Sequence[Shard], device: torch.device
-) -> Iterator[ShardReport]:
-    """Make shards in this process, and yield what came of each."""
-    threads = torch.get_num_threads()
-    try:
-        for shard in work:
-            _use_one_thread(device)
-            yield make(shard)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _reports_of_many(
-    make: Callable[[Encoders, Shard], ShardReport],
-    work: Sequence[Shard],
-    model: CheckpointLocation,
-    options: PrepareOptions,
-) -> Iterator[ShardReport]:
-    """Make shards in several processes, and yield what came of each as it is done."""
-    context = get_context("spawn")
-    devices = context.SimpleQueue()
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if options.device == "cuda" else [options.device]
-    for device in islice(cycle(gpus), options.processes):
-        devices.put(device)
-    executor = ProcessPoolExecutor(
-        options.processes, mp_context=context, initializer=_start_process, initargs=(model, devices)
-    )
-    try:
-        futures = [executor.submit(_make_in_process, make, shard) for shard in work]
-        for future in as_completed(futures):
-            yield future.result()
-    except BrokenProcessPool as error:
-        raise InputError(
-            "a process ended by itself, perhaps for lack of memory; give fewer --processes: the same command goes on "
-            "where this one stopped"
-        ) from error
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-_encoders: Encoders | None = None  # of a process
-
-
-def _start_process(model: CheckpointLocation, devices: Any) -> None:
-    global _encoders  # noqa: PLW0603  # how a process of a pool keeps what its tasks share
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoders = load_encoders(model, devices.get())
-    _use_one_thread(_encoders.device)
-
-
-def _end_with_parent() -> None:
-    """A process of a pool would wait for ever for a parent that was killed."""
-    parent = parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
-
-
-def _make_in_process(make: Callable[[Encoders, Shard], ShardReport], shard: Shard) -> ShardReport:
-    assert _encoders is not None
-    return make(_encoders, shard)
-
-
-def _use_one_thread(device: torch.device) -> None:
-    """On a CPU the number of threads changes the last bits."""
-    if device.type == "cpu":
-        torch.set_num_threads(1)

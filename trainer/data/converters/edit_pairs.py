@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from trainer.data.converters.layout import (
     ConvertedSample,
@@ -25,8 +24,9 @@ from trainer.data.converters.layout import (
     Rejection,
     check_columns,
     edit_sample,
+    read_scores,
 )
-from trainer.data.converters.parquet import open_parquet, read_columns
+from trainer.data.converters.parquet import image_content, open_parquet, read_columns
 from trainer.data.filters import SCORES
 
 
@@ -63,15 +63,11 @@ def convert_edit_pairs(
     scores = {name: column for name, column in scores.items() if column in known} | dict(options.score_columns)
     inverse = [layout.inverse] if layout.inverse in known else []
     for row in read_columns(rows, [source, caption, target, *inverse, *scores.values()]):
-        values = _scores(row, scores)
-        yield edit_sample(row[source], row[caption], row[target], options.scope, values)
+        before, after = image_content(row, source), image_content(row, target)
+        yield edit_sample(before, row[caption], after, options.scope, read_scores(row, scores, data))
         for column in inverse:
             if row[column]:
-                yield edit_sample(row[target], row[column], row[source], options.scope)
-
-
-def _scores(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, float]:
-    return {name: float(row[column]) for name, column in columns.items() if row[column] is not None}
+                yield edit_sample(after, row[column], before, options.scope)
 
 
 EDIT_PAIRS: dict[str, Converter] = {

@@ -72,15 +72,23 @@ Converter = Callable[[Path, ConvertOptions], Iterator[ConvertedSample | Rejectio
 
 def edit_sample(
     source: ImageData | None,
-    instruction: str | None,
+    instruction: object,
     target: ImageData | None,
     scope: EditScope,
     scores: Mapping[str, float] | None = None,
 ) -> ConvertedSample | Rejection:
-    """An edit, whose instruction is made multimodal by the paper's rewriting rule (MIGE, section 3.1)."""
+    """An edit, whose instruction is made multimodal by the paper's rewriting rule (MIGE, section 3.1).
+
+    Args:
+        source: None: there is none, and the sample is left out.
+        instruction: What is no text, or a blank one, is none.
+        target: None: as for the source.
+        scope: How the rule completes an instruction that does not name the image.
+        scores: By name.
+    """
     if source is None or target is None:
         return Rejection("no image")
-    if not instruction or not instruction.strip():
+    if not isinstance(instruction, str) or not instruction.strip():
         return Rejection("no instruction")
     prompt = rewrite_instruction(instruction, scope)
     return ConvertedSample("edit", prompt, (source,) * count_placeholders(prompt), source, target, scores or {})
@@ -91,6 +99,24 @@ def check_score_names(columns: Mapping[str, str]) -> None:
     for name in columns:
         if name not in SCORES:
             raise InputError(f"{name!r} is no score that is filtered by; expected one of {', '.join(SCORES)}")
+
+
+def read_scores(row: Mapping[str, object], columns: Mapping[str, str], where: Path) -> dict[str, float]:
+    """The scores that a row has, by name.
+
+    Args:
+        row: By column.
+        columns: The column of each score.
+        where: Begins an error's message.
+
+    Raises:
+        InputError: One is no number.
+    """
+    values = {name: row[column] for name, column in columns.items() if row[column] is not None}
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InputError(f"{where}: the score {columns[name]} is {value!r}; a number is expected")
+    return {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
 
 
 def check_columns(wanted: Sequence[str], known: Sequence[str], where: Path) -> None:

@@ -1,6 +1,6 @@
 """Rows of parquet files, read by Hugging Face `datasets` one after the other; images stay as the files they are."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,18 @@ def read_columns(rows: IterableDataset, names: Sequence[str]) -> Iterator[dict[s
         except Exception as error:  # as above
             raise InputError(f"a parquet file cannot be read ({error}); download it again") from error
         yield {name: _content(value) for name, value in row.items()}
+
+
+def image_content(row: Mapping[str, Any], column: str) -> bytes | None:
+    """The image file in a row that `read_columns` gave, or None where there is none.
+
+    Raises:
+        InputError: The column holds something else.
+    """
+    value = row[column]
+    if value is None or isinstance(value, bytes):
+        return value
+    raise InputError(f"the column {column!r} holds {type(value).__name__}, no images; name another one by options")
 
 
 def _content(value: Any) -> Any:

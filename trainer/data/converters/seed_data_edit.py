@@ -16,7 +16,14 @@ from typing import Any
 
 from mige_rt.errors import InputError
 from mige_rt.requests import read_lines
-from trainer.data.converters.layout import ConvertedSample, ConvertOptions, Rejection, check_columns, edit_sample
+from trainer.data.converters.layout import (
+    ConvertedSample,
+    ConvertOptions,
+    Rejection,
+    check_columns,
+    edit_sample,
+    read_scores,
+)
 
 
 def convert_seed_data_edit(data: Path, options: ConvertOptions) -> Iterator[ConvertedSample | Rejection]:
@@ -44,18 +51,22 @@ def _pair(
     caption = options.caption_column or "instruction"
     target = options.image_column or "target_image"
     check_columns([source, caption, target, *options.score_columns.values()], list(line), where)
-    scores = {name: float(line[column]) for name, column in options.score_columns.items() if line[column] is not None}
-    yield edit_sample(images / line[source], line[caption], images / line[target], options.scope, scores)
+    scores = read_scores(line, options.score_columns, where)
+    yield edit_sample(_path(images, line[source]), line[caption], _path(images, line[target]), options.scope, scores)
 
 
 def _turns(
     line: Mapping[str, Any], images: Path, options: ConvertOptions, where: Path
 ) -> Iterator[ConvertedSample | Rejection]:
     check_columns(["source_image"], list(line), where)
-    source = images / line["source_image"]
+    source = _path(images, line["source_image"])
     for turn in count(1):
-        name = line.get(f"edit_image_{turn}")
-        if not name:
+        target = _path(images, line.get(f"edit_image_{turn}"))
+        if target is None:
             return
-        yield edit_sample(source, line.get(f"instruction_{turn}"), images / name, options.scope)
-        source = images / name
+        yield edit_sample(source, line.get(f"instruction_{turn}"), target, options.scope)
+        source = target
+
+
+def _path(images: Path, name: object) -> Path | None:
+    return images / name if isinstance(name, str) and name else None

@@ -11,7 +11,7 @@ import io
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 
@@ -19,7 +19,7 @@ from mige_rt.errors import InputError
 from mige_rt.images import READABLE
 from mige_rt.instruction import PLACEHOLDER
 from trainer.data.converters.layout import ConvertedSample, ConvertOptions, Rejection, check_columns
-from trainer.data.converters.parquet import open_parquet, read_columns
+from trainer.data.converters.parquet import image_content, open_parquet, read_columns
 
 SIDES = (1024, 512)  # of the images, in pixels
 MIN_QUALITY = 5  # of the highest 5, as the data's authors train
@@ -36,22 +36,23 @@ def convert_subjects200k(data: Path, options: ConvertOptions) -> Iterator[Conver
     quality = [name for name in ("quality_assessment",) if name in known]
     for row in read_columns(rows, [image, caption, *quality]):
         scores = row[quality[0]] if quality else None
-        yield from _samples(row[image], row[caption] or {}, scores)
+        yield from _samples(image_content(row, image), row[caption], scores)
 
 
 def _samples(
-    content: bytes | None, description: Mapping[str, Any], quality: Mapping[str, Any] | None
+    content: bytes | None, description: object, quality: Mapping[str, Any] | None
 ) -> Iterator[ConvertedSample | Rejection]:
     if quality and any((value or 0) < MIN_QUALITY for value in quality.values()):
         yield from [Rejection(f"quality_assessment below {MIN_QUALITY}")] * 2
         return
+    texts = cast("dict[str, Any]", description) if isinstance(description, dict) else {}
     try:
         pair = _halves(content)
     except Exception:  # damaged files make the format readers raise nearly anything
         yield from [Rejection("unreadable image")] * 2
         return
     for k, target in enumerate(pair):
-        prompt = name_subject(description.get(f"description_{k}") or "", description.get("item") or "")
+        prompt = name_subject(texts.get(f"description_{k}") or "", texts.get("item") or "")
         if prompt is None:
             yield Rejection("the description does not name its subject")
         else:
