@@ -2,16 +2,22 @@
 
 import sys
 import threading
+import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
 from hostile_cases import same_image
 
+from engines.interface import Array, Engine, to_numpy
+from engines.wrapper import EngineWrapper
+from mige_rt.graphs import GraphName
 from mige_rt.pipeline import MigePipeline
 
 SCENE = Path(__file__).parents[2] / "docs/scene.png"
@@ -32,29 +38,47 @@ def arguments(number: int, scene: Image.Image, subject: Image.Image) -> dict[str
     return {**(edit, generate, compose)[number % 3], "seed": number, "num_inference_steps": 3}
 
 
+class OverwritingEngine(EngineWrapper):
+    """The engine, with outputs that the next run of a graph overwrites, as `Engine` allows; some engines do so."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self.buffers: dict[Any, np.ndarray] = {}
+
+    def run(self, graph: GraphName, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        outputs: dict[str, Array] = {}
+        for name, output in self.engine.run(graph, inputs).items():
+            values = to_numpy(output)
+            buffer = self.buffers.setdefault((graph, name, values.shape), np.empty_like(values))
+            buffer[...] = values
+            outputs[name] = buffer
+        time.sleep(0.0005)  # other threads come on
+        return outputs
+
+
 @pytest.fixture
 def own_pipe() -> MigePipeline:
-    return MigePipeline.from_pretrained(device="cpu")
+    pipe = MigePipeline.from_pretrained(device="cpu")
+    return MigePipeline(pipe.config, pipe.condition_encoder.tokenize, OverwritingEngine(pipe.engine))
 
 
 def test_each_of_eight_threads_gets_its_own_images(own_pipe: MigePipeline) -> None:
     with Image.open(SCENE) as scene, Image.open(SUBJECT) as subject:
         scene.load()
         subject.load()
-        calls = [arguments(number, scene, subject) for number in range(3 * THREADS)]
-        alone = [own_pipe(**call).images for call in calls]
+        alone = [own_pipe(**arguments(number, scene, subject)).images for number in range(2 * THREADS)]
     own_pipe.clear_cache()
     barrier = threading.Barrier(THREADS)
     with Image.open(SCENE) as scene, Image.open(SUBJECT) as subject:  # shared, and not yet decoded
 
         def make(first: int) -> list[list[Image.Image]]:
             barrier.wait()
-            numbers = range(first, 3 * THREADS, THREADS)
+            numbers = (first, first + THREADS)
             return [own_pipe(**arguments(number, scene, subject)).images for number in numbers]
 
         with ThreadPoolExecutor(THREADS) as pool:
             together = list(pool.map(make, range(THREADS)))
-    for number in range(3 * THREADS):
+    for number in range(2 * THREADS):
         for image, expected in zip(together[number % THREADS][number // THREADS], alone[number], strict=True):
             assert same_image(image, expected), f"call {number}"
 
