@@ -211,7 +211,7 @@ def _absurd(**parts: dict[str, int]) -> ModelConfig:
         _absurd(dit={"width": 16_384, "heads": 256, "depth": 256, "mlp": 65_536}),
         _absurd(vision={"side": 2048, "patch": 1}),
         _absurd(text={"width": 16_384, "depth": 256, "mlp": 65_536}),
-        _absurd(text={"vocabulary": 1_048_576, "width": 16_384}),
+        _absurd(text={"vocabulary": 1_048_576, "width": 16_384, "depth": 1, "mlp": 1}),
     ],
 )
 def test_absurd_but_coherent_sizes_are_over_the_budget(config: ModelConfig) -> None:
@@ -229,6 +229,7 @@ def test_the_budget_knows_the_published_sizes() -> None:
     sizes = {"B": 1, "R": 2, "N": 1, "h": 64, "w": 64}
     assert 0.2 * GIB < run_bytes(PRESETS["xl"], sizes) < 4 * GIB
     MemoryBudget(PRESETS["tiny"], weights=10**8, limit=GIB).check_model()
+    MemoryBudget(PRESETS["xl"], weights=2 * GIB, limit=4 * GIB, low_memory=True).check_model()
 
 
 def test_the_memory_limit_counts_when_a_model_is_opened_and_at_each_run() -> None:
