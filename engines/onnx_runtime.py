@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from engines.batch_parallel import Arrays, batch_size, parts_of, run_in_parts, usable_cores
 from engines.device import parse_device
 from engines.interface import Array, EngineOptions
-from mige_rt.bundle import Manifest, OpenedModel
+from mige_rt.bundle import GraphEntry, Manifest, OpenedModel
 from mige_rt.errors import InputError, NotAvailableError
 from mige_rt.graphs import GRAPHS, AxisRange, GraphName, axis_size, named_sizes
 
@@ -74,7 +74,7 @@ class OnnxRuntimeEngine:
         """
         assert model.manifest is not None
         device = _device(options.device)
-        if model.manifest.precision == "bf16" and device == "cpu":
+        if device == "cpu" and any(computes_in_bf16(entry) for entry in model.manifest.graphs.values()):
             raise NotAvailableError(
                 "ONNX Runtime's CPU does not compute in bf16: use --engine pytorch, or export with --precision fp16"
             )
@@ -192,6 +192,11 @@ class OnnxRuntimeEngine:
 
 
 _NUMPY: dict[str, type] = {"float32": np.float32, "int64": np.int64, "bool": np.bool_}
+
+
+def computes_in_bf16(entry: GraphEntry) -> bool:
+    """Whether a graph has bfloat16 in it, for which ONNX Runtime's CPU has no kernels."""
+    return "bfloat16" in entry.precision.values()
 
 
 def _new_stream(device: str) -> Any:

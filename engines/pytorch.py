@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engines.attention import attention_order
@@ -149,10 +149,11 @@ class PyTorchEngine:
         if self._checkpoint is not None:
             leaving = set(graphs) - self._released
             self._released |= leaving
+            hollow: dict[Tensor, Tensor] = {}
             held = {id(part) for graph in set(GRAPHS) - self._released for part in self.model.graph(graph).modules()}
             for part in (part for graph in leaving for part in self.model.graph(graph).modules()):
                 if id(part) not in held:  # the patch embedder is in two graphs
-                    part.to_empty(device="meta", recurse=False)
+                    _drop_weights(part, hollow)
         if self.device != "cpu":
             torch.cuda.empty_cache()
 
@@ -162,17 +163,16 @@ class PyTorchEngine:
         return [tensor.to(dtype) if spec.name in INTERNAL_TENSORS else tensor for spec, tensor in tensors]
 
     def _denoiser_inputs(self, inputs: Mapping[str, Array]) -> list[Tensor | None]:
-        """One timestep where all are the same, and no mask where all is text, as far as the host knows.
+        """On the CPU no mask where all is text; on CUDA one timestep where it is the same for all.
 
-        On CUDA it must not ask the device: there a timestep for all is one that was expanded.
+        There the device must not be asked: a timestep for all is one that was expanded.
         """
         latents, source, timestep, cross_kv, text_mask = self._tensors("denoiser", inputs)
         if self.device == "cpu":
-            is_one, is_full = bool((timestep == timestep[0]).all()), bool(text_mask.all())
-        else:
-            is_one, is_full = timestep.stride(0) == 0, False
-        mask = None if is_full else attention_bias(text_mask, cross_kv.dtype)
-        return [latents, source, timestep[:1] if is_one else timestep, cross_kv, mask]
+            return [latents, source, timestep, cross_kv, None if text_mask.all() else text_mask]
+        one_for_all = timestep.stride(0) == 0
+        mask = attention_bias(text_mask, cross_kv.dtype)
+        return [latents, source, timestep[:1] if one_for_all else timestep, cross_kv, mask]
 
     def _preferred_attention(self) -> AbstractContextManager[Any]:
         if not self._attention:
@@ -199,6 +199,20 @@ class PyTorchEngine:
 
 def _load_graph(checkpoint: Checkpoint, model: Mige, graph: GraphName, device: str, precision: str) -> None:
     checkpoint.load([graph], dtype=graph_dtype(graph, precision), device=device, model=model)
+
+
+def _drop_weights(part: nn.Module, hollow: dict[Tensor, Tensor]) -> None:
+    """Put tensors without memory in the place of a module's own; those that are one stay one.
+
+    Args:
+        part: The module; its parts are left alone.
+        hollow: What stands for which tensor so far, of all modules that are released together.
+    """
+    for name, weight in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
+        if weight not in hollow:
+            empty = torch.empty_like(weight, device="meta")
+            hollow[weight] = nn.Parameter(empty, weight.requires_grad) if isinstance(weight, nn.Parameter) else empty
+        setattr(part, name, hollow[weight])
 
 
 def _compile_layers(model: Mige) -> None:

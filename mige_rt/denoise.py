@@ -21,7 +21,7 @@ class Denoiser(Protocol):
         *,
         latents: Array,  # float32 [R,c,h,w]
         source: Array,  # float32 [R,c,h,w], scaled; zeros where there is no source
-        timestep: Array,  # float32 [R], expanded from the one that all have
+        timestep: Array,  # float32 [R]; expanded from one value where all have the same
         cross_kv: Array,  # [2,depth,R,heads,L,head_dim]
         text_mask: Array,  # bool [R,L]
     ) -> Array:  # float32 [R,c,h,w]

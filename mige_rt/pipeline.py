@@ -19,7 +19,7 @@ from engines.interface import Array, Attention, Engine, array_namespace, to_nump
 from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, open_model
 from mige_rt.conditioning import ConditionEncoder
 from mige_rt.config import ModelConfig, Precision, SchedulerName
-from mige_rt.denoise import Conditioning, Step, denoise, denoising_step
+from mige_rt.denoise import Conditioning, Denoiser, Step, denoise, denoising_step
 from mige_rt.errors import InputError
 from mige_rt.graph_runner import GraphRunner
 from mige_rt.hub import local_folder
@@ -96,7 +96,7 @@ class MigePipeline:
         max_batch_size: How many images are made at once at most.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, what a pipeline is made of
         self,
         config: ModelConfig,
         tokenize: Tokenize,
@@ -105,6 +105,7 @@ class MigePipeline:
         model_name: str = "",
         low_memory: bool = False,
         cuda_graphs: bool = True,
+        cfg_parallel: bool = False,
         memory: MemoryBudget | None = None,
     ) -> None:
         """Assemble a pipeline from parts; `from_pretrained` opens them from a folder.
@@ -116,6 +117,7 @@ class MigePipeline:
             model_name: The configuration's name if empty.
             low_memory: See `from_pretrained`.
             cuda_graphs: See `from_pretrained`.
+            cfg_parallel: See `from_pretrained`; the processes have met already.
             memory: What a run may take; None: no limit.
         """
         self.config = config
@@ -125,7 +127,13 @@ class MigePipeline:
         self.memory = memory
         self.runner = GraphRunner(engine, config, low_memory=low_memory)
         self.condition_encoder = ConditionEncoder(config, tokenize, self.runner)
-        self._step: Step = denoising_step(partial(self.runner.run, "denoiser"))
+        self._is_parallel = cfg_parallel
+        denoiser: Denoiser = partial(self.runner.run, "denoiser")
+        if cfg_parallel:
+            from mige_rt.cfg_parallel import BranchParallelDenoiser  # needs torch
+
+            denoiser = BranchParallelDenoiser(denoiser)
+        self._step: Step = denoising_step(denoiser)
         self._cuda_graphs: CudaGraphRunner | None = None
         if cuda_graphs and engine.max_cuda_graphs:
             from mige_rt import cuda_graphs as graphs  # needs torch
@@ -147,6 +155,7 @@ class MigePipeline:
         cuda_graphs: bool = True,
         compile: bool = False,
         attention: Attention = "auto",
+        cfg_parallel: bool = False,
         memory_limit: int | None = None,
         trust: bool = False,
     ) -> "MigePipeline":
@@ -168,6 +177,8 @@ class MigePipeline:
                 or more at the first image.
             attention: PyTorch's implementation of attention on CUDA (engine pytorch): `cudnn`, `flash`, `efficient` or
                 `math`; `auto`: the fastest, measured at opening.
+            cfg_parallel: Divide the guidance branches of every step between the processes that `torchrun` started, a
+                device each. Every process gets the same arguments, with a seed, and gives the images.
             memory_limit: Refuse what would need more bytes of memory than this. Default: on the CPU what is free, else
                 no limit.
             trust: Run a bundle's graphs and plans that were not made on this machine without trying them first.
@@ -179,6 +190,10 @@ class MigePipeline:
             InputError: The folder holds no model, or a damaged one.
             NotAvailableError: The engine, the device or the precision is not to be had here; an InputError, too.
         """
+        if cfg_parallel:
+            from mige_rt.cfg_parallel import join_processes  # needs torch
+
+            device = join_processes(device)
         model = open_model(local_folder(name_or_path, local_files_only=local_files_only))
         on_cpu = device == "cpu" or (device == "auto" and not has_nvidia_driver())
         weights = model.weights_bytes(largest=low_memory)
@@ -201,6 +216,7 @@ class MigePipeline:
             model_name=name,
             low_memory=low_memory,
             cuda_graphs=cuda_graphs,
+            cfg_parallel=cfg_parallel,
             memory=memory,
         )
 
@@ -278,6 +294,8 @@ class MigePipeline:
             )
         if num_images_per_prompt < 1:
             raise InputError(f"num_images_per_prompt is {num_images_per_prompt}; 1 or more is expected")
+        if self._is_parallel and seed is None and generator is None:
+            raise InputError("with cfg_parallel all processes start from one noise, and no seed was given; give one")
         seeds = _seeds(seed, generator, len(batch.prompts), num_images_per_prompt)
         requests = [resolve(request, edit_scope) for request in batch.requests(task)]
         params = SamplingParams(

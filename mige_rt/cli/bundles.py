@@ -77,6 +77,11 @@ class _Sizes(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
 @click.option("--sizes", type=_Sizes(), help="smallest and largest side instead, as 256-1024: flexible, slower plans")
 @click.option("--vae", type=PATH, help="the folder sd-vae-ft-ema  [default: beside the checkpoint]")
 @click.option("--tokenizer", type=PATH, help="the folder t5-v1_1-xxl  [default: beside the checkpoint]")
+@click.option(
+    "--bf16-text-encoder",
+    is_flag=True,
+    help="with fp16: T5 in bfloat16, for plans of half the memory; ONNX Runtime's CPU does not run it",
+)
 @click.option("--validate/--no-validate", default=True, show_default=True, help="compare every graph with PyTorch")
 def export(ckpt: str, out: Path, precision: str, **options: Any) -> None:
     r"""Turn a checkpoint into a bundle of validated graphs that runs without PyTorch.
@@ -92,7 +97,9 @@ def export(ckpt: str, out: Path, precision: str, **options: Any) -> None:
         raise InputError("give either --size or --sizes")
     sizes = options["sizes"] or (None if options["size"] is None else (options["size"], options["size"]))
     limits = ExportLimits(options["max_batch"], options["max_references"], sizes)
-    export_options = ExportOptions(**{name: options[name] for name in ("vae", "tokenizer", "validate")})
+    export_options = ExportOptions(
+        **{name: options[name] for name in ("vae", "tokenizer", "validate", "bf16_text_encoder")}
+    )
     engine, capabilities = options["engine"], options["capabilities"]
     if capabilities and engine != "tensorrt-rtx":
         raise InputError(f"--compute-capability is for --engine tensorrt-rtx, and {engine} was given")

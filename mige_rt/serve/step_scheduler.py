@@ -12,7 +12,7 @@ import sys
 from collections import deque
 from dataclasses import dataclass
 
-from engines.interface import Array, array_namespace, device
+from engines.interface import Array, Engine, array_namespace, device
 from mige_rt.denoise import LoopInputs, coefficient_rows, loop_inputs, solver_step
 from mige_rt.errors import InputError
 from mige_rt.pipeline import MigePipeline
@@ -105,13 +105,13 @@ class StepScheduler:
         Args:
             pipe: Of the model.
             max_batch: How many images advance together at most; fewer where the engine's graphs take fewer.
-            one_image_a_call: Call the denoiser for each image by itself. None: in int8 alone, where the activations of
-                a whole batch are scaled together, so that images in it would change each other.
+            one_image_a_call: Call the denoiser for each image by itself. None: where images in one call would change
+                each other, and little is gained by it, see `images_change_each_other`.
         """
         self.pipe, self.max_batch = pipe, max_batch
         limit = pipe.engine.limits.get("R")
         self._max_entries = sys.maxsize if limit is None else limit.max
-        self._one_image_a_call = pipe.engine.precision == "int8" if one_image_a_call is None else one_image_a_call
+        self._one_image_a_call = images_change_each_other(pipe.engine) if one_image_a_call is None else one_image_a_call
         self._waiting: deque[tuple[ImageTask, SamplingPlan]] = deque()
         self._groups: dict[GroupKey, _Group] = {}
 
@@ -219,6 +219,14 @@ class StepScheduler:
         if image.step not in due:
             return []
         return [PartialImage(image.task.id, due.index(image.step), self.pipe.decode(image.data)[0])]
+
+
+def images_change_each_other(engine: Engine) -> bool:
+    """Whether an engine on the CPU computes an entry of the denoiser's batch differently beside others.
+
+    In int8 the activations of a whole batch are scaled together; PyTorch chooses its kernels by the size of the batch.
+    """
+    return engine.precision == "int8" or (engine.name == "pytorch" and engine.device == "cpu")
 
 
 def partial_image_steps(steps: int, partial_images: int) -> list[int]:

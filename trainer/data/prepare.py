@@ -206,11 +206,10 @@ def _remove_stale(out: Path, todo: Sequence[Shard]) -> None:
 
 def _check_corrupt(total: ShardReport, most: float, out: Path) -> None:
     if len(total.corrupt) > most:
-        first = total.corrupt[0]
         raise InputError(
-            f"{len(total.corrupt)} images cannot be read, more than {MAX_CORRUPT:.0%} of them, such as {first.image} "
-            f"({first.error}); repair them or take their lines out of the manifest, and remove {out}, which leaves "
-            "them out so far"
+            f"{len(total.corrupt)} images cannot be read, more than {MAX_CORRUPT:.0%} of them, such as: "
+            f"{total.corrupt[0].error}. Repair them or take their lines out of the manifest, and remove {out}, which "
+            "leaves them out so far"
         )
 
 
