@@ -91,7 +91,7 @@ def run_trial(folder: Path, manifest: Manifest, device: str) -> None:
         ) from error
     if ended.returncode == 0:
         return
-    reason = ended.stdout.strip() or f"the process ended with exit code {ended.returncode}"
+    reason = next(iter(ended.stdout.splitlines()[-1:]), f"the process ended with exit code {ended.returncode}")
     limit = "" if memory is None else f", with at most {memory / 2**30:.0f} GiB of memory"
     raise InputError(
         f"{folder} was not exported on this machine, and trying its graphs{limit} failed ({reason}): {again}"

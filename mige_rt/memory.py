@@ -18,15 +18,17 @@ class MemoryBudget:
 
     Attributes:
         config: The model's sizes.
-        weights: Bytes of its files with weights.
+        weights: Bytes of the files with weights that are loaded at a time.
         limit: Bytes that all of it may take; None: what is free when it is asked for.
         enforced: Whether what is free counts, as it does on the CPU.
+        low_memory: One part of the model is loaded at a time.
     """
 
     config: ModelConfig
     weights: int
     limit: int | None = None
     enforced: bool = True
+    low_memory: bool = False
 
     def check_model(self) -> None:
         """Check that the model and its smallest usual run fit: one image of the trained size.
@@ -36,7 +38,9 @@ class MemoryBudget:
         """
         side = self.config.dit.trained_grid * self.config.dit.patch
         sizes = {"B": 1, "R": 2, "N": 1, "h": side, "w": side}
-        self._check(max(self.weights, parameters(self.config) * 2) + run_bytes(self.config, sizes), "this model")
+        # A parameter has a byte or more, whatever the files say.
+        weights = self.weights if self.low_memory else max(self.weights, parameters(self.config))
+        self._check(weights + run_bytes(self.config, sizes), "this model")
 
     def check_run(self, sizes: Mapping[str, int]) -> None:
         """Check that a run fits, whose model is loaded.
@@ -55,7 +59,7 @@ class MemoryBudget:
             allowed = f"{limit / GIB:.1f} GiB are " + ("free" if self.limit is None else "allowed")
             raise InputError(
                 f"{what} needs about {needed / GIB:.1f} GiB of memory, and {allowed}: make fewer or smaller images at "
-                "once, use a smaller model, or set another --memory-limit"
+                "once, use --low-vram or a smaller model, or set another --memory-limit"
             )
 
 

@@ -209,6 +209,8 @@ class _Reader:
         for span, tensor in zip(fields.get(name, ()), self.each(fields, name, _TENSOR), strict=True):
             assert isinstance(span, tuple)
             entries = list(self.each(tensor, "external_data", _ENTRY))
+            if len({_text(entry, "key") for entry in entries}) < len(entries):
+                raise ValueError("a weight has two places")
             yield OnnxTensor(
                 _text(tensor, "name"),
                 _int(tensor, "data_type"),
@@ -238,7 +240,7 @@ class _Reader:
                 tag, at = self.varint(at, end)
             field = known.get(tag >> 3)
             if field is None:
-                raise ValueError(f"field {tag >> 3} of a {message} is none that it writes")
+                raise ValueError(f"it has the field {message}.{tag >> 3}, which the exporter never writes")
             name, kind = field
             wire = tag & 7
             if wire == 2:  # a length, and so many bytes
@@ -251,14 +253,14 @@ class _Reader:
                 value = 0
                 at += 8 if wire == 1 else 4
             else:
-                raise ValueError(f"the {name} of a {message} is of the kind {wire}, which is not used")
+                raise ValueError(f"the field {message}.{name} is of the kind {wire}, which is not used")
             if at > end:
-                raise ValueError(f"it ends inside of a {message}")
+                raise ValueError(f"it ends inside of the field {message}.{name}")
             if kind == "skip" and name in _REPEATED:
                 continue
             if name in fields and name not in _REPEATED:
-                raise ValueError(f"a {message} has its {name} twice")
-            self.add(fields.setdefault(name, []), kind, value, f"the {name} of a {message}")
+                raise ValueError(f"the field {message}.{name} occurs twice")
+            self.add(fields.setdefault(name, []), kind, value, f"the field {message}.{name}")
         return fields
 
     def add(self, values: list[int | str | _Span], kind: _Kind, value: int | str | _Span, what: str) -> None:

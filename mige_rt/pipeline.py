@@ -196,7 +196,8 @@ class MigePipeline:
             device = join_processes(device)
         model = open_model(local_folder(name_or_path, local_files_only=local_files_only))
         on_cpu = device == "cpu" or (device == "auto" and not has_nvidia_driver())
-        memory = MemoryBudget(model.config, model.weights_bytes(largest=low_memory), memory_limit, enforced=on_cpu)
+        weights = model.weights_bytes(largest=low_memory)
+        memory = MemoryBudget(model.config, weights, memory_limit, enforced=on_cpu, low_memory=low_memory)
         memory.check_model()
         tokenize = load_tokenizer(model.folder / TOKENIZER_FILE, known=is_known_bundle(model.folder))
         options = EngineOptions(
