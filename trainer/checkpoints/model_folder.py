@@ -28,7 +28,7 @@ from mige_rt.bundle import (
     read_manifest,
     read_source,
 )
-from mige_rt.config import ModelConfig
+from mige_rt.config import QUANTISED, ModelConfig
 from mige_rt.errors import InputError
 from mige_rt.graphs import GraphName
 from trainer.checkpoints.weights import Checkpoint, differences, distinct_tensors, names_in
@@ -59,9 +59,9 @@ class SafetensorsCheckpoint(Checkpoint):
         self._manifest: Manifest | None = None
         if is_bundle(folder):
             self._manifest = read_manifest(folder)
-            if self._manifest.precision == "int8":
+            if (precision := self._manifest.precision) in QUANTISED:
                 raise InputError(
-                    f"{folder} holds int8 weights, which only the engine onnxruntime runs: take the model that it was "
+                    f"{folder} holds {precision} weights, which PyTorch does not read: take the model that it was "
                     "exported from, or a bundle of another precision"
                 )
             check_files(folder, self._manifest)
