@@ -1,18 +1,27 @@
-"""What a call of a graph costs, counted on the meta device, without memory: floating-point operations, least bytes."""
+"""What a call of a graph costs, counted on the meta device, without memory.
+
+Floating-point operations, least bytes, and for a step of the loop the operations that launch a kernel each.
+"""
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mige_rt.config import ModelConfig, Precision
+from mige_rt.denoise import LoopInputs, denoising_step
 from mige_rt.graphs import GRAPHS, GraphName, axis_size, resolved_axes
 from trainer.checkpoints.weights import empty_model
+from trainer.model.dit import Denoiser, attention_bias
 from trainer.model.mige import Mige
 
 _TYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
@@ -96,3 +105,66 @@ def graph_parameters(config: ModelConfig, graph: GraphName) -> int:
 @cache
 def _model(config: ModelConfig) -> Mige:
     return empty_model(config).requires_grad_(False).eval()
+
+
+class _Launches(TorchDispatchMode):
+    """Counts the operations that compute something: those that only look at a tensor otherwise launch no kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.count += not (func.is_view or name == "_unsafe_view" or "empty" in name)
+        return func(*args, **(kwargs or {}))
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Counts attention as what it is on CUDA, one kernel, whose output is laid out by tokens."""
+
+    def __init__(self, launches: _Launches) -> None:
+        super().__init__()
+        self.launches = launches
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self.launches.count += 1
+        batch, heads, tokens, width = args[0].shape
+        return args[0].new_empty(batch, tokens, heads, width).transpose(1, 2)
+
+
+def step_launches(config: ModelConfig, batch: int = 2, tokens: int = 64) -> int:
+    """Operations of one step of the loop that launch a kernel each, as the engine pytorch runs it on CUDA in fp16.
+
+    Args:
+        config: The model's sizes.
+        batch: R, guidance branches of one image.
+        tokens: L.
+    """
+    denoiser = empty_model(config).requires_grad_(False).eval().denoiser.half()
+    denoiser.prepare()
+    launches = _Launches()
+    side, channels = config.dit.trained_grid * config.dit.patch, config.vae.channels
+    heads, head_dim = config.dit.heads, config.dit.width // config.dit.heads
+    with torch.device("meta"), torch.no_grad():
+        latents, source = torch.empty(1, channels, side, side), torch.empty(batch, channels, side, side)
+        cross_kv = torch.empty(2, config.dit.depth, batch, heads, tokens, head_dim, dtype=torch.float16)
+        weights = torch.empty(batch, 1, 1, 1, 1)
+        inputs: Any = LoopInputs(source, cross_kv, torch.empty(batch, tokens, dtype=torch.bool), weights)  # type: ignore[arg-type]
+        step: Any = denoising_step(_on_cuda(denoiser))
+        for _ in range(2):  # the first computes what is kept
+            launches.count = 0
+            with launches, _FusedAttention(launches):
+                step(inputs, latents, latents, torch.empty(6))
+    return launches.count
+
+
+def _on_cuda(denoiser: Denoiser) -> Any:
+    """The denoiser with its inputs as `engines.pytorch` prepares them on CUDA."""
+
+    def run(*, latents: Tensor, source: Tensor, timestep: Tensor, cross_kv: Tensor, text_mask: Tensor) -> Tensor:
+        return denoiser(latents, source, timestep[:1], cross_kv, attention_bias(text_mask, cross_kv.dtype))
+
+    return run

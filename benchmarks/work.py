@@ -1,5 +1,7 @@
 """The work of an image, counted: each graph's floating-point operations and least bytes, in three variants.
 
+And the operations that a step of the loop launches.
+
 `benchmarks.schedule` has the variants. With --write, the counts that the tests compare with are written anew.
 """
 
@@ -13,7 +15,7 @@ from typing import Any, get_args
 import click
 
 from benchmarks.case import VARIANT_TITLES, Variant
-from benchmarks.meter import flops, least_bytes
+from benchmarks.meter import flops, least_bytes, step_launches
 from benchmarks.schedule import WorkOptions, prompt_tokens, schedule
 from export.formatting import amount, markdown_table
 from export.precision import check_precision
@@ -90,7 +92,8 @@ def regressions() -> dict[str, Any]:
         model: {f"{task}, {variant}": count(PRESETS[model], variant, USUAL[task]).to_json() for task, variant in pairs}
         for model in COUNTED_MODELS
     }
-    return {"command": WRITE, "counts": counts}
+    launches = {model: step_launches(PRESETS[model]) for model in COUNTED_MODELS}
+    return {"command": WRITE, "launches_per_step": launches, "counts": counts}
 
 
 def work_table(works: Mapping[Variant, Work]) -> str:
@@ -125,6 +128,9 @@ def full_size() -> str:
 Counted on the meta device, nothing measured; written by `{WRITE}`. Published sizes, {config.size} pixels, fp16, the
 published defaults of each task. A multiply-add is two operations; bytes are the least, each graph's weights, inputs and
 outputs once a call. `benchmarks/schedule.py` says what the variants are.
+
+A step of the loop with two guidance branches launches {step_launches(config)} operations in eager PyTorch on CUDA,
+attention counted as one.
 
 {chr(10).join(sections)}"""
 

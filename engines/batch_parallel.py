@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mige_rt.errors import InputError
 from mige_rt.graphs import GRAPHS, GraphName, TensorSpec
 
 _IDLE = 1 / 4  # the share of the cores' time that may be lost to parts of unequal size
@@ -63,15 +64,25 @@ def run_in_parts(
         parts: How many.
         pool: Runs all parts but the first, which this thread runs.
         run: Is called with each part's inputs, and gives its outputs.
+
+    Raises:
+        InputError: The parts' outputs do not fit together.
     """
     pieces = {spec.name: _split(inputs[spec.name], spec, parts) for spec in GRAPHS[graph].inputs}
     first, *others = ({name: piece[k] for name, piece in pieces.items()} for k in range(parts))
     futures = [pool.submit(run, part) for part in others]
     results = [run(first), *(future.result() for future in futures)]
-    return {
-        spec.name: np.concatenate([result[spec.name] for result in results], axis=spec.axes.index("R"))
-        for spec in GRAPHS[graph].outputs
-    }
+    try:
+        return {
+            spec.name: np.concatenate([result[spec.name] for result in results], axis=spec.axes.index("R"))
+            for spec in GRAPHS[graph].outputs
+        }
+    except ValueError as error:
+        shapes = [{name: list(values.shape) for name, values in result.items()} for result in results]
+        raise InputError(
+            f"{graph} gives tensors of the shapes {shapes} for the parts of one batch, which do not fit together: the "
+            "graph is not one that mige-rt wrote; do not use this bundle"
+        ) from error
 
 
 def _split(values: NDArray[Any], spec: TensorSpec, parts: int) -> list[NDArray[Any]]:

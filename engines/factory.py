@@ -1,15 +1,18 @@
 """Which engine opens a model: the one that is named, or the fastest that works here."""
 
 import ctypes
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engines.interface import Engine, EngineOptions
-from engines.plans import PLAN_ENGINES, PlanEngine
+from engines.plans import PLAN_ENGINES, PlanEngine, UntrustedError
 from mige_rt.bundle import OpenedModel
 from mige_rt.errors import InputError, NotAvailableError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,6 @@ def _plan_engine(name: PlanEngine) -> Callable[[OpenedModel, EngineOptions], Eng
     return open_plans
 
 
-# In the order that `auto` tries them on one device, the fastest first.
 _ENTRIES: dict[str, _Entry] = {
     "tensorrt": _Entry(_plan_engine("tensorrt"), "pip install 'mige-rt[tensorrt]'"),
     "tensorrt-rtx": _Entry(_plan_engine("tensorrt-rtx"), "pip install 'mige-rt[tensorrt-rtx]'"),
@@ -50,6 +52,11 @@ _ENTRIES: dict[str, _Entry] = {
 }
 ENGINES = tuple(_ENTRIES)
 
+# In the order that `auto` tries them, the fastest first. ONNX Runtime's graphs have no fused attention, which costs
+# more on a GPU than on a CPU; there, on the other hand, it runs a batch in parts.
+FASTEST_ON_CUDA = (*PLAN_ENGINES, "pytorch", "onnxruntime")
+FASTEST_ON_CPU = ("onnxruntime", "pytorch")
+
 
 def open_engine(model: OpenedModel, engine: str, options: EngineOptions) -> Engine:
     """Open a bundle or a model folder with an engine.
@@ -57,14 +64,15 @@ def open_engine(model: OpenedModel, engine: str, options: EngineOptions) -> Engi
     Args:
         model: What to open.
         engine: Its name; auto: the fastest that works here, on a GPU if there is one and the device is not cpu.
-        options: How. Only the engine pytorch compiles.
+        options: How. Only the engine pytorch compiles, and takes a choice of attention.
 
     Raises:
         NotAvailableError: The engine, the device or the precision is not to be had here.
         InputError: The model cannot be used.
     """
-    if options.compile and engine not in ("auto", "pytorch"):
-        raise InputError(f"torch.compile is for the engine pytorch, and {engine} was given")
+    for meant, what in ((options.compile, "torch.compile"), (options.attention != "auto", "--attention")):
+        if meant and engine not in ("auto", "pytorch"):
+            raise InputError(f"{what} is for the engine pytorch, and {engine} was given")
     if engine == "auto":
         return _open_fastest(model, options)
     if engine not in _ENTRIES:
@@ -86,12 +94,13 @@ def _open_fastest(model: OpenedModel, options: EngineOptions) -> Engine:
     devices = ["cuda", "cpu"] if options.device == "auto" and has_nvidia_driver() else [options.device]
     reasons: list[str] = []
     for device in devices:
-        for name in ("pytorch",) if options.compile else ENGINES:
-            if name in PLAN_ENGINES and device in ("auto", "cpu"):
-                continue
+        fastest = FASTEST_ON_CPU if device in ("auto", "cpu") else FASTEST_ON_CUDA
+        for name in ("pytorch",) if options.compile or options.attention != "auto" else fastest:
             try:
                 return _open(model, name, replace(options, device="cpu" if device == "auto" else device))
             except InputError as error:
+                if isinstance(error, UntrustedError):
+                    _log.warning("%s", error)
                 if name in PLAN_ENGINES:  # that nobody built plans is no mistake, and damaged ones are no obstacle
                     continue
                 if not isinstance(error, NotAvailableError):
@@ -101,6 +110,8 @@ def _open_fastest(model: OpenedModel, options: EngineOptions) -> Engine:
 
 
 def _open(model: OpenedModel, engine: str, options: EngineOptions) -> Engine:
+    from engines.trial import admit
+
     entry = _ENTRIES[engine]
     if model.manifest is None and engine != "pytorch":
         plans = f"--engine {engine} " if engine in PLAN_ENGINES else ""
@@ -111,11 +122,13 @@ def _open(model: OpenedModel, engine: str, options: EngineOptions) -> Engine:
     if model.manifest is not None and engine != "pytorch":
         _check_precision(model.folder, model.manifest.precision, options.precision)
     try:
-        return entry.open(model, options)
+        opened = entry.open(model, options)
     except ImportError as error:
         raise NotAvailableError(
             f"the engine {engine} needs a package that is not here ({error}); install it with: {entry.install}"
         ) from error
+    admit(model, opened, trust=options.trust)
+    return opened
 
 
 def _check_precision(bundle: Path, precision: str, requested: str) -> None:

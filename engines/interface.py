@@ -10,6 +10,8 @@ from mige_rt.graphs import AxisRange, GraphName
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+Attention = Literal["auto", "cudnn", "flash", "efficient", "math"]
+
 
 class Array(Protocol):
     """What NumPy arrays (engines on the CPU) and torch tensors (engines on CUDA) have in common.
@@ -43,13 +45,17 @@ class EngineOptions:
         device: cpu, cuda, cuda:N; auto: cuda where there is one.
         precision: auto: a bundle's own; PyTorch's default for the device.
         low_memory: Load a graph when it is first run.
-        compile: Put PyTorch's denoiser through `torch.compile`.
+        compile: Put the layers of PyTorch's denoiser through `torch.compile`.
+        attention: Which implementation of attention PyTorch uses on CUDA; auto: the fastest, measured at opening.
+        trust: Run graphs and plans that were not made here without trying them first.
     """
 
     device: str = "auto"
     precision: Precision | Literal["auto"] = "auto"
     low_memory: bool = False
     compile: bool = False
+    attention: Attention = "auto"
+    trust: bool = False
 
 
 class Engine(Protocol):
@@ -84,6 +90,10 @@ class Engine(Protocol):
         Returns:
             The outputs by their names. Those in INTERNAL_TENSORS may be of the engine's own precision.
         """
+        ...
+
+    def is_capturable(self, graph: GraphName) -> bool:
+        """Whether a run of `graph` can be captured on the current CUDA stream; asked after a run of the same shapes."""
         ...
 
     def release(self, graphs: Sequence[GraphName]) -> None:

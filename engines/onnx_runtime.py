@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,11 +14,15 @@ from numpy.typing import NDArray
 from engines.batch_parallel import Arrays, batch_size, parts_of, run_in_parts, usable_cores
 from engines.device import parse_device
 from engines.interface import Array, EngineOptions
-from mige_rt.bundle import Manifest, OpenedModel
+from mige_rt.bundle import GraphEntry, Manifest, OpenedModel
 from mige_rt.errors import InputError, NotAvailableError
 from mige_rt.graphs import GRAPHS, AxisRange, GraphName, axis_size, named_sizes
 
 SetOptions = Callable[[onnxruntime.SessionOptions], None]
+
+CUDA = "CUDAExecutionProvider"
+# Both packages in one place lose CUDA, and mige-rt brings onnxruntime.
+INSTALL_CUDA = "pip install 'mige-rt[torch]' && pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
 
 
 class OnnxRuntimeEngine:
@@ -25,6 +30,8 @@ class OnnxRuntimeEngine:
 
     On the CPU, the batch of a graph is run in parts where it is large enough (engines/batch_parallel.py), by a session
     of one thread, which is another than that of small batches.
+
+    On CUDA, all sessions run on one stream of this engine's own, which waits for torch's and is waited for.
     """
 
     name = "onnxruntime"
@@ -56,21 +63,30 @@ class OnnxRuntimeEngine:
         self.split_batch = split_batch and self.cores > 1
         self.pool = ThreadPoolExecutor(self.cores, "batch") if self.split_batch else None  # it starts threads when used
         self.sessions: dict[tuple[GraphName, int], onnxruntime.InferenceSession] = {}  # by graph and threads
+        self._stream: Any = None if device == "cpu" else _new_stream(device)
 
     @classmethod
     def open(cls, model: OpenedModel, options: EngineOptions) -> "OnnxRuntimeEngine":
         """Open a bundle. device auto: cuda where ONNX Runtime and PyTorch both see one.
 
         Raises:
-            InputError: The device is not there, or does not compute in the bundle's precision.
+            NotAvailableError: The device is not there, or does not compute in the bundle's precision.
         """
         assert model.manifest is not None
         device = _device(options.device)
-        if model.manifest.precision == "bf16" and device == "cpu":
+        if device == "cpu" and any(computes_in_bf16(entry) for entry in model.manifest.graphs.values()):
             raise NotAvailableError(
                 "ONNX Runtime's CPU does not compute in bf16: use --engine pytorch, or export with --precision fp16"
             )
-        return cls(model.folder, model.manifest, device)
+        if model.manifest.precision == "int8" and device != "cpu":
+            raise NotAvailableError(
+                f"{model.folder} holds integer products that ONNX Runtime has for CPUs alone: use --device cpu, or "
+                "export with --precision fp16"
+            )
+        engine = cls(model.folder, model.manifest, device)
+        if device != "cpu":
+            engine._session("vae_encoder", 0)  # which fails here, and not at the first image, where CUDA cannot be had
+        return engine
 
     def array(self, values: NDArray[Any]) -> Array:
         """See `Engine.array`."""
@@ -91,6 +107,10 @@ class OnnxRuntimeEngine:
         run = partial(self._run_arrays, self._session(graph, 1), graph)
         return dict(run_in_parts(graph, arrays, parts, self.pool, run))
 
+    def is_capturable(self, graph: GraphName) -> bool:
+        """See `Engine.is_capturable`."""
+        return False
+
     def release(self, graphs: Sequence[GraphName]) -> None:
         """See `Engine.release`."""
         for key in [key for key in self.sessions if key[0] in graphs]:
@@ -101,7 +121,11 @@ class OnnxRuntimeEngine:
         try:
             return dict(zip(names, session.run(names, dict(inputs)), strict=True))
         except Exception as error:  # the library's own classes derive from Exception alone
-            raise InputError(f"ONNX Runtime could not run {graph} of {self.folder} ({error})") from error
+            shapes = ", ".join(f"{name} {list(values.shape)}" for name, values in inputs.items())
+            raise InputError(
+                f"ONNX Runtime could not run {graph} of {self.folder} with {shapes}: memory ran out, or the graph is "
+                "not what mige-rt wrote; make fewer or smaller images at once, or export the bundle again"
+            ) from error
 
     def _session(self, graph: GraphName, threads: int) -> onnxruntime.InferenceSession:
         """threads: within a node. The options are set from what benchmarks/results/runtime-settings.md measured."""
@@ -116,21 +140,26 @@ class OnnxRuntimeEngine:
                 session = onnxruntime.InferenceSession(str(path), options, providers=self._providers())
             except Exception as error:  # the library's own classes derive from Exception alone
                 raise InputError(
-                    f"ONNX Runtime {onnxruntime.__version__} cannot load {path} for {self.device} ({error}); "
-                    "try --device cpu, another precision, or export the bundle again"
+                    f"ONNX Runtime {onnxruntime.__version__} cannot load {path} for {self.device}: a graph that "
+                    "`mige-rt export` wrote is expected, and memory for it; try --device cpu, another precision, or "
+                    "export the bundle again"
                 ) from error
+            if self.device != "cpu" and CUDA not in session.get_providers():  # ONNX Runtime goes on without it
+                raise NotAvailableError(f"ONNX Runtime could not load its CUDA provider for {path}: {_cuda_remedy()}")
             self.sessions[graph, threads] = session
         return self.sessions[graph, threads]
 
     def _providers(self) -> list[Any]:
         if self.device == "cpu":
             return ["CPUExecutionProvider"]
-        import torch
-
-        # On torch's own stream, so that neither waits for the other.
-        stream = str(torch.cuda.current_stream(self.device).cuda_stream)
-        options = {"device_id": self.device.partition(":")[2], "user_compute_stream": stream}
-        return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
+        options = {
+            "device_id": self.device.partition(":")[2],
+            "user_compute_stream": str(self._stream.cuda_stream),
+            "use_tf32": str(int(self.precision != "fp32")),  # its 10 bits are not what fp32 promises
+            "cudnn_conv_algo_search": "HEURISTIC",  # the default tries every algorithm at each new size
+            "arena_extend_strategy": "kSameAsRequested",  # the default doubles, beside PyTorch's own memory
+        }
+        return [(CUDA, options), "CPUExecutionProvider"]
 
     def _run_bound(
         self, session: onnxruntime.InferenceSession, graph: GraphName, inputs: Mapping[str, Array]
@@ -152,18 +181,54 @@ class OnnxRuntimeEngine:
             output = torch.empty(shape, dtype=getattr(torch, spec.dtype), device=self.device)
             binding.bind_output(spec.name, "cuda", index, _NUMPY[spec.dtype], shape, output.data_ptr())
             outputs[spec.name] = output
-        session.run_with_iobinding(binding)
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # the library's own classes derive from Exception alone
+            raise InputError(f"ONNX Runtime could not run {graph} of {self.folder} ({error})") from error
+        current.wait_stream(self._stream)
         return outputs
 
 
 _NUMPY: dict[str, type] = {"float32": np.float32, "int64": np.int64, "bool": np.bool_}
 
 
+def computes_in_bf16(entry: GraphEntry) -> bool:
+    """Whether a graph has bfloat16 in it, for which ONNX Runtime's CPU has no kernels."""
+    return "bfloat16" in entry.precision.values()
+
+
+def _new_stream(device: str) -> Any:
+    """A stream that is not torch's default one, whose handle is 0: ONNX Runtime takes 0 for none, and makes its own."""
+    import torch
+
+    return torch.cuda.Stream(device)
+
+
+def _cuda_remedy() -> str:
+    """What to do where ONNX Runtime has no CUDA."""
+    if _is_installed("onnxruntime") and _is_installed("onnxruntime-gpu"):
+        return (
+            "onnxruntime and onnxruntime-gpu are both installed, and one has overwritten the other; run: "
+            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
+        )
+    return f"use --device cpu, or install: {INSTALL_CUDA}; CUDA and cuDNN must be of the versions that it names"
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        distribution(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
 def _device(name: str) -> str:
     """What is there of the device that was named: cpu or cuda:N. Raises InputError when it is not there."""
     device = parse_device(name)
     providers = onnxruntime.get_available_providers()
-    if device.kind == "cpu" or (device.kind == "auto" and "CUDAExecutionProvider" not in providers):
+    if device.kind == "cpu" or (device.kind == "auto" and CUDA not in providers):
         return "cpu"
     try:
         import torch
@@ -171,11 +236,11 @@ def _device(name: str) -> str:
         count = torch.cuda.device_count()
     except ImportError:
         count = 0
-    if "CUDAExecutionProvider" in providers and (device.index or 0) < count:
+    if CUDA in providers and (device.index or 0) < count:
         return f"cuda:{device.index or 0}"
     if device.kind == "auto":
         return "cpu"
     raise NotAvailableError(
         f"ONNX Runtime has no device {name!r} here (its providers: {', '.join(providers)}; CUDA devices that PyTorch "
-        f"sees: {count}); use --device cpu, or install: pip install onnxruntime-gpu 'mige-rt[torch]'"
+        f"sees: {count}): {_cuda_remedy()}"
     )

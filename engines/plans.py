@@ -10,11 +10,15 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
-from mige_rt.bundle import ALWAYS_HASHED, FileEntry, Manifest, sha256
+from annotated_types import Ge, Le, MaxLen
+
+from mige_rt.bundle import ALWAYS_HASHED, FileEntry, Manifest, Text, all_printable, load_json, sha256
+from mige_rt.config import Precision
 from mige_rt.errors import InputError, NotAvailableError
 from mige_rt.graphs import GRAPHS, AxisRange, GraphName
+from mige_rt.known_bundles import is_known
 from mige_rt.validation import validate
 
 PlanEngine = Literal["tensorrt", "tensorrt-rtx"]
@@ -22,6 +26,7 @@ PLAN_ENGINES: tuple[PlanEngine, ...] = get_args(PlanEngine)
 PRODUCTS: dict[PlanEngine, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
 SCHEMA = 2  # of the sidecar
 SIDECAR = "plans.json"
+LARGEST_SIDECAR = 1 << 20  # bytes; those of `mige-rt build` have a few thousand
 
 
 class NoPlanError(NotAvailableError):
@@ -33,6 +38,10 @@ class NoPlanError(NotAvailableError):
         self.bundle, self.machine = bundle, machine
 
 
+class UntrustedError(NotAvailableError):
+    """Plans are there, and were built elsewhere."""
+
+
 @dataclass(frozen=True)
 class Target:
     """What plans are for: a runtime's exact version, and the GPUs.
@@ -42,9 +51,9 @@ class Target:
     """
 
     engine: PlanEngine
-    version: str
-    gpu: str | None
-    capabilities: tuple[str, ...]
+    version: Text
+    gpu: Text | None
+    capabilities: Annotated[tuple[Text, ...], MaxLen(64)]
 
 
 @dataclass(frozen=True)
@@ -65,10 +74,12 @@ class PlanEntry:
     """One graph's plan, the SHA-256 of the ONNX file and the weights it was built from, and what building it took."""
 
     plan: FileEntry
-    onnx: str
-    weights: str
-    seconds: float
-    peak_bytes: int | None  # of the building process's memory, not the GPU's; None where the system does not tell
+    onnx: Text
+    weights: Text
+    seconds: Annotated[float, Ge(0), Le(1e9)]
+    peak_bytes: (
+        Annotated[int, Ge(0), Le(2**62)] | None
+    )  # of the building process's memory, not the GPU's; None where the system does not tell
 
 
 @dataclass(frozen=True)
@@ -166,6 +177,19 @@ def find_plans(bundle: Path, manifest: Manifest, machine: Machine) -> Plans:
     return fitting[0]
 
 
+def require_built_here(bundle: Path, plans: Plans, *, trust: bool) -> None:
+    """Plans are programs for the GPU that nothing can check, and run with all rights.
+
+    Raises:
+        UntrustedError: They were not built here, and trust was not given.
+    """
+    if not trust and not is_known(plans.folder / SIDECAR):
+        raise UntrustedError(
+            f"the plans in {plans.folder} were not built on this machine, and could do anything to it: build them here "
+            f"with: {build_command(bundle, plans.target.engine)}, or use them with --trust if you know who built them"
+        )
+
+
 def check_plans(bundle: Path, plans: Plans, *, everything: bool = False) -> None:
     """Compare plans with their sidecar, as `bundle.check_files` does.
 
@@ -200,9 +224,9 @@ class _Sidecar:
 
     schema: int
     target: Target
-    precision: str
-    ranges: dict[str, AxisRange]
-    options: dict[str, Any]
+    precision: Precision
+    ranges: Annotated[dict[Text, AxisRange], MaxLen(32)]
+    options: Annotated[dict[Text, bool | int | Text], MaxLen(32)]
     graphs: dict[GraphName, PlanEntry]
 
 
@@ -210,10 +234,10 @@ def _read(folder: Path) -> Plans:
     path = folder / SIDECAR
     remedy = f"remove {folder}, and build again"
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content: Any = load_json(path, LARGEST_SIDECAR)
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} is damaged ({error}): {remedy}") from error
-    schema = content.get("schema") if isinstance(content, dict) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    schema = cast("dict[str, object]", content).get("schema") if isinstance(content, dict) else None
     if isinstance(schema, int) and schema != SCHEMA:
         raise InputError(f"{path} has schema {schema}, this version of mige-rt reads {SCHEMA}: {remedy}")
     try:
@@ -233,6 +257,9 @@ def _problem(plans: Plans) -> str | None:
     for graph, entry in plans.graphs.items():
         if entry.plan.path != f"{graph}.plan":
             return f"the plan of {graph} is said to be {entry.plan.path!r}"
+    target = plans.target
+    if not all_printable((target.version, target.gpu or "", *target.capabilities, *plans.ranges, *plans.options)):
+        return "it has texts that are not printable"
     if plans.fingerprint != plans.folder.name:
         return f"it tells of plans that belong into a folder {plans.fingerprint}"
     return None

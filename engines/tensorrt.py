@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engines.interface import Array, EngineOptions
-from engines.plans import PlanEngine, Plans, build_command, find_plans
+from engines.plans import PlanEngine, Plans, build_command, find_plans, require_built_here
 from engines.trt_runtime import find_device, find_machine, import_runtime, is_out_of_memory, make_logger
 from mige_rt.atomic import atomic_file
 from mige_rt.bundle import OpenedModel
@@ -62,6 +62,7 @@ class TensorRTEngine:
         folder, device = model.folder, options.device
         machine = find_machine(name, device)
         plans = find_plans(folder, model.manifest, machine)
+        require_built_here(folder, plans, trust=options.trust)
         engine = cls(name, f"cuda:{find_device(name, device)}", model.manifest.precision, plans.ranges)
         cache = None
         if name == "tensorrt-rtx":
@@ -111,6 +112,13 @@ class TensorRTEngine:
             if is_new and plan.cache is not None:
                 plan.cache.save()
         return dict(plan.outputs)
+
+    def is_capturable(self, graph: GraphName) -> bool:
+        """See `Engine.is_capturable`."""
+        context = self._plans[graph].context
+        # Of TensorRT for RTX alone, which says no where shapes or weights would be handled on the host.
+        ask = getattr(context, "is_stream_capturable", None)
+        return ask is None or bool(ask(torch.cuda.current_stream(self.device).cuda_stream))
 
     def _grow(self, size: int) -> None:
         if size > self.workspace.numel():

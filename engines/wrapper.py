@@ -28,6 +28,10 @@ class EngineWrapper:
         """See `Engine.run`."""
         return self.engine.run(graph, inputs)
 
+    def is_capturable(self, graph: GraphName) -> bool:
+        """See `Engine.is_capturable`."""
+        return False
+
     def release(self, graphs: Sequence[GraphName]) -> None:
         """See `Engine.release`."""
         self.engine.release(graphs)

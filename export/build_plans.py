@@ -17,7 +17,9 @@ from export.processes import OnPhase, WorkerFailedError, WorkerHooks, run_worker
 from mige_rt.atomic import atomic_folder
 from mige_rt.bundle import Manifest, check_files, file_entry, read_manifest
 from mige_rt.errors import InputError, NotAvailableError
+from mige_rt.graph_checks import check_graphs
 from mige_rt.graphs import GRAPHS, AxisRange, GraphName, axis_size
+from mige_rt.known_bundles import is_known_bundle, remember
 
 # Two kinds of Ampere, Ada Lovelace, Blackwell. For Turing (7.5) it has no matrix products in float32 or bfloat16, and
 # every precision of ours has one somewhere.
@@ -26,7 +28,7 @@ FP8 = (8, 9)  # the least compute capability that multiplies in it
 PLAN_OPTIONS = PlanOptions()
 OPTIONS = vars(PLAN_OPTIONS)  # as the plans' sidecar and fingerprint have them
 OnProgress = Callable[[str, int, int], None]  # what is being done, plans done, plans in all
-WORKER = (sys.executable, "-m", "export.plan_worker")
+WORKER = (sys.executable, "-P", "-m", "export.plan_worker")  # -P: see export.exporter
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ def build(
     """
     manifest = read_manifest(folder)
     check_files(folder, manifest, everything=True)
+    if not is_known_bundle(folder):
+        check_graphs(folder, manifest)
     check_request(engine, manifest.precision, capabilities, device)
     target, gpu = _target(engine, manifest.precision, capabilities, device)
     builder = _Builder(folder, manifest, target, gpu)
@@ -128,6 +132,7 @@ def build(
             (out / SIDECAR).write_text(json.dumps(plans.to_json(), indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise InputError(f"{out / SIDECAR} cannot be written ({error}): make room on the disk") from error
+    remember(engines / name / SIDECAR)
     return engines / name
 
 

@@ -50,6 +50,7 @@ def _commit() -> str | None:
 def _output(*command: str) -> str:
     """What a command prints; nothing where it is not there or fails."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)  # noqa: S603, ours
+        return ran.stdout
     except (OSError, subprocess.SubprocessError):
         return ""

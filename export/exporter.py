@@ -17,17 +17,29 @@ from export.precision import TABLES, check_precision
 from export.processes import WorkerFailedError, WorkerHooks, run_worker
 from export.results import Check, GraphResult, PipelineResult, worst_check
 from mige_rt.atomic import atomic_folder
-from mige_rt.bundle import DEFAULT_MODEL, MANIFEST, REPORT, SCHEMA, TOKENIZER_FILE, GraphEntry, Manifest, file_entry
-from mige_rt.config import ModelConfig
+from mige_rt.bundle import (
+    DEFAULT_MODEL,
+    MANIFEST,
+    REPORT,
+    SCHEMA,
+    TOKENIZER_FILE,
+    GraphEntry,
+    Manifest,
+    file_entry,
+    onnx_path,
+    weights_path,
+)
+from mige_rt.config import ModelConfig, Precision
 from mige_rt.errors import InputError
 from mige_rt.graphs import GRAPHS, AxisRange, GraphName, resolved_axes
 from mige_rt.hub import local_folder
+from mige_rt.known_bundles import remember
 from trainer.checkpoints.open_checkpoint import CheckpointLocation, open_checkpoint
 
 SCHEDULER = "dpm_solver_pp_2m"  # mige_rt.scheduler
 SMALL = 300_000_000  # parameters up to which every shape is validated, and two graphs are exported at a time
 
-WORKER = (sys.executable, "-m", "export.worker")
+WORKER = (sys.executable, "-P", "-m", "export.worker")  # -P: the working folder, a bundle perhaps, has no code of ours
 
 OnProgress = Callable[[str, int, int], None]  # what is being done, jobs done, jobs in all
 Result = TypeVar("Result", GraphResult, PipelineResult)
@@ -57,6 +69,8 @@ class ExportOptions:
         tokenizer: the folder of T5's tokenizer, by default `t5-v1_1-xxl` beside a published checkpoint.
         config: the sizes of a checkpoint in the published layout that has none of the published ones.
         validate: compare every graph with PyTorch.
+        bf16_text_encoder: with the precision fp16, T5 in bfloat16: half the memory of its plan, and not for ONNX
+            Runtime's CPU.
         rehearsal: treat the model as a large one whatever its size, and keep a graph that fails its validation.
     """
 
@@ -64,6 +78,7 @@ class ExportOptions:
     tokenizer: Path | None = None
     config: ModelConfig | None = None
     validate: bool = True
+    bf16_text_encoder: bool = False
     rehearsal: bool = False
 
 
@@ -125,6 +140,20 @@ def axis_ranges(config: ModelConfig, limits: ExportLimits) -> dict[str, AxisRang
     }
 
 
+def graph_precisions(precision: Precision, options: ExportOptions) -> dict[GraphName, Precision]:
+    """What each graph computes in.
+
+    Raises:
+        InputError: T5 is to be bfloat16 beside another precision than fp16.
+    """
+    if options.bf16_text_encoder and precision != "fp16":
+        raise InputError(f"T5 in bfloat16 goes with the precision fp16, and {precision} was given")
+    precisions: dict[GraphName, Precision] = dict.fromkeys(GRAPHS, precision)
+    if options.bf16_text_encoder:
+        precisions["text_encoder"] = "bf16"
+    return precisions
+
+
 def locate_checkpoint(ckpt: str, options: ExportOptions = ExportOptions()) -> CheckpointLocation:
     """Find the weights, and download them if they are on the Hugging Face hub.
 
@@ -167,6 +196,7 @@ def export_bundle(
         RuntimeError: a graph's process ends otherwise.
     """
     checked = check_precision(precision)
+    precisions = graph_precisions(checked, options)
     with _disk_errors(out), atomic_folder(out) as folder:
         location = locate_checkpoint(ckpt, options)
         checkpoint = open_checkpoint(location)
@@ -180,7 +210,7 @@ def export_bundle(
         del checkpoint  # whose memory the workers may need
         job = ExportJob(None, location, folder, checked, ranges, options.validate, small)
         jobs = _Jobs(job, accept_failures=options.rehearsal, on_progress=on_progress)
-        graphs = jobs.run_graphs()
+        graphs = jobs.run_graphs(precisions)
         axes = resolved_axes(config)
         manifest = Manifest(
             schema=SCHEMA,
@@ -192,10 +222,10 @@ def export_bundle(
             ranges=ranges,
             graphs={
                 graph: GraphEntry(
-                    file_entry(folder, f"onnx/{graph}.onnx"),
-                    file_entry(folder, f"onnx/{graph}.safetensors"),
+                    file_entry(folder, onnx_path(graph)),
+                    file_entry(folder, weights_path(graph)),
                     axes[graph],
-                    TABLES[checked][graph],
+                    TABLES[precisions[graph]][graph],
                     result.parameters,
                 )
                 for graph, result in graphs.items()
@@ -208,6 +238,7 @@ def export_bundle(
         result = ExportResult(replace(manifest, validated=options.validate), graphs, pipeline)
         _write(folder / REPORT, result.report())
         _write(folder / MANIFEST, result.manifest.to_json())
+    remember(out / MANIFEST)
     return result
 
 
@@ -244,11 +275,14 @@ class _Jobs:
         self.processes: list[subprocess.Popen[str]] = []
         self.done = 0
 
-    def run_graphs(self) -> dict[GraphName, GraphResult]:
+    def run_graphs(self, precisions: Mapping[GraphName, Precision]) -> dict[GraphName, GraphResult]:
         """Export every graph; those of a small model two at a time. One that fails ends the others."""
         with ThreadPoolExecutor(2 if self.job.small else 1) as pool:
             futures = {
-                pool.submit(self._run, graph, replace(self.job, graph=graph), GraphResult): graph for graph in GRAPHS
+                pool.submit(
+                    self._run, graph, replace(self.job, graph=graph, precision=precisions[graph]), GraphResult
+                ): graph
+                for graph in GRAPHS
             }
             try:
                 results = {futures[future]: future.result() for future in as_completed(futures)}

@@ -33,7 +33,7 @@ Place = tuple[int, int]  # its offset in the file and its bytes
 
 OPSET = 20  # of ONNX; the one that converts T5 with float32 parts, and the VAE
 ALIGNMENT = 64  # bytes, of the first weight in its file
-INLINE = 1024  # bytes of a quantised graph's constants that stay in the graph
+INLINE = 1024  # bytes from which on a quantised graph's constants are not in the graph, the same as ONNX Runtime's
 _MOST = {"N": 4096, "M": 63, "B": 63, "R": 4096}  # diffusers' VAE branches at 64 images
 _TYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
 _STORED = {
@@ -251,7 +251,7 @@ def write_weights(model: ir.Model, path: Path) -> None:
     large = {
         name: _as_torch(value.const_value.numpy())
         for name, value in model.graph.initializers.items()
-        if value.const_value is not None and value.const_value.nbytes > INLINE
+        if value.const_value is not None and value.const_value.nbytes >= INLINE
     }
     layout: dict[str, Layout] = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in large.items()}
     places = _write_file(path, layout, large.__getitem__)

@@ -55,7 +55,7 @@ def run_worker(
     """The result of a worker, which is killed if anything goes wrong here. Raises WorkerFailedError."""
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
-        subprocess.Popen(
+        subprocess.Popen(  # noqa: S603, the commands are ours
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -7,11 +7,15 @@ manifest.json, tokenizer/, onnx/ with six graphs and their weights, and engines/
 import dataclasses
 import hashlib
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
-from mige_rt.config import ModelConfig, Precision
+from annotated_types import Ge, Gt, Le, MaxLen
+
+from mige_rt.config import LONGEST_TEXT, ModelConfig, Precision, SchedulerName
 from mige_rt.errors import InputError
 from mige_rt.graphs import GRAPHS, AxisRange, GraphName, resolved_axes
 from mige_rt.validation import validate
@@ -23,6 +27,12 @@ CONFIG = "config.json"
 MANIFEST = "manifest.json"
 REPORT = "report.json"
 ALWAYS_HASHED = 64 << 20  # bytes in a bundle up to which every opening checks the hashes: a fraction of a second
+MOST_IMAGES = 63  # at once, and that prompts refer to: diffusers' VAE branches at 64
+LARGEST_LATENT = 4096  # side of an image's latents
+LARGEST_JSON = 16 << 20  # bytes of a description; the default model's have a few thousand
+
+Text = Annotated[str, MaxLen(LONGEST_TEXT)]
+Bytes = Annotated[int, Gt(0), Le(2**42)]  # of a file; 4 TiB
 
 
 @dataclass(frozen=True)
@@ -35,9 +45,9 @@ class FileEntry:
         sha256: Its SHA-256 in hex.
     """
 
-    path: str
-    bytes: int
-    sha256: str
+    path: Text
+    bytes: Bytes
+    sha256: Text
 
 
 @dataclass(frozen=True)
@@ -55,8 +65,8 @@ class GraphEntry:
     onnx: FileEntry
     weights: FileEntry
     axes: dict[str, list[int | str]]
-    precision: dict[str, str]
-    parameters: int
+    precision: Annotated[dict[Text, Text], MaxLen(32)]
+    parameters: Annotated[int, Ge(0), Le(2**42)]
 
 
 @dataclass(frozen=True)
@@ -78,14 +88,14 @@ class Manifest:
 
     schema: int
     model: ModelConfig
-    source: str
+    source: Text
     precision: Precision
     validated: bool
-    scheduler: str
+    scheduler: SchedulerName
     ranges: dict[str, AxisRange]
     graphs: dict[GraphName, GraphEntry]
     tokenizer: FileEntry
-    versions: dict[str, str]
+    versions: Annotated[dict[Text, Text], MaxLen(32)]
 
     @property
     def files(self) -> list[FileEntry]:
@@ -105,11 +115,21 @@ class OpenedModel:
         folder: The model folder or the bundle.
         config: The model's sizes and defaults.
         manifest: The bundle's; None for a model folder.
+        source: Where the weights came from, in words.
     """
 
     folder: Path
     config: ModelConfig
     manifest: Manifest | None
+    source: str
+
+    def weights_bytes(self, *, largest: bool = False) -> int:
+        """The size of the files with weights; largest: of the largest one alone."""
+        if self.manifest is not None:
+            sizes = [graph.weights.bytes for graph in self.manifest.graphs.values()]
+        else:
+            sizes = [path.stat().st_size for path in self.folder.rglob("*.safetensors")]
+        return max(sizes, default=0) if largest else sum(sizes)
 
 
 def open_model(folder: Path) -> OpenedModel:
@@ -119,10 +139,11 @@ def open_model(folder: Path) -> OpenedModel:
         InputError: It is neither a bundle nor a model folder, is damaged, or is of another schema.
     """
     if not is_bundle(folder):
-        return OpenedModel(folder, read_config(folder), None)
+        config, source = _read_model_folder(folder)
+        return OpenedModel(folder, config, None, source)
     manifest = read_manifest(folder)
     check_files(folder, manifest)
-    return OpenedModel(folder, manifest.model, manifest)
+    return OpenedModel(folder, manifest.model, manifest, manifest.source)
 
 
 def is_bundle(folder: Path) -> bool:
@@ -139,11 +160,6 @@ def read_config(folder: Path) -> ModelConfig:
     return read_manifest(folder).model if is_bundle(folder) else _read_model_folder(folder)[0]
 
 
-def read_source(folder: Path) -> str:
-    """Where the weights of a model folder or a bundle came from, in words. Raises InputError as `read_config` does."""
-    return read_manifest(folder).source if is_bundle(folder) else _read_model_folder(folder)[1]
-
-
 def read_manifest(folder: Path) -> Manifest:
     """A bundle's manifest.
 
@@ -158,14 +174,11 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = validate(Manifest, content, f"{path} is damaged")
         if missing := [graph for graph in GRAPHS if graph not in manifest.graphs]:
             raise InputError(f"{path} is damaged: the graphs {', '.join(missing)} are missing")
+        _check_paths(path, manifest)
         if broken := [rule for rule, holds in _rules(manifest).items() if not holds]:
             raise InputError(f"{path} is damaged: what does not hold: {'; '.join(broken)}")
     except InputError as error:
         raise InputError(f"{error}; export or download the bundle again") from error
-    for file in manifest.files:
-        parts = PurePosixPath(file.path)
-        if parts.is_absolute() or ".." in parts.parts or "\\" in file.path or ":" in file.path:
-            raise InputError(f"{path} names {file.path!r}, which is outside the bundle: do not use this bundle")
     return manifest
 
 
@@ -192,14 +205,24 @@ def describe(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """The manifest as plain data, and under `checks`, per graph, the validation's worst comparison from the report."""
     checks_of: dict[str, Any] = {}
     try:
-        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        report = load_json(folder / REPORT)
         for name, result in {**report["graphs"], "images": report.get("pipeline", {})}.items():
             if checks := result.get("checks"):
                 worst = max(checks, key=lambda check: check["rms"] / check["limit"])
                 checks_of[name] = {"number": len(checks), "rms": worst["rms"], "limit": worst["limit"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / REPORT} cannot be read ({error!r}): export or copy the bundle again") from error
     return manifest.to_json() | {"checks": checks_of}
+
+
+def onnx_path(graph: GraphName) -> str:
+    """Where a bundle has a graph's ONNX file."""
+    return f"onnx/{graph}.onnx"
+
+
+def weights_path(graph: GraphName) -> str:
+    """Where a bundle has a graph's weights."""
+    return f"onnx/{graph}.safetensors"
 
 
 def file_entry(folder: Path, path: str) -> FileEntry:
@@ -222,20 +245,64 @@ def _check_file(folder: Path, file: FileEntry, *, hashed: bool) -> None:
     if not path.is_file():
         raise InputError(f"{path} is missing from the bundle: export or copy the bundle again")
     size = path.stat().st_size
-    if (size != file.bytes or hashed) and (digest := sha256(path)) != file.sha256:
+    if size == file.bytes and not hashed:
+        return
+    if size != file.bytes or sha256(path) != file.sha256:
         raise InputError(
-            f"{path} was changed: it has {size} bytes and the SHA-256 {digest}, the manifest says {file.bytes} bytes "
-            f"and {file.sha256}; export or copy the bundle again"
+            f"{path} was changed: it has {size} bytes and the SHA-256 {sha256(path)}, the manifest says {file.bytes} "
+            f"bytes and {file.sha256}; export or copy the bundle again"
         )
+
+
+def all_printable(texts: Iterable[str]) -> bool:
+    """Whether texts hold nothing that moves a terminal's cursor, ends a line or cannot be written."""
+    return all(text.isprintable() for text in texts)
+
+
+def is_sha256(text: str) -> bool:
+    """Whether a text is a SHA-256 as `sha256` writes it."""
+    return re.fullmatch("[0-9a-f]{64}", text) is not None
+
+
+def _check_paths(path: Path, manifest: Manifest) -> None:
+    """Raises InputError when a file is not where the exporter writes it, which could be outside of the bundle."""
+    expected = [
+        TOKENIZER_FILE,
+        *(name for graph in manifest.graphs for name in (onnx_path(graph), weights_path(graph))),
+    ]
+    for file, name in zip(manifest.files, expected, strict=True):
+        parts = PurePosixPath(file.path)
+        if parts.is_absolute() or ".." in parts.parts or "\\" in file.path or ":" in file.path:
+            raise InputError(f"{path} names {file.path!r}, which is outside the bundle: do not use this bundle")
+        if file.path != name:
+            raise InputError(f"{path} names {file.path!r} where {name} is expected")
 
 
 def _rules(manifest: Manifest) -> dict[str, bool]:
     """What must hold of a manifest beyond its fields' types, in words."""
     ranges = manifest.ranges.values()
+    precisions = [graph.precision for graph in manifest.graphs.values()]
+    largest = {"N": MOST_IMAGES, "M": MOST_IMAGES, "B": MOST_IMAGES, "R": 3 * MOST_IMAGES}
+    largest |= {"L": manifest.model.max_tokens} | dict.fromkeys(("h", "w", "eh", "ew"), LARGEST_LATENT)
     return {
         "every range has 1 <= min <= opt <= max": all(1 <= span.min <= span.opt <= span.max for span in ranges),
         "there is a range for each of N, M, B, R, L, h, w, eh, ew": set(manifest.ranges)
         == set("NMBRLhw") | {"eh", "ew"},
+        "no range goes beyond " + ", ".join(f"{axis} {most}" for axis, most in largest.items()): all(
+            span.max <= largest.get(axis, span.max) for axis, span in manifest.ranges.items()
+        ),
+        "eh and ew hold the trained size": all(
+            manifest.ranges[axis].min <= manifest.model.size // manifest.model.vae.factor <= manifest.ranges[axis].max
+            for axis in ("eh", "ew")
+            if axis in manifest.ranges
+        ),
+        "hashes are SHA-256 in hex": all(is_sha256(file.sha256) for file in manifest.files),
+        "texts are printable": all_printable(
+            (
+                manifest.source,
+                *(text for part in (manifest.versions, *precisions) for pair in part.items() for text in pair),
+            )
+        ),
         "axes are the model's": {name: graph.axes for name, graph in manifest.graphs.items()}
         == resolved_axes(manifest.model),
     }
@@ -250,10 +317,25 @@ def _read_model_folder(folder: Path) -> tuple[ModelConfig, str]:
     return _read_model(path, content["model"]), str(content.get("source", ""))
 
 
+def load_json(path: Path, largest: int = LARGEST_JSON) -> Any:
+    """A file's JSON.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It has more bytes than `largest`, or is no JSON.
+    """
+    if (size := path.stat().st_size) > largest:
+        raise ValueError(f"it has {size} bytes, at most {largest} are expected")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def _read_json(path: Path, problem: str, expected: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = load_json(path)
+    except (OSError, ValueError) as error:
         raise InputError(f"{problem} ({error}): {expected}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is not of a model: {expected}")
@@ -264,7 +346,7 @@ def _read_json(path: Path, problem: str, expected: str) -> dict[str, Any]:
 
 
 def _check_schema(path: Path, content: dict[str, Any], remedy: str) -> None:
-    schema: int = content["schema"]
+    schema: int = content["schema"]  # which `_read_json` has looked at
     if schema != SCHEMA:
         raise InputError(
             f"{path} has schema {schema}, this version of mige-rt reads {SCHEMA}: "

@@ -26,6 +26,7 @@ from mige_rt.tokenizer import Tokenize
 
 CACHED_PROMPTS = 32  # text states
 CACHED_LATENTS = 64  # of sources and references
+LENGTH_MULTIPLE = 32  # tokens; on a GPU each length is captured, compiled or planned for by itself
 
 Warn = Callable[[str], None]
 
@@ -55,6 +56,7 @@ class ConditionEncoder:
             runner: Of its graphs.
         """
         self.config, self.tokenize, self.runner = config, tokenize, runner
+        self.length_multiple = 1 if runner.engine.device == "cpu" else LENGTH_MULTIPLE
         self._prompts: LRUCache[Hashable, Array] = LRUCache(CACHED_PROMPTS)  # [length,D] each
         self._latents: LRUCache[Hashable, Array] = LRUCache(CACHED_LATENTS)  # [c,h,w] each
 
@@ -95,8 +97,9 @@ class ConditionEncoder:
                 states[key] = _copy(encoded[i, : len(prompt.token_ids)])  # an engine may overwrite its output
         self._prompts.update(states)
         lengths = [len(prompt.token_ids) for prompt in prompts]
-        text_mask = np.arange(max(lengths))[None, :] < np.array(lengths)[:, None]
-        return PromptStates(_padded([states[key] for key in keys], max(lengths)), text_mask)
+        length = self._padded_length(prompts)
+        text_mask = np.arange(length)[None, :] < np.array(lengths)[:, None]
+        return PromptStates(_padded([states[key] for key in keys], length), text_mask)
 
     def _array(self, values: NDArray[Any]) -> Array:
         return self.runner.engine.array(values)
@@ -112,6 +115,13 @@ class ConditionEncoder:
             latents |= {key: _copy(encoded[i]) for i, key in enumerate(missing)}  # an engine may overwrite its output
         self._latents.update(latents)
         return array_namespace(*latents.values()).stack([latents[key] for key in keys])
+
+    def _padded_length(self, prompts: Sequence[TokenizedPrompt]) -> int:
+        """L of these prompts: the longest one's, or the next multiple, as far as model and graphs take it."""
+        longest = max(len(prompt.token_ids) for prompt in prompts)
+        limit = self.runner.engine.limits.get("L")
+        most = self.config.max_tokens if limit is None else min(limit.max, self.config.max_tokens)
+        return max(longest, min(-(-longest // self.length_multiple) * self.length_multiple, most))
 
     def _tokenize(self, request: ResolvedRequest, warn: Warn) -> TokenizedPrompt:
         """The prompt as tokens, whose slots count its own images alone."""
@@ -137,7 +147,8 @@ class ConditionEncoder:
             images |= {_digest(image): image for image in request.used_images[:slots]}
         index = {digest: i for i, digest in enumerate(images)}
         token_ids, slot_index, text_mask = collate(
-            [replace(prompt, slot_index=_batch_slots(request, prompt, index, queries)) for request, prompt in prompts]
+            [replace(prompt, slot_index=_batch_slots(request, prompt, index, queries)) for request, prompt in prompts],
+            self._padded_length([prompt for _, prompt in prompts]),
         )
         if images:
             ref_latents = self._encode_images([*images.values()], config.size, config.size, fit)

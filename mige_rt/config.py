@@ -1,6 +1,8 @@
 """The model's sizes and defaults, as frozen dataclasses, and a literal table of presets.
 
-What `validate` reads from files is checked against these types: no field is left out, none is unknown.
+What `validate` reads from files is checked against these types: no field is left out, none is unknown, and none is
+larger than its type says. The bounds are several times the published sizes, and far below those that no machine has
+memory for.
 """
 
 import dataclasses
@@ -8,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from annotated_types import Gt
+from annotated_types import Gt, Le, MaxLen
 
 from mige_rt.errors import InputError
 
@@ -17,64 +19,72 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int8-sq"]
 QUANTISED: frozenset[str] = frozenset({"int8", "fp8", "int8-sq"})  # bundles whose weights PyTorch does not read
 SchedulerName = Literal["dpm_solver_pp_2m", "ddim"]
 PositiveInt = Annotated[int, Gt(0)]
+LONGEST_TEXT = 500  # characters of a name or a description in a file
+
+Depth = Annotated[int, Gt(0), Le(256)]  # layers of one kind
+Heads = Annotated[int, Gt(0), Le(256)]  # of attention, and groups of a norm
+Width = Annotated[int, Gt(0), Le(16_384)]  # channels of a layer
+Hidden = Annotated[int, Gt(0), Le(65_536)]  # channels inside of a feed-forward layer
+Patch = Annotated[int, Gt(0), Le(64)]  # along a side
+Steps = Annotated[int, Gt(0), Le(1000)]  # the timesteps that the models were trained with
 
 
 @dataclass(frozen=True)
 class VisionConfig:
     """The image encoder's ViT (published: EVA-CLIP ViT-g/14)."""
 
-    side: PositiveInt = 224  # pixels
-    patch: PositiveInt = 14  # pixels
-    width: PositiveInt = 1408
-    depth: PositiveInt = 39
-    heads: PositiveInt = 16
-    mlp: PositiveInt = 6144
+    side: Annotated[int, Gt(0), Le(2048)] = 224  # pixels
+    patch: Patch = 14  # pixels
+    width: Width = 1408
+    depth: Depth = 39
+    heads: Heads = 16
+    mlp: Hidden = 6144
 
 
 @dataclass(frozen=True)
 class QFormerConfig:
     """The Q-Former (published: BERT-base with cross-attention in every second layer)."""
 
-    width: PositiveInt = 768
-    depth: PositiveInt = 12
-    heads: PositiveInt = 12
-    mlp: PositiveInt = 3072
-    queries: PositiveInt = 32  # image tokens an image
-    fusion_heads: PositiveInt = 8
+    width: Width = 768
+    depth: Depth = 12
+    heads: Heads = 12
+    mlp: Hidden = 3072
+    queries: Annotated[int, Gt(0), Le(1024)] = 32  # image tokens an image
+    fusion_heads: Heads = 8
 
 
 @dataclass(frozen=True)
 class TextConfig:
     """The text encoder (published: T5 v1.1 XXL's)."""
 
-    vocabulary: PositiveInt = 32128
-    width: PositiveInt = 4096
-    head_width: PositiveInt = 64
-    mlp: PositiveInt = 10240
-    depth: PositiveInt = 24
-    heads: PositiveInt = 64
+    vocabulary: Annotated[int, Gt(0), Le(1_048_576)] = 32128
+    width: Width = 4096
+    head_width: Width = 64
+    mlp: Hidden = 10240
+    depth: Depth = 24
+    heads: Heads = 64
 
 
 @dataclass(frozen=True)
 class DiTConfig:
     """The denoiser (published: PixArt-alpha XL/2 with eight input channels)."""
 
-    width: PositiveInt = 1152
-    depth: PositiveInt = 28
-    heads: PositiveInt = 16
-    mlp: PositiveInt = 4608
-    patch: PositiveInt = 2  # latent pixels
-    trained_grid: PositiveInt = 32  # patches along a side of the trained size
+    width: Width = 1152
+    depth: Depth = 28
+    heads: Heads = 16
+    mlp: Hidden = 4608
+    patch: Patch = 2  # latent pixels
+    trained_grid: Annotated[int, Gt(0), Le(512)] = 32  # patches along a side of the trained size
 
 
 @dataclass(frozen=True)
 class VAEConfig:
     """The autoencoder (published: Stable Diffusion's sd-vae-ft-ema)."""
 
-    channels: PositiveInt = 4
-    widths: tuple[PositiveInt, ...] = (128, 256, 512, 512)
-    layers: PositiveInt = 2  # residual blocks a level
-    groups: PositiveInt = 32
+    channels: Annotated[int, Gt(0), Le(128)] = 4
+    widths: Annotated[tuple[Width, ...], MaxLen(8)] = (128, 256, 512, 512)
+    layers: Annotated[int, Gt(0), Le(16)] = 2  # residual blocks a level
+    groups: Heads = 32
     attention: bool = True
     scale: float = 0.18215  # latents times this have about unit variance
 
@@ -88,7 +98,7 @@ class VAEConfig:
 class TaskDefaults:
     """What a task runs with unless told otherwise; image_guidance_scale counts only where there is a source image."""
 
-    num_inference_steps: PositiveInt
+    num_inference_steps: Steps
     guidance_scale: float
     image_guidance_scale: float
 
@@ -106,7 +116,7 @@ class Defaults:
 class ModelConfig:
     """Everything that fixes the shapes of MIGE's weights, and how its prediction is read."""
 
-    name: str
+    name: Annotated[str, MaxLen(LONGEST_TEXT)]
     vision: VisionConfig = VisionConfig()
     qformer: QFormerConfig = QFormerConfig()
     text: TextConfig = TextConfig()
@@ -114,7 +124,7 @@ class ModelConfig:
     vae: VAEConfig = VAEConfig()
     prediction: Prediction = "epsilon"
     learned_variance: bool = True
-    max_tokens: PositiveInt = 256
+    max_tokens: Annotated[int, Gt(0), Le(4096)] = 256
     defaults: Defaults = Defaults()
 
     @property
@@ -158,6 +168,7 @@ def _rules(config: ModelConfig) -> dict[str, bool]:
     vision, qformer, text, dit, vae = config.vision, config.qformer, config.text, config.dit, config.vae
     tasks = (config.defaults.subject, config.defaults.edit, config.defaults.compose)
     return {
+        "the name is printable": config.name.isprintable(),
         "vision.side is a multiple of vision.patch": vision.side % vision.patch == 0,
         "vision.width is a multiple of vision.heads": vision.width % vision.heads == 0,
         "qformer.width is a multiple of qformer.heads and qformer.fusion_heads": qformer.width % qformer.heads == 0

@@ -21,7 +21,7 @@ class Denoiser(Protocol):
         *,
         latents: Array,  # float32 [R,c,h,w]
         source: Array,  # float32 [R,c,h,w], scaled; zeros where there is no source
-        timestep: Array,  # float32 [R]
+        timestep: Array,  # float32 [R]; expanded from one value where all have the same
         cross_kv: Array,  # [2,depth,R,heads,L,head_dim]
         text_mask: Array,  # bool [R,L]
     ) -> Array:  # float32 [R,c,h,w]
@@ -79,15 +79,62 @@ def denoising_step(denoiser: Denoiser) -> Step:
         prediction = denoiser(
             latents=xp.concat([latents] * branches),
             source=inputs.source,
-            timestep=scheduler.timestep * xp.ones_like(inputs.source[:, 0, 0, 0]),
+            timestep=xp.broadcast_to(scheduler.timestep, (inputs.source.shape[0],)),
             cross_kv=inputs.cross_kv,
             text_mask=inputs.text_mask,
         )  # [R,c,h,w]
-        guided = xp.sum(inputs.weights * xp.reshape(prediction, (branches, *latents.shape)), axis=0)  # [B,c,h,w]
-        data = scheduler.data_from_latents * latents + scheduler.data_from_prediction * guided
-        return _advance(latents, data, data_before, scheduler), data
+        return solver_step(prediction, inputs.weights, latents, data_before, coefficients)
 
     return step
+
+
+def solver_step(
+    prediction: Array, weights: Array, latents: Array, data_before: Array, coefficients: Array
+) -> tuple[Array, Array]:
+    """What follows the model in a step: guidance, and the solver's update to the next time.
+
+    Args:
+        prediction: The model's, float32 [R,c,h,w].
+        weights: Of the branches of guidance, float32 [branches,1,1,1,1].
+        latents: float32 [B,c,h,w]
+        data_before: The data predicted at the step before, float32 [B,c,h,w].
+        coefficients: A row [6] of the schedule.
+
+    Returns:
+        The latents and the predicted data, float32 [B,c,h,w] each.
+    """
+    xp, scheduler = array_namespace(latents), _by_name(coefficients)
+    guided = xp.sum(weights * xp.reshape(prediction, (weights.shape[0], *latents.shape)), axis=0)  # [B,c,h,w]
+    data = scheduler.data_from_latents * latents + scheduler.data_from_prediction * guided
+    return _advance(latents, data, data_before, scheduler), data
+
+
+def loop_inputs(conditioning: Conditioning, branches: Sequence[Branch], noise: Array) -> LoopInputs:
+    """What the loop needs besides latents and coefficients.
+
+    Args:
+        conditioning: Of B images.
+        branches: Of guidance, in the order of the batch.
+        noise: float32 [B,c,h,w]
+
+    Raises:
+        ValueError: A branch is conditioned on a source and there is none.
+    """
+    xp, source = array_namespace(noise), conditioning.source
+    if source is None and any(branch.source for branch in branches):
+        raise ValueError("a guidance branch sees a source image, but source is None")
+    blank = xp.zeros_like(noise)
+    return LoopInputs(
+        source=xp.concat([source if branch.source else blank for branch in branches]),
+        cross_kv=conditioning.cross_kv,
+        text_mask=conditioning.text_mask,
+        weights=_on_device([branch.weight for branch in branches], noise)[:, None, None, None, None],
+    )
+
+
+def coefficient_rows(schedule: Sequence[SchedulerStep], like: Array) -> Array:
+    """A schedule as float32 [steps,6], in the library and on the device of `like`."""
+    return _on_device([tuple(row) for row in schedule], like)
 
 
 def denoise(
@@ -118,27 +165,14 @@ def denoise(
     Raises:
         ValueError: A branch is conditioned on a source and there is none.
     """
-    source = conditioning.source
-    if source is None and any(branch.source for branch in branches):
-        raise ValueError("a guidance branch sees a source image, but source is None")
     xp, approximations = array_namespace(noise), approximations or Approximations()
-
-    def on_device(values: Sequence[Any]) -> Array:
-        return xp.asarray(values, dtype=xp.float32, device=device(noise))
-
-    blank = xp.zeros_like(noise)
-    all_branches = LoopInputs(
-        source=xp.concat([source if branch.source else blank for branch in branches]),
-        cross_kv=conditioning.cross_kv,
-        text_mask=conditioning.text_mask,
-        weights=on_device([branch.weight for branch in branches])[:, None, None, None, None],
-    )
+    all_branches = loop_inputs(conditioning, branches, noise)
     first, last = (share * len(schedule) for share in approximations.guidance_range)
     everywhere = len(branches) == 1 or (first <= 0 and last >= len(schedule))
     one_branch = all_branches if everywhere else all_branches.most_conditioned()
-    coefficients = on_device([tuple(row) for row in schedule])  # [steps,6]
+    coefficients = coefficient_rows(schedule, noise)
 
-    latents, data, last_evaluated = noise, blank, None
+    latents, data, last_evaluated = noise, xp.zeros_like(noise), None
     for i in range(len(schedule)):
         is_last = i == len(schedule) - 1
         if last_evaluated is not None and not is_last and _change(latents, last_evaluated) < approximations.reuse:
@@ -152,6 +186,11 @@ def denoise(
             replacement = on_step_end(i, latents)
             latents = latents if replacement is None else replacement
     return latents
+
+
+def _on_device(values: Sequence[Any], like: Array) -> Array:
+    xp = array_namespace(like)
+    return xp.asarray(values, dtype=xp.float32, device=device(like))
 
 
 def _by_name(coefficients: Array) -> SchedulerStep:

@@ -14,3 +14,10 @@ class NotAvailableError(InputError):
 
 class NotFiniteError(InputError):
     """The model overflowed: there are NaN or infinite values where an image should be."""
+
+
+def reason(error: OSError | ValueError) -> str:
+    """Why the system refused a path, in its own words, but without its numbers and the path."""
+    if isinstance(error, OSError):
+        return (error.strerror or str(error)).lower()
+    return "the name holds a zero byte" if "null" in str(error) else str(error)

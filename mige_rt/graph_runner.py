@@ -3,6 +3,8 @@
 from collections.abc import Callable
 
 from engines.interface import Array, Engine
+from engines.outputs import OutputCheck
+from mige_rt.config import ModelConfig
 from mige_rt.graphs import GRAPHS, GraphName
 
 # Graphs that must be there together when memory is low, in the order in which a run needs them.
@@ -17,23 +19,36 @@ PHASES: tuple[tuple[GraphName, ...], ...] = (
 class GraphRunner:
     """An engine's graphs, each of which gives its first output."""
 
-    def __init__(self, engine: Engine, *, low_memory: bool = False) -> None:
+    def __init__(self, engine: Engine, config: ModelConfig, *, low_memory: bool = False) -> None:
         """Prepare to run an engine's graphs.
 
         Args:
             engine: What runs them.
-            low_memory: Before a graph is run, the graphs of other phases are released.
+            config: The model's, which says what they must give.
+            low_memory: When a run comes to another phase, the graphs of the others are released.
         """
         self.engine = engine
         self.low_memory = low_memory
+        self.check = OutputCheck(config)
+        self._phase: tuple[GraphName, ...] | None = None  # the last one that was run
         self.before_denoiser_release: Callable[[], None] = lambda: None  # what holds the denoiser's memory lets it go
 
     def run(self, graph: GraphName, **inputs: Array) -> Array:
-        """Run one graph on inputs by the names in GRAPHS[graph]; its first output."""
-        if self.low_memory:
-            phase = next(phase for phase in PHASES if graph in phase)
-            others: list[GraphName] = [other for other in GRAPHS if other not in phase]
-            if "denoiser" in others:
-                self.before_denoiser_release()
-            self.engine.release(others)
-        return next(iter(self.engine.run(graph, inputs).values()))
+        """Run one graph on inputs by the names in GRAPHS[graph]; its first output.
+
+        Raises:
+            InputError: What it gives is not what the table of graphs says.
+        """
+        if self.low_memory and (self._phase is None or graph not in self._phase):
+            self._enter(next(phase for phase in PHASES if graph in phase))
+        outputs = self.engine.run(graph, inputs)
+        self.check(graph, inputs, outputs)
+        return outputs[GRAPHS[graph].outputs[0].name]
+
+    def _enter(self, phase: tuple[GraphName, ...]) -> None:
+        """Release what other phases need: once a phase, since it waits for the device, which a capture must not."""
+        others: list[GraphName] = [graph for graph in GRAPHS if graph not in phase]
+        if "denoiser" in others:
+            self.before_denoiser_release()
+        self.engine.release(others)
+        self._phase = phase

@@ -1,5 +1,6 @@
 """Models by their name on the Hugging Face hub."""
 
+import os
 import re
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def local_folder(name_or_path: str | Path, *, local_files_only: bool = False) ->
         InputError: The repository could not be downloaded, or is not there locally.
     """
     path = Path(name_or_path)
-    if path.exists() or not _REPOSITORY.fullmatch(str(name_or_path)):
+    if os.path.exists(path) or not _REPOSITORY.fullmatch(str(name_or_path)):
         return path
     from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]  # comes with tokenizers
 

@@ -2,77 +2,170 @@
 
 import math
 import os
+import stat
+import threading
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from mige_rt.errors import InputError
+from mige_rt.errors import InputError, reason
 
-MAX_PIXELS = 80_000_000  # 240 MB decoded; below the size from which Pillow itself warns of a decompression bomb
+MAX_PIXELS = 80_000_000  # 240 MB decoded
 # Not all that Pillow reads: some formats start other programs.
 READABLE = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 
+_ELONGATION = 8  # a side may be this many times that of the largest square: each row costs memory of its own
+_pillow_settings = threading.Lock()  # Pillow's limit and Python's warnings are set for all threads
 
-def open_image(path: str | Path) -> Image.Image:
+
+def open_image(path: str | Path, *, max_pixels: int | None = None) -> Image.Image:
     """The image in a file as RGB, upright, on white, its first frame if it moves: see `normalize_image`.
 
+    Args:
+        path: The file.
+        max_pixels: See `normalize_image`.
+
     Raises:
-        InputError: There is no such file, it is no image, it is damaged or incomplete, or it has more than MAX_PIXELS;
-            the size is read from its header, and nothing of a larger one is decoded.
+        InputError: There is no such file, it may not be read, it is no image, it is damaged or incomplete, or it is too
+            large; the size is read from its header, and nothing of a larger one is decoded.
     """
     path = Path(path)
-    if not os.path.isfile(path):  # unlike Path's, it takes names that the system refuses
-        raise InputError(f"there is no image file at {path}; check the path")
+    _check_file(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=READABLE)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise InputError(_too_large(str(path))) from error
-    except Exception as error:  # damaged files make the format readers raise nearly anything
-        raise InputError(
-            f"{path} ({path.stat().st_size} bytes) is not an image that can be read; "
-            f"give one of these formats: {', '.join(READABLE)}"
-        ) from error
-    with image:
-        return normalize_image(image, name=str(path))
+        file = path.open("rb")
+    except PermissionError as error:
+        raise _no_permission(path) from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({reason(error)}); check the disk, or copy it elsewhere") from error
+    with file:
+        return _read(file, str(path), max_pixels)
 
 
-def normalize_image(image: Image.Image, name: str = "the image") -> Image.Image:
+def decode_image(data: bytes, name: str, *, max_pixels: int | None = None) -> Image.Image:
+    """Like `open_image`, for the content of an image file.
+
+    Args:
+        data: Of the file.
+        name: What an error calls it.
+        max_pixels: See `normalize_image`.
+
+    Raises:
+        InputError: It is no image, it is damaged or incomplete, or it is too large.
+    """
+    return _read(BytesIO(data), name, max_pixels)
+
+
+def _read(file: BinaryIO, name: str, max_pixels: int | None) -> Image.Image:
+    description = f"{name} ({file.seek(0, os.SEEK_END)} bytes)"
+    file.seek(0)
+    with _own_limits():
+        try:
+            image = Image.open(file, formats=READABLE)
+        except Exception as error:  # damaged files make the format readers raise nearly anything
+            raise InputError(
+                f"{description} is not an image that can be read; give one of these formats: {', '.join(READABLE)}"
+            ) from error
+        opened = normalize_image(image, name, max_pixels=max_pixels)
+        if image.format == "PNG":
+            _check_png_end(file, description)
+        return opened
+
+
+def normalize_image(image: Image.Image, name: str = "the image", *, max_pixels: int | None = None) -> Image.Image:
     """A new RGB image from any Pillow image; the one given is left as it is.
 
     EXIF rotation is applied, transparency composed on white, 16-bit and floating-point values scaled to 8 bits (none
-    clipped), CMYK, palette and grey converted.
+    clipped), CMYK, palette and grey converted. EXIF that cannot be read is passed over.
 
     Args:
         image: Of any mode and size.
         name: What an error calls it.
+        max_pixels: How many pixels an image may have; a side is at most eight times that of a square of as many.
+            None: MAX_PIXELS.
 
     Raises:
-        InputError: It has no pixels, more than MAX_PIXELS, or cannot be decoded.
+        InputError: It has no pixels or too many, or cannot be decoded.
     """
+    _check_size(image, name, MAX_PIXELS if max_pixels is None else max_pixels)
+    try:
+        image.load()
+        return _to_rgb(_upright(image))
+    except MemoryError as error:
+        raise InputError(f"{name} ({image.width}x{image.height}) does not fit into memory; make it smaller") from error
+    except InputError as error:
+        raise InputError(f"{name} cannot be used: {error}") from error
+    except Exception as error:  # damaged files make the decoders raise nearly anything
+        raise InputError(f"{name} cannot be decoded: it is damaged or incomplete; save or download it again") from error
+
+
+def _check_file(path: Path) -> None:
+    try:
+        mode = os.stat(path).st_mode
+    except PermissionError as error:
+        raise _no_permission(path) from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise InputError(f"there is no image file at {path}; check the path") from error
+    if not stat.S_ISREG(mode):  # a device or a pipe might never end
+        kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise InputError(f"there is no image file at {path}, it is {kind}; check the path")
+
+
+def _no_permission(path: Path) -> InputError:
+    return InputError(f"{path} cannot be read: permission is denied; change its permissions or those of its folder")
+
+
+@contextmanager
+def _own_limits() -> Generator[None, None, None]:
+    """Pillow neither limits pixels, which is done here, nor warns of odd metadata, which are not used."""
+    with _pillow_settings, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
     width, height = image.size
     if width * height == 0:
         raise InputError(f"{name} has no pixels ({width}x{height}); give an image of at least 1x1")
-    if width * height > MAX_PIXELS:
-        raise InputError(_too_large(f"{name} ({width}x{height})"))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return _to_rgb(ImageOps.exif_transpose(image))
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise InputError(_too_large(name)) from error
-    except Exception as error:  # damaged files make the decoders raise nearly anything
+    max_side = _ELONGATION * math.isqrt(max_pixels)
+    if width * height > max_pixels or max(width, height) > max_side:
         raise InputError(
-            f"{name} cannot be decoded ({error}); it is damaged or incomplete, save or download it again"
+            f"{name} ({width}x{height}) is too large: images of at most {max_pixels:,} pixels, with sides of at most "
+            f"{max_side:,}, are opened; make it smaller, or raise --max-pixels"
+        )
+
+
+def _check_png_end(file: BinaryIO, description: str) -> None:
+    """Find out whether a PNG is there to its last byte, which its pixels do not show: Pillow decodes what there is."""
+    try:
+        file.seek(0)
+        Image.open(file, formats=["PNG"]).verify()  # every chunk but the last one, which is empty
+        if len(file.read(4)) < 4:  # its checksum
+            raise OSError("the last chunk is cut")
+    except Exception as error:  # OSError or SyntaxError, as the damage may be
+        raise InputError(
+            f"{description} ends too early, or is damaged behind its pixels; save or download it again"
         ) from error
 
 
-def _too_large(name: str) -> str:
-    return f"{name} is too large: images of at most {MAX_PIXELS:,} pixels are opened; make it smaller"
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF says. Junk there does not make a good image a bad one."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    except Exception:  # junk makes Pillow raise nearly anything
+        return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -88,7 +181,7 @@ def _eight_bits(values: NDArray[np.float32], mode: str) -> NDArray[np.uint8]:
     """Grey values of wider types to 0..255, by the range usual for their type, or by their own where they leave it."""
     low, high = float(values.min()), float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError("it holds values that are NaN or infinite")
+        raise InputError("it holds values that are NaN or infinite; save it again without them")
     usual = 1.0 if mode == "F" else 65535.0
     if low >= 0 and high <= usual:
         low, high = 0.0, usual

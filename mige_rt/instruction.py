@@ -10,6 +10,7 @@ from mige_rt.errors import InputError
 
 PLACEHOLDER = "<imagehere>"
 MAX_WORDS = 88  # of a cleaned caption, as published
+MAX_CHARACTERS = 10_000  # of a prompt; far more than 88 words have
 
 Task = Literal["subject", "edit", "compose"]
 EditScope = Literal["local", "global"]
@@ -38,6 +39,15 @@ def split_segments(text: str) -> list[str]:
     return PLACEHOLDER_PATTERN.split(text)
 
 
+def check_length(text: str) -> None:
+    """Raises InputError when a prompt has more than MAX_CHARACTERS."""
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(
+            f"the prompt has {len(text):,} characters; at most {MAX_CHARACTERS:,} are expected, of which {MAX_WORDS} "
+            "words count; make it shorter"
+        )
+
+
 def clean_caption(text: str) -> str:
     """The published caption clean-up: lower case, punctuation to spaces, spaces collapsed, at most 88 words.
 
@@ -61,7 +71,7 @@ def rewrite_instruction(text: str, scope: EditScope) -> str:
     """
     text = PLACEHOLDER_PATTERN.sub(PLACEHOLDER, text)
     for name in _IMAGE_NAMES:
-        text = re.sub(rf"\s*{name}\s*", f" {PLACEHOLDER} ", text, flags=re.IGNORECASE)
+        text = _with_placeholders(text, name)
     if PLACEHOLDER in text:
         return text
     return text.rstrip(".") + (" of" if scope == "global" else " in") + PLACEHOLDER
@@ -82,6 +92,16 @@ def compose_prompt(task: Task, caption: str) -> str:
 def _clean_words(text: str) -> list[str]:
     spaced = re.sub(r"\s{2,}", " ", text.lower().translate(_BLANKED))
     return spaced.rstrip("\n").strip(" ").split(" ")
+
+
+def _with_placeholders(text: str, name: str) -> str:
+    """The text with a placeholder and one space on either side of it for each `name` and the spaces around that."""
+    # Not a pattern with the spaces in it, which would try each of very many spaces anew.
+    first, *segments = re.split(name, text, flags=re.IGNORECASE)
+    if not segments:
+        return text
+    *middle, last = segments
+    return f" {PLACEHOLDER} ".join([first.rstrip(), *(segment.strip() for segment in middle), last.lstrip()])
 
 
 def last_words(text: str) -> str:

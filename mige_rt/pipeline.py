@@ -3,32 +3,35 @@
 import logging
 import secrets
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, cast, get_args
 
 import numpy as np
 from PIL import Image
 
-from engines.factory import EngineOptions, open_engine
-from engines.interface import Array, Engine, array_namespace, to_numpy
+from engines.factory import EngineOptions, has_nvidia_driver, open_engine
+from engines.interface import Array, Attention, Engine, array_namespace, to_numpy
 from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, open_model
 from mige_rt.conditioning import ConditionEncoder
 from mige_rt.config import ModelConfig, Precision, SchedulerName
-from mige_rt.denoise import Conditioning, Step, denoise, denoising_step
+from mige_rt.denoise import Conditioning, Denoiser, Step, denoise, denoising_step
 from mige_rt.errors import InputError
 from mige_rt.graph_runner import GraphRunner
 from mige_rt.hub import local_folder
 from mige_rt.image_size import Fit
 from mige_rt.images import normalize_image
 from mige_rt.instruction import EditScope, Task
+from mige_rt.known_bundles import is_known_bundle
+from mige_rt.memory import MemoryBudget
 from mige_rt.postprocessing import to_image
 from mige_rt.requests import Request, ResolvedRequest, resolve
 from mige_rt.sampling_params import SamplingParams
-from mige_rt.sampling_plan import plan_sampling
+from mige_rt.sampling_plan import SamplingPlan, plan_sampling
 from mige_rt.tokenizer import Tokenize, load_tokenizer
 
 if TYPE_CHECKING:
@@ -55,8 +58,28 @@ class MigePipelineOutput:
     seeds: list[int]
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _in_turn(
+    method: "Callable[Concatenate[MigePipeline, P], T]",
+) -> "Callable[Concatenate[MigePipeline, P], T]":
+    """Calls from several threads wait for each other: caches, an engine's outputs and opened files are shared."""
+
+    @wraps(method)
+    def locked(self: "MigePipeline", *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._lock:  # pyright: ignore[reportPrivateUsage]
+            return method(self, *args, **kwargs)
+
+    return locked
+
+
 class MigePipeline:
     """MIGE on one engine: make an image of given things, edit an image, or both at once.
+
+    One pipeline may be used from several threads; their calls take turns, since each uses all cores, or the GPU. A
+    callback must not wait for another thread that uses the pipeline.
 
     Examples:
         >>> from PIL import Image
@@ -73,7 +96,7 @@ class MigePipeline:
         max_batch_size: How many images are made at once at most.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, what a pipeline is made of
         self,
         config: ModelConfig,
         tokenize: Tokenize,
@@ -82,6 +105,8 @@ class MigePipeline:
         model_name: str = "",
         low_memory: bool = False,
         cuda_graphs: bool = True,
+        cfg_parallel: bool = False,
+        memory: MemoryBudget | None = None,
     ) -> None:
         """Assemble a pipeline from parts; `from_pretrained` opens them from a folder.
 
@@ -92,13 +117,23 @@ class MigePipeline:
             model_name: The configuration's name if empty.
             low_memory: See `from_pretrained`.
             cuda_graphs: See `from_pretrained`.
+            cfg_parallel: See `from_pretrained`; the processes have met already.
+            memory: What a run may take; None: no limit.
         """
         self.config = config
         self.model_name = model_name or config.name
         self.engine = engine
-        self.runner = GraphRunner(engine, low_memory=low_memory)
+        self._lock = threading.RLock()  # re-entrant: a callback may use the pipeline
+        self.memory = memory
+        self.runner = GraphRunner(engine, config, low_memory=low_memory)
         self.condition_encoder = ConditionEncoder(config, tokenize, self.runner)
-        self._step: Step = denoising_step(partial(self.runner.run, "denoiser"))
+        self._is_parallel = cfg_parallel
+        denoiser: Denoiser = partial(self.runner.run, "denoiser")
+        if cfg_parallel:
+            from mige_rt.cfg_parallel import BranchParallelDenoiser  # needs torch
+
+            denoiser = BranchParallelDenoiser(denoiser)
+        self._step: Step = denoising_step(denoiser)
         self._cuda_graphs: CudaGraphRunner | None = None
         if cuda_graphs and engine.max_cuda_graphs:
             from mige_rt import cuda_graphs as graphs  # needs torch
@@ -119,6 +154,10 @@ class MigePipeline:
         low_memory: bool = False,
         cuda_graphs: bool = True,
         compile: bool = False,
+        attention: Attention = "auto",
+        cfg_parallel: bool = False,
+        memory_limit: int | None = None,
+        trust: bool = False,
     ) -> "MigePipeline":
         """Open a model.
 
@@ -129,12 +168,20 @@ class MigePipeline:
             engine: `onnxruntime`, `pytorch`, `tensorrt` or `tensorrt-rtx`; `auto`: the fastest that works here.
             device: `cpu`, `cuda` or `cuda:N`; `auto`: cuda where there is one.
             precision: `fp32`, `fp16`, `bf16` or `int8`; `auto`: a bundle's own, but with the engine pytorch fp32 on the
-                CPU and bf16 on CUDA.
+                CPU and fp16 on CUDA, where T5 computes in bf16.
             local_files_only: Do not download; a repository must have been downloaded before.
             low_memory: The image encoders, the text encoder, the denoiser and the decoder are loaded when they are
                 needed and released before the next, which costs the time of loading them for every image.
             cuda_graphs: On CUDA, a step of the loop is captured as a CUDA graph (engines pytorch and tensorrt).
-            compile: The denoiser goes through `torch.compile` (engine pytorch): a minute or more at the first image.
+            compile: The layers of the denoiser and the encoders go through `torch.compile` (engine pytorch): a minute
+                or more at the first image.
+            attention: PyTorch's implementation of attention on CUDA (engine pytorch): `cudnn`, `flash`, `efficient` or
+                `math`; `auto`: the fastest, measured at opening.
+            cfg_parallel: Divide the guidance branches of every step between the processes that `torchrun` started, a
+                device each. Every process gets the same arguments, with a seed, and gives the images.
+            memory_limit: Refuse what would need more bytes of memory than this. Default: on the CPU what is free, else
+                no limit.
+            trust: Run a bundle's graphs and plans that were not made on this machine without trying them first.
 
         Returns:
             The pipeline.
@@ -143,9 +190,23 @@ class MigePipeline:
             InputError: The folder holds no model, or a damaged one.
             NotAvailableError: The engine, the device or the precision is not to be had here; an InputError, too.
         """
+        if cfg_parallel:
+            from mige_rt.cfg_parallel import join_processes  # needs torch
+
+            device = join_processes(device)
         model = open_model(local_folder(name_or_path, local_files_only=local_files_only))
-        tokenize = load_tokenizer(model.folder / TOKENIZER_FILE)
-        options = EngineOptions(device=device, precision=precision, low_memory=low_memory, compile=compile)
+        on_cpu = device == "cpu" or (device == "auto" and not has_nvidia_driver())
+        memory = MemoryBudget(model.config, model.weights_bytes(largest=low_memory), memory_limit, enforced=on_cpu)
+        memory.check_model()
+        tokenize = load_tokenizer(model.folder / TOKENIZER_FILE, known=is_known_bundle(model.folder))
+        options = EngineOptions(
+            device=device,
+            precision=precision,
+            low_memory=low_memory,
+            compile=compile,
+            attention=attention,
+            trust=trust,
+        )
         name = model.config.name if model.folder == DEFAULT_MODEL else str(name_or_path)
         return cls(
             model.config,
@@ -154,8 +215,11 @@ class MigePipeline:
             model_name=name,
             low_memory=low_memory,
             cuda_graphs=cuda_graphs,
+            cfg_parallel=cfg_parallel,
+            memory=memory,
         )
 
+    @_in_turn
     def __call__(  # noqa: PLR0913, diffusers' way to sample
         self,
         prompt: str | Sequence[str],
@@ -229,6 +293,8 @@ class MigePipeline:
             )
         if num_images_per_prompt < 1:
             raise InputError(f"num_images_per_prompt is {num_images_per_prompt}; 1 or more is expected")
+        if self._is_parallel and seed is None and generator is None:
+            raise InputError("with cfg_parallel all processes start from one noise, and no seed was given; give one")
         seeds = _seeds(seed, generator, len(batch.prompts), num_images_per_prompt)
         requests = [resolve(request, edit_scope) for request in batch.requests(task)]
         params = SamplingParams(
@@ -256,6 +322,7 @@ class MigePipeline:
             [image for images in images_of for image in images], [seed for row in seeds for seed in row]
         )
 
+    @_in_turn
     def generate(
         self,
         requests: Sequence[ResolvedRequest],
@@ -283,18 +350,10 @@ class MigePipeline:
                 warnings.add(sentence)
                 (on_warning or _log.warning)(sentence)
 
-        plan = plan_sampling(requests, params, self.config, self.engine.limits, self.engine.precision)
+        plan = self.plan(requests, params)
         for sentence in plan.warnings:
             warn(sentence)
-        source = None if plan.task == "subject" else self.condition_encoder.encode_sources(requests, plan)
-        prompts = self.condition_encoder.encode_prompts(requests, plan, warn)
-        has_text = np.repeat([branch.text for branch in plan.branches], len(requests))  # [R], branch-major
-        text_states = array_namespace(prompts.text_states).concat([prompts.text_states] * len(plan.branches))
-        conditioning = Conditioning(
-            source=source,
-            cross_kv=self.runner.run("conditioner", text_states=text_states, has_text=self.engine.array(has_text)),
-            text_mask=self.engine.array(np.tile(prompts.text_mask, (len(plan.branches), 1))),
-        )
+        conditioning = self.encode_conditioning(requests, plan, warn)
 
         def on_step_end(index: int, latents: Array) -> Array | None:
             if callback_on_step_end is None:
@@ -311,6 +370,52 @@ class MigePipeline:
             approximations=plan.approximations,
             on_step_end=on_step_end,
         )
+        return self.decode(latents)
+
+    def plan(self, requests: Sequence[ResolvedRequest], params: SamplingParams) -> SamplingPlan:
+        """What it takes to make a batch of requests.
+
+        Args:
+            requests: All of one task.
+            params: How to sample.
+
+        Raises:
+            InputError: A request or a parameter cannot be used with this model, on this engine, or in this memory.
+        """
+        plan = plan_sampling(requests, params, self.config, self.engine.limits, self.engine.precision)
+        if self.memory is not None:
+            self.memory.check_run(_sizes(requests, plan, self.config))
+        return plan
+
+    def encode_conditioning(
+        self, requests: Sequence[ResolvedRequest], plan: SamplingPlan, warn: Callable[[str], None]
+    ) -> Conditioning:
+        """What a batch of requests is conditioned on; encoded prompts and images are taken from the cache.
+
+        Args:
+            requests: The batch.
+            plan: Theirs.
+            warn: Gets a sentence for each prompt that was cut.
+
+        Raises:
+            InputError: The tokenizer is not the model's.
+        """
+        source = None if plan.task == "subject" else self.condition_encoder.encode_sources(requests, plan)
+        prompts = self.condition_encoder.encode_prompts(requests, plan, warn)
+        has_text = np.repeat([branch.text for branch in plan.branches], len(requests))  # [R], branch-major
+        text_states = array_namespace(prompts.text_states).concat([prompts.text_states] * len(plan.branches))
+        return Conditioning(
+            source=source,
+            cross_kv=self.runner.run("conditioner", text_states=text_states, has_text=self.engine.array(has_text)),
+            text_mask=self.engine.array(np.tile(prompts.text_mask, (len(plan.branches), 1))),
+        )
+
+    def decode(self, latents: Array) -> list[Image.Image]:
+        """Images of scaled latents, float32 [B,c,h,w].
+
+        Raises:
+            NotFiniteError: The model overflowed.
+        """
         pixels = self.runner.run("vae_decoder", latents=latents / self.config.vae.scale)
         return [to_image(image) for image in to_numpy(pixels)]
 
@@ -320,11 +425,24 @@ class MigePipeline:
         limit = self.engine.limits.get("B")
         return sys.maxsize if limit is None else limit.max
 
+    @_in_turn
     def clear_cache(self) -> None:
         """Drop the encoded prompts and images that are cached, and captured CUDA graphs."""
         self.condition_encoder.clear_cache()
         if self._cuda_graphs is not None:
             self._cuda_graphs.clear()
+
+
+def _sizes(requests: Sequence[ResolvedRequest], plan: SamplingPlan, config: ModelConfig) -> dict[str, int]:
+    """The sizes of the axes that a batch has."""
+    factor = config.vae.factor
+    return {
+        "B": len(requests),
+        "R": len(plan.branches) * len(requests),
+        "N": max(1, sum(len(request.used_images) for request in requests)),
+        "h": plan.height // factor,
+        "w": plan.width // factor,
+    }
 
 
 @dataclass(frozen=True)

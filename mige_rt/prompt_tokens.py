@@ -71,14 +71,18 @@ def tokenize_prompt(
 
 
 def collate(
-    prompts: Sequence[TokenizedPrompt],
+    prompts: Sequence[TokenizedPrompt], length: int | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-    """Pad prompts to the longest one.
+    """Pad prompts to one length.
+
+    Args:
+        prompts: One or more.
+        length: L, at least the longest prompt's; None: that one's.
 
     Returns:
         token_ids int64 [B,L] (padding 0), slot_index int64 [B,L] (padding -1), text_mask bool [B,L] (True on tokens).
     """
-    shape = (len(prompts), max(len(prompt.token_ids) for prompt in prompts))
+    shape = (len(prompts), length or max(len(prompt.token_ids) for prompt in prompts))
     token_ids = np.zeros(shape, dtype=np.int64)
     slot_index = np.full(shape, -1, dtype=np.int64)
     text_mask = np.zeros(shape, dtype=np.bool_)

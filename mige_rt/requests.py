@@ -6,18 +6,22 @@ evaluation manifests.
 
 import json
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from PIL.Image import Image
 
-from mige_rt.errors import InputError
+from mige_rt.config import PositiveInt
+from mige_rt.errors import InputError, reason
 from mige_rt.images import open_image
 from mige_rt.instruction import (
     PLACEHOLDER,
     EditScope,
     Task,
+    check_length,
     clean_caption,
     compose_prompt,
     count_placeholders,
@@ -25,6 +29,13 @@ from mige_rt.instruction import (
     words_before_cut,
 )
 
+MAX_LINE = 2**20  # characters of a line of a request file
+MAX_FILE = 2**28  # characters of a request file
+MAX_REQUESTS = 100_000  # of a request file
+
+AnyImage = TypeVar("AnyImage")  # an image, or its path
+
+_ONE_A_LINE = "one JSON object a line is expected"
 _ID = re.compile(r"[\w.-]{1,100}", re.ASCII)
 
 
@@ -91,19 +102,45 @@ def resolve(request: Request, scope: EditScope = "local") -> ResolvedRequest:
         scope: How the rule completes a prompt that does not name the image: 'in' (local) or 'of' it (global).
 
     Raises:
-        InputError: Placeholders and images do not match, the prompt is empty, or the task needs a source and there is
-            none.
+        InputError: Placeholders and images do not match, the prompt is empty or too long, or the task needs a source
+            and there is none.
     """
-    source, images, prompt = request.source, request.images, request.prompt
+    source, images = request.source, request.images
     if source is not None:
         images = tuple(source if _same(image, source) else image for image in images)
+    prompt, images = complete_instruction(request.prompt, images, source, scope)
+    return ResolvedRequest(prompt, images, source, request.seed, check_task(request.task, images, source))
+
+
+def _same(a: Image, b: Image) -> bool:
+    return a is b or (a.size == b.size and a.tobytes() == b.tobytes())
+
+
+def complete_instruction(
+    prompt: str, images: tuple[AnyImage, ...], source: AnyImage | None, scope: EditScope = "local"
+) -> tuple[str, tuple[AnyImage, ...]]:
+    """A prompt with one image for each placeholder: what is left out of an edit can only be the source.
+
+    Args:
+        prompt: With or without placeholders.
+        images: Images or their paths; those that are the source are the same object.
+        source: The image to edit, or None.
+        scope: See `resolve`.
+
+    Returns:
+        The prompt, rewritten by the paper's rule if it had no placeholder, and its images.
+
+    Raises:
+        InputError: Placeholders and images do not match, or the prompt is empty or too long.
+    """
+    check_length(prompt)
     placeholders = count_placeholders(prompt)
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"the prompt holds half a character ({error}); write it as UTF-8") from error
+        raise InputError(f"the prompt holds half a character at position {error.start}; write it as UTF-8") from error
     if not clean_caption(prompt):
-        raise InputError(f"the prompt is empty ({prompt!r}); say in words what the image should be")
+        raise InputError(f"the prompt is empty ({prompt[:80]!r}); say in words what the image should be")
     if source is not None:
         rewritten = rewrite_instruction(prompt, scope)
         all_sources = (source,) * count_placeholders(rewritten)
@@ -117,24 +154,30 @@ def resolve(request: Request, scope: EditScope = "local") -> ResolvedRequest:
             f"the prompt has {placeholders} {PLACEHOLDER} and {len(images)} images were given; "
             "give one image for each, in their order"
         )
-    return ResolvedRequest(prompt, images, source, request.seed, _task(request, images, source))
+    return prompt, images
 
 
-def _same(a: Image, b: Image) -> bool:
-    return a is b or (a.size == b.size and a.tobytes() == b.tobytes())
+def check_task(task: Task | None, images: Sequence[object], source: object | None) -> Task:
+    """The task that was asked for, or else the one that the images imply.
 
+    Args:
+        task: None: not said.
+        images: Of the placeholders; those that are the source are the same object.
+        source: The image to edit, or None.
 
-def _task(request: Request, images: tuple[Image, ...], source: Image | None) -> Task:
+    Raises:
+        InputError: The task needs a source and there is none, or the other way round.
+    """
     if source is None:
         implied: Task = "subject"
     else:
         implied = "edit" if all(image is source for image in images) else "compose"
-    if request.task is None:
+    if task is None:
         return implied
-    if (request.task == "subject") != (source is None):
+    if (task == "subject") != (source is None):
         needs = "takes no source image" if source is not None else "needs a source image"
-        raise InputError(f"the task {request.task!r} {needs}; the images given are those of {implied!r}")
-    return request.task
+        raise InputError(f"the task {task!r} {needs}; the images given are those of {implied!r}")
+    return task
 
 
 @dataclass(frozen=True)
@@ -146,9 +189,11 @@ class RequestRecord:
         images: Paths, in the order of the placeholders.
         source: Path of the image to edit, or None.
         target: In manifests: path of the image that should be made.
+        size: In manifests: (width, height) of the target in pixels.
         task: None: the one that the images imply.
         seed: 0 or more.
         id: Becomes part of file names: letters, digits, '.', '_', '-'.
+        scores: In manifests: how good the sample is by measures such as `aesthetic`, see `trainer.data.filters`.
         truth: In manifests: what else is known, see `trainer.synthetic.manifest`.
     """
 
@@ -159,41 +204,78 @@ class RequestRecord:
     task: Task | None = None
     seed: int | None = None
     id: str | None = None
+    size: tuple[PositiveInt, PositiveInt] | None = None
+    scores: dict[str, float] | None = None
     truth: dict[str, Any] | None = None
 
-    def open(self, folder: Path, seed: int, task: Task | None = None) -> Request:
+    def paths(self, folder: Path) -> list[Path]:
+        """Of the images and the source. folder: that the record's paths are relative to."""
+        return [folder / path for path in (*self.images, *([] if self.source is None else [self.source]))]
+
+    def open(self, folder: Path, seed: int, task: Task | None = None, *, max_pixels: int | None = None) -> Request:
         """The request with its images read.
 
         Args:
             folder: That the paths are relative to.
             seed: Where the record has none.
             task: Where the record has none.
+            max_pixels: Of an image, see `images.normalize_image`.
 
         Raises:
             InputError: An image cannot be read.
         """
         return Request(
             self.prompt,
-            tuple(open_image(folder / path) for path in self.images),
-            None if self.source is None else open_image(folder / self.source),
+            tuple(open_image(folder / path, max_pixels=max_pixels) for path in self.images),
+            None if self.source is None else open_image(folder / self.source, max_pixels=max_pixels),
             seed if self.seed is None else self.seed,
             self.task or task,
         )
 
 
-def read_lines(path: Path) -> list[tuple[int, str]]:
-    """A file's lines that are not blank, numbered from 1.
+def read_lines(path: Path, *, limited: bool = True) -> list[tuple[int, str]]:
+    """A file's lines that are not blank, numbered from 1. They end with a line feed, a carriage return, or both.
+
+    Args:
+        path: The file.
+        limited: MAX_REQUESTS and MAX_FILE are kept, too; datasets are larger than that.
 
     Raises:
-        InputError: It has none, or is no text.
+        InputError: It has none, it is no text, or it is larger than MAX_LINE, MAX_REQUESTS and MAX_FILE allow.
     """
+    lines: list[tuple[int, str]] = []
+    number = characters = 0
     try:
-        lines = [(n, line) for n, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1) if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as a text file of JSON lines: {error}") from error
+        with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+            while line := file.readline(MAX_LINE + 1):
+                number += 1
+                characters += len(line)
+                if len(line) > MAX_LINE:
+                    raise InputError(f"{path} line {number} has more than {MAX_LINE:,} characters; {_ONE_A_LINE}")
+                if limited and (characters > MAX_FILE or len(lines) == MAX_REQUESTS):
+                    raise InputError(
+                        f"{path} is too large: at most {MAX_REQUESTS:,} requests of {MAX_FILE:,} characters together "
+                        "are expected; split it"
+                    )
+                if line.strip():
+                    lines.append((number, _utf8(line, path, number)))
+    except (OSError, ValueError) as error:  # InputError is a ValueError, too; others speak of the file's name
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} cannot be read as a text file of JSON lines: {reason(error)}") from error
     if not lines:
-        raise InputError(f"{path} holds no line; one JSON object a line is expected")
+        raise InputError(f"{path} holds no line; {_ONE_A_LINE}")
     return lines
+
+
+def _utf8(line: str, path: Path, number: int) -> str:
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{path} cannot be read as a text file of JSON lines: line {number} is no UTF-8; save it as UTF-8"
+        ) from error
+    return line
 
 
 def read_requests(path: Path) -> dict[str, ResolvedRequest]:
@@ -224,11 +306,21 @@ def parse_request(line: str) -> RequestRecord:
     from mige_rt.validation import validate  # brings pydantic, which a single prompt does not need
 
     try:
-        data = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"it is no JSON ({error}); write one object a line") from error
+        data = json.loads(line, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise InputError(f"it is no JSON ({error.msg}, column {error.colno}); write one object a line") from error
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:  # a number of very many digits, or brackets within brackets
+        raise InputError(
+            "its numbers are too long, or it is nested too deeply; write one plain object a line"
+        ) from error
     if not isinstance(data, dict):
         raise InputError(f"it is a {type(data).__name__}; write an object, such as " + '{"prompt": "a red apple"}')
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InputError("it holds half a character, as \\ud800 without \\udc00 is; write it as UTF-8") from error
     values = {name: value for name, value in cast("dict[str, Any]", data).items() if value is not None}
     if type(values.get("id")) is int:
         values["id"] = str(values["id"])
@@ -238,3 +330,12 @@ def parse_request(line: str) -> RequestRecord:
     if record.id is not None and not _ID.fullmatch(record.id):
         raise InputError(f"id is {record.id!r}; it becomes part of a file name: use letters, digits, '.', '_', '-'")
     return record
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What JSON calls an object; each name in it once, since one of the values would be lost."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        ((name, times),) = Counter(name for name, _ in pairs).most_common(1)
+        raise InputError(f"it has {name!r} {times} times; give it once")
+    return values

@@ -6,6 +6,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from mige_rt.errors import InputError
+from mige_rt.tokenizer_file import read_tokenizer_file
 
 END_OF_SEQUENCE = "</s>"
 END_ID = 1
@@ -13,8 +14,12 @@ END_ID = 1
 Tokenize = Callable[[str], list[int]]  # one text segment -> its ids, without special tokens
 
 
-def load_tokenizer(path: str | Path) -> Tokenize:
+def load_tokenizer(path: str | Path, *, known: bool = False) -> Tokenize:
     """Read a `tokenizer.json`.
+
+    Args:
+        path: The file.
+        known: It was made here, and need not be checked again for what would harm the library.
 
     Returns:
         A function that gives a text segment's ids without special tokens.
@@ -27,11 +32,12 @@ def load_tokenizer(path: str | Path) -> Tokenize:
         raise InputError(
             f"no tokenizer at {path}: a tokenizer.json is expected there; give a whole model folder or bundle"
         )
+    content = None if known else read_tokenizer_file(path)
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path)) if content is None else Tokenizer.from_str(content)
     except Exception as error:  # the library raises plain Exception
         raise InputError(
-            f"{path} is not a readable tokenizer.json ({error}); make or download the model again"
+            f"{path} is not a readable tokenizer.json: T5's is expected; make or download the model again"
         ) from error
     if (end_id := tokenizer.token_to_id(END_OF_SEQUENCE)) != END_ID:
         raise InputError(

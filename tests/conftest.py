@@ -1,6 +1,7 @@
 import json
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -12,12 +13,24 @@ from safetensors import safe_open
 import export.exporter
 from mige_rt.bundle import DEFAULT_MODEL, MANIFEST, file_entry, read_manifest
 from mige_rt.graphs import GraphName
+from mige_rt.known_bundles import CACHE_VARIABLE
 from mige_rt.pipeline import MigePipeline
 from trainer.preview import first_of_each_kind
 from trainer.synthetic.concepts import Concept, load_concepts
 from trainer.synthetic.tasks import Sample
 
+sys.path.insert(0, str(Path(__file__).parent / "stubs"))
+from cuda_stubs import cuda  # noqa: F401, a fixture
+
 DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is remembered of bundles goes to a folder of the tests' own."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,12 @@ import pytest
 from mige_rt.cli import main as mige_rt
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "docs/training/data.md",
+]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 # With nothing on the PATH, the shell hands every command to this function: words end with NUL, commands with RS.

@@ -1,5 +1,9 @@
 """The command `mige-rt`. Each command parses, calls one function, and prints; heavy imports stay inside."""
 
+import errno
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -7,18 +11,59 @@ import click
 from mige_rt.cli.bench import bench
 from mige_rt.cli.bundles import build, convert, export, info
 from mige_rt.cli.compare import compare
+from mige_rt.cli.data import convert_data, prepare
+from mige_rt.cli.limits import limit_options
 from mige_rt.cli.run import run
+from mige_rt.cli.serve import serve
+from mige_rt.cli.shared import is_verbose, verbose_option
+from mige_rt.cli.signing import sign, verify
 from mige_rt.errors import InputError
+from mige_rt.terminal import message, report_cause
 
 
 class _Commands(click.Group):
-    """Turns what the user can mend into one sentence and exit code 2."""
+    """Every error is one sentence; what the user can mend has exit code 2."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _one_sentence():
+            return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with _one_sentence():
             return super().invoke(ctx)
-        except InputError as error:
-            raise click.UsageError(str(error)) from error
+
+
+@contextmanager
+def _one_sentence() -> Generator[None, None, None]:
+    """Turns errors into what `click` prints, escaped. Before, `--verbose` prints where they come from.
+
+    Warnings of Python are the libraries', and for programmers.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (click.exceptions.Exit, click.Abort):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.EPIPE:
+            raise  # whoever reads stdout has read enough, which `click` knows
+        if is_verbose():
+            report_cause(error)
+        raise _click_error(error) from error
+
+
+def _click_error(error: Exception) -> click.ClickException:
+    if isinstance(error, click.UsageError):
+        return click.UsageError(message(error.format_message()), error.ctx)
+    if isinstance(error, click.ClickException):
+        return click.ClickException(message(error.format_message()))
+    if isinstance(error, InputError):
+        return click.UsageError(message(error))
+    if isinstance(error, MemoryError):
+        return click.ClickException("this takes more memory than there is; make smaller images, or fewer at once")
+    name = type(error).__name__
+    return click.ClickException(f"{name}: this is a bug in mige-rt; report it with what --verbose prints")
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -27,5 +72,7 @@ def main() -> None:
     """MIGE: put the subject of an image into a new scene, edit an image as told, or both at once."""
 
 
-for command in (run, convert, export, build, info, bench, compare):
-    main.add_command(command)
+for command in (run, serve, compare):
+    limit_options(command)
+for command in (run, serve, convert, export, build, info, sign, verify, bench, compare, convert_data, prepare):
+    main.add_command(verbose_option(command))

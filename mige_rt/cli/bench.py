@@ -9,6 +9,7 @@ import click
 from engines.factory import ENGINES
 from mige_rt.cli.shared import INTERRUPTED, PATH, Scale, Size, command_line, progress, requires
 from mige_rt.config import Precision
+from mige_rt.terminal import echo, report
 
 
 class _Values(tuple[Any, ...]):
@@ -139,8 +140,8 @@ def bench(out: Path, **options: Any) -> None:
             results = benchmark.bench(benchmark.BenchOptions(command=command_line(), **given), advance)
         write_report(results, folder)
     for sentence in summary(results.to_json()):
-        click.echo(sentence, err=True)
-    click.echo(out)
+        report(sentence)
+    echo(out)
     if not results.complete:
         sys.exit(INTERRUPTED)
     if results.failed:

@@ -1,6 +1,5 @@
 """`mige-rt convert`, `export`, `build` and `info`: the way from a checkpoint to a bundle with plans."""
 
-import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,6 +9,7 @@ from engines.plans import PLAN_ENGINES, PlanEngine
 from mige_rt.cli.shared import PATH, build_plans, progress, requires
 from mige_rt.config import Precision
 from mige_rt.errors import InputError
+from mige_rt.terminal import console, echo, echo_json
 
 
 @click.command()
@@ -23,7 +23,7 @@ def convert(ckpt: Path, out: Path, vae: Path | None, tokenizer: Path | None) -> 
         from trainer.checkpoints.convert_published import convert as convert_checkpoint
     with progress("convert") as advance:
         convert_checkpoint(ckpt, out, vae=vae, tokenizer=tokenizer, on_progress=advance)
-    click.echo(out)
+    echo(out)
 
 
 _CAPABILITIES = click.option(
@@ -77,6 +77,11 @@ class _Sizes(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
 @click.option("--sizes", type=_Sizes(), help="smallest and largest side instead, as 256-1024: flexible, slower plans")
 @click.option("--vae", type=PATH, help="the folder sd-vae-ft-ema  [default: beside the checkpoint]")
 @click.option("--tokenizer", type=PATH, help="the folder t5-v1_1-xxl  [default: beside the checkpoint]")
+@click.option(
+    "--bf16-text-encoder",
+    is_flag=True,
+    help="with fp16: T5 in bfloat16, for plans of half the memory; ONNX Runtime's CPU does not run it",
+)
 @click.option("--validate/--no-validate", default=True, show_default=True, help="compare every graph with PyTorch")
 def export(ckpt: str, out: Path, precision: str, **options: Any) -> None:
     r"""Turn a checkpoint into a bundle of validated graphs that runs without PyTorch.
@@ -88,13 +93,13 @@ def export(ckpt: str, out: Path, precision: str, **options: Any) -> None:
     with requires("torch", "exporting"):
         from export.exporter import ExportLimits, ExportOptions, export_bundle
         from export.table import exported_table
-    from rich.console import Console
-
     if options["size"] is not None and options["sizes"] is not None:
         raise InputError("give either --size or --sizes")
     sizes = options["sizes"] or (None if options["size"] is None else (options["size"], options["size"]))
     limits = ExportLimits(options["max_batch"], options["max_references"], sizes)
-    export_options = ExportOptions(**{name: options[name] for name in ("vae", "tokenizer", "validate")})
+    export_options = ExportOptions(
+        **{name: options[name] for name in ("vae", "tokenizer", "validate", "bf16_text_encoder")}
+    )
     engine, capabilities = options["engine"], options["capabilities"]
     if capabilities and engine != "tensorrt-rtx":
         raise InputError(f"--compute-capability is for --engine tensorrt-rtx, and {engine} was given")
@@ -107,8 +112,8 @@ def export(ckpt: str, out: Path, precision: str, **options: Any) -> None:
             result = export_bundle(ckpt, out, precision, limits, options=export_options, on_progress=advance)
         except RuntimeError as error:
             raise click.ClickException(str(error)) from error
-    Console(stderr=True).print(exported_table(result))
-    click.echo(out)
+    console(stderr=True).print(exported_table(result))
+    echo(out)
     if engine in PLAN_ENGINES:
         build_plans(out, engine, capabilities or None, "auto")
 
@@ -128,7 +133,7 @@ def build(bundle: Path, engine: PlanEngine, capabilities: tuple[str, ...], devic
     TensorRT builds for this machine's GPU and measures on it, which takes minutes. TensorRT for RTX builds in seconds,
     without a GPU too, and compiles the rest when the plans are first run.
     """
-    click.echo(build_plans(bundle, engine, capabilities or None, device))
+    echo(build_plans(bundle, engine, capabilities or None, device))
 
 
 @click.command()
@@ -149,12 +154,10 @@ def info(bundle: Path, as_json: bool, verify: bool) -> None:
             check_plans(bundle, plans, everything=True)
         content["verified"] = True
     if as_json:
-        click.echo(json.dumps(content, indent=1))
+        echo_json(content)
         return
-    from rich.console import Console
-
     from mige_rt.cli.bundle_tables import bundle_tables
 
-    console = Console()
+    stdout = console()
     for part in bundle_tables(content):
-        console.print(part)
+        stdout.print(part)

@@ -9,6 +9,7 @@ import click
 from engines.factory import ENGINES
 from mige_rt.cli.shared import INTERRUPTED, PATH, command_line, open_pipeline, progress, requires
 from mige_rt.config import Precision
+from mige_rt.terminal import echo, report_lines
 
 _PRECISION = click.Choice(["auto", *get_args(Precision)])
 
@@ -66,8 +67,8 @@ def compare(out: Path, prompts: Path | None, reference_precision: Any, **given: 
         )
         with progress("images") as advance:
             parity = comparing.compare(reference, candidate, options, folder, advance)
-    click.echo(f"{comparing.metrics_table(parity)}\n\n{parity.verdict}", err=True)
-    click.echo(out)
+    report_lines(f"{comparing.metrics_table(parity)}\n\n{parity.verdict}")
+    echo(out)
     if not parity.complete:
         sys.exit(INTERRUPTED)
     if not parity.ok:

@@ -11,9 +11,12 @@ import click
 from click.core import ParameterSource
 
 from engines.factory import ENGINES
+from engines.interface import Attention
 from engines.plans import NoPlanError, PlanEngine
+from mige_rt.cli.limits import given_limits
 from mige_rt.config import Precision
 from mige_rt.errors import InputError
+from mige_rt.terminal import console, printable, report
 
 if TYPE_CHECKING:
     from mige_rt.pipeline import MigePipeline
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 PATH = click.Path(path_type=Path)
 PRECISIONS = click.Choice(["auto", *get_args(Precision)])
 INTERRUPTED = 130  # the exit code of what Ctrl-C ended
+
+_VERBOSE = "mige_rt.verbose"  # a key of the context's `meta`
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -39,6 +44,28 @@ def model_options(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+def verbose_option(command: F) -> F:
+    """The option --verbose, which `is_verbose` asks for."""
+
+    def remember(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        ctx.meta[_VERBOSE] = value
+
+    return click.option(
+        "--verbose",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=remember,
+        help="when something fails, print where, with the texts of the libraries",
+    )(command)
+
+
+def is_verbose() -> bool:
+    """Whether the running command was given --verbose."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(_VERBOSE))
 
 
 @contextmanager
@@ -63,16 +90,16 @@ def requires(extra: str, purpose: str) -> Generator[None, None, None]:
 @contextmanager
 def progress(description: str) -> Generator[Callable[[str, int, int], None], None, None]:
     """A progress bar on stderr; the function given takes a description, what is done, and the total."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(description, total=None)
+    stderr = console(stderr=True)
+    text = TextColumn("{task.description}", markup=False)
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        task = bar.add_task(printable(description), total=None)
 
         def advance(description: str, done: int, total: int) -> None:
-            bar.update(task, description=description, completed=done, total=total)
+            bar.update(task, description=printable(description), completed=done, total=total)
 
         yield advance
 
@@ -122,7 +149,7 @@ class Size(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
             self.fail(str(error), param, ctx)
 
 
-def open_pipeline(
+def open_pipeline(  # noqa: PLR0913, the options of from_pretrained
     model: str | Path | None,
     *,
     engine: str = "auto",
@@ -130,6 +157,7 @@ def open_pipeline(
     precision: Precision | Literal["auto"] = "auto",
     low_memory: bool = False,
     compile: bool = False,
+    attention: Attention = "auto",
     build_missing: bool = False,
 ) -> "MigePipeline":
     """`MigePipeline.from_pretrained` for a command: says on stderr what was chosen.
@@ -141,31 +169,34 @@ def open_pipeline(
         precision: The same.
         low_memory: The same.
         compile: The same.
+        attention: The same.
         build_missing: Where a plan is missing for this machine, build it.
     """
     from mige_rt.bundle import DEFAULT_MODEL
     from mige_rt.pipeline import MigePipeline
 
     if model is None:
-        click.echo("using the small default model; --model names another", err=True)
+        report("using the small default model; --model names another")
     options: dict[str, Any] = {
         "engine": engine,
         "device": device,
         "precision": precision,
         "low_memory": low_memory,
         "compile": compile,
+        "attention": attention,
+        **given_limits(),
     }
     try:
         pipe = MigePipeline.from_pretrained(model or DEFAULT_MODEL, **options)
     except NoPlanError as error:
         if not build_missing:
             raise
-        click.echo(f"building plans for {error.machine}", err=True)
+        report(f"building plans for {error.machine}")
         build_plans(error.bundle, error.machine.engine, None, device)
         pipe = MigePipeline.from_pretrained(error.bundle, **options)
     if engine == "auto":
         chosen = pipe.engine
-        click.echo(f"engine {chosen.name} on {chosen.device} in {chosen.precision}", err=True)
+        report(f"engine {chosen.name} on {chosen.device} in {chosen.precision}")
     return pipe
 
 
@@ -175,7 +206,7 @@ def command_line() -> str:
     words = ["mige-rt", str(context.info_name)]
     for param in context.command.params:
         name = str(param.name)
-        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE or name not in context.params:
             continue
         value = context.params[name]
         values = value if param.multiple else [value]

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.baseline import AsPublished
 from benchmarks.case import Variant
-from benchmarks.meter import flops, least_bytes
+from benchmarks.meter import flops, least_bytes, step_launches
 from benchmarks.schedule import WorkOptions
 from benchmarks.work import (
     REFERENCES,
@@ -152,7 +152,19 @@ def test_a_step_computes_the_transformer_and_nothing_else(config: ModelConfig, r
     assert flops(config, "denoiser", sizes) == 2 * rows * (once + dit.depth * block)
 
 
+def test_a_step_launches_few_operations() -> None:
+    committed = json.loads((RESULTS / "work.json").read_text(encoding="utf-8"))["launches_per_step"]
+    assert committed["xl"] < 450
+
+
 # The counters count right
+
+
+def test_launches_are_what_the_blocks_compute() -> None:
+    """Norm, product, attention, product and sum, three times or so: 14 a block, and what is around the blocks."""
+    shallow, deep = (step_launches(replace(TINY, dit=replace(TINY.dit, depth=depth))) for depth in (2, 5))
+    assert deep - shallow == 3 * 14
+    assert shallow < 2 * 14 + 50
 
 
 def test_the_flop_counter_counts_attention() -> None:

@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_stubs import Cuda
 
 from engines import tensorrt
 from engines.factory import open_engine
 from engines.interface import EngineOptions
-from engines.tensorrt import CACHED_SHAPES, _KeepAlive, _KernelCache, _Plan, _PlanTensor
+from engines.tensorrt import CACHED_SHAPES, TensorRTEngine, _KeepAlive, _KernelCache, _Plan, _PlanTensor
 from mige_rt.bundle import open_model
 from mige_rt.errors import InputError
 
@@ -197,3 +198,19 @@ def test_kernels_that_cannot_be_kept_cost_time_alone(tmp_path: Any, caplog: pyte
 def test_another_precision_than_the_bundles_is_refused(bundles: Any) -> None:
     with pytest.raises(InputError, match="exported in fp32, and fp16 was asked for"):
         open_engine(open_model(bundles("fp32")), "tensorrt-rtx", EngineOptions(precision="fp16"))
+
+
+def test_a_context_that_can_tell_is_asked_whether_it_can_be_captured(cuda: Cuda, plan: _Plan) -> None:
+    engine: Any = TensorRTEngine.__new__(TensorRTEngine)  # without a GPU
+    engine.device, engine._plans = "cuda:0", {"denoiser": plan}
+    assert engine.is_capturable("denoiser")  # TensorRT's contexts cannot tell
+    asked: list[int] = []
+
+    def is_stream_capturable(stream: int) -> bool:
+        asked.append(stream)
+        return False
+
+    plan.context.is_stream_capturable = is_stream_capturable  # type: ignore[method-assign]
+    with torch.cuda.stream(torch.cuda.Stream("cuda:0")):  # type: ignore[arg-type]
+        assert not engine.is_capturable("denoiser")
+        assert asked == [torch.cuda.current_stream().cuda_stream] != [0]

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors import safe_open
 
+from engines.onnx_runtime import computes_in_bf16
 from export.exporter import ExportLimits, ExportOptions, axis_ranges, export_bundle
 from mige_rt.bundle import DEFAULT_MODEL, MANIFEST, read_manifest
 from mige_rt.cli import main
@@ -238,3 +239,28 @@ def test_info_shows_what_is_inside(bundles: Bundles) -> None:
     shown = CliRunner().invoke(main, ["info", str(bundles("fp16"))]).output
     assert "denoiser" in shown and "compared with PyTorch" in shown and "float16" in shown
     assert CliRunner().invoke(main, ["info", "nowhere"]).exit_code == 2
+
+
+def test_t5_can_be_bfloat16_in_an_fp16_bundle(tmp_path: Path, scene: Image.Image) -> None:
+    """For plans: its feed-forward products need no float32 then, which take a fifth of its memory at full size."""
+    out = tmp_path / "bundle"
+    export_bundle("tiny", out, "fp16", ExportLimits(1, 1), options=ExportOptions(bf16_text_encoder=True))
+    manifest = read_manifest(out)
+    for graph, entry in manifest.graphs.items():
+        with safe_open(out / entry.weights.path, framework="pt") as file:
+            types = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118, it is no dict
+        assert types == ({"BF16"} if graph == "text_encoder" else {"F16"}), graph
+        assert computes_in_bf16(entry) == (graph == "text_encoder")
+    pipe = MigePipeline.from_pretrained(out, device="cpu")  # ONNX Runtime's CPU has no bfloat16
+    assert pipe.engine.name == "pytorch"
+    with pytest.raises(InputError, match="does not compute in bf16"):
+        MigePipeline.from_pretrained(out, engine="onnxruntime", device="cpu")
+    exact = MigePipeline.from_pretrained(device="cpu")
+    images = [p("make it blue", source=scene, seed=1, num_inference_steps=4).images[0] for p in (exact, pipe)]
+    assert psnr(*map(np.asarray, images)) > 25
+
+
+def test_t5_is_bfloat16_beside_fp16_alone(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="goes with the precision fp16, and int8 was given"):
+        export_bundle("tiny", tmp_path / "b", "int8", options=ExportOptions(bf16_text_encoder=True))
+    assert not list(tmp_path.iterdir())

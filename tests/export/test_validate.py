@@ -21,7 +21,7 @@ from export.processes import to_json
 from export.reference import run_module, run_reference, widen_by_block
 from export.results import Check
 from export.validate import make_cases, measure, validate_graph, validate_pipeline
-from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, read_config
+from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, open_model, read_config
 from mige_rt.config import PRESETS, Precision
 from mige_rt.graphs import GRAPHS, AxisRange, GraphName
 from mige_rt.tokenizer import load_tokenizer
@@ -37,7 +37,7 @@ def context_of(folder: Path, precision: Precision = "fp32") -> ExportContext:
     """The default model, and graphs of it in a folder."""
     tokenize = load_tokenizer(DEFAULT_MODEL / TOKENIZER_FILE)
     target = ExportTarget(CONFIG, precision, RANGES, folder)
-    return ExportContext(SafetensorsCheckpoint(DEFAULT_MODEL), tokenize, target, small=True)
+    return ExportContext(SafetensorsCheckpoint(open_model(DEFAULT_MODEL)), tokenize, target, small=True)
 
 
 def checks_of(graph: GraphName, folder: Path, precision: Precision = "fp32") -> list[Check]:
@@ -46,7 +46,7 @@ def checks_of(graph: GraphName, folder: Path, precision: Precision = "fp32") -> 
 
 
 def real_inputs() -> RealInputs:
-    return RealInputs(SafetensorsCheckpoint(DEFAULT_MODEL), load_tokenizer(DEFAULT_MODEL / TOKENIZER_FILE))
+    return RealInputs(SafetensorsCheckpoint(open_model(DEFAULT_MODEL)), load_tokenizer(DEFAULT_MODEL / TOKENIZER_FILE))
 
 
 def export_conditioner(precision: Precision, folder: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_changed_weight_fails_and_so_does_a_narrow_tolerance(
 
 
 def test_a_pipeline_with_a_changed_weight_fails(bundles: Bundles, other_model: Callable[..., Path]) -> None:
-    good = validate_pipeline(SafetensorsCheckpoint(DEFAULT_MODEL), bundles("fp32"), "fp32")
+    good = validate_pipeline(SafetensorsCheckpoint(open_model(DEFAULT_MODEL)), bundles("fp32"), "fp32")
     assert [(check.inputs, check.output) for check in good] == [
         (task, output) for task in ("subject", "edit", "compose") for output in ("latents", "images")
     ]
@@ -96,7 +96,7 @@ def test_a_pipeline_with_a_changed_weight_fails(bundles: Bundles, other_model: C
     assert all(check.psnr is not None and check.psnr >= 40 for check in good if check.output == "images")
 
     folder = other_model("denoiser", "blocks.2.mlp.fc1.weight", 1.2, bundles("fp32"))
-    bad = validate_pipeline(SafetensorsCheckpoint(DEFAULT_MODEL), folder, "fp32")
+    bad = validate_pipeline(SafetensorsCheckpoint(open_model(DEFAULT_MODEL)), folder, "fp32")
     assert not any(check.ok for check in bad if check.output == "latents")
     assert all(g.worst < b.worst for g, b in zip(good, bad, strict=True))
 
@@ -199,7 +199,7 @@ def test_widening_by_block_is_float32_with_one_block_at_a_time() -> None:
 def test_a_bundles_weights_are_a_reference_too(bundles: Bundles) -> None:
     feed = random_feed("conditioner", CONFIG, {"R": 1, "L": 3})
     folder, bundle = (
-        run_reference(SafetensorsCheckpoint(path), "conditioner", [feed])[0]
+        run_reference(SafetensorsCheckpoint(open_model(path)), "conditioner", [feed])[0]
         for path in (DEFAULT_MODEL, bundles("fp32"))
     )
     np.testing.assert_array_equal(bundle["cross_kv"], folder["cross_kv"])

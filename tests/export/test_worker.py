@@ -18,7 +18,7 @@ from export import worker
 from export.context import ExportJob
 from export.exporter import ExportLimits, ExportOptions, axis_ranges, export_bundle, locate_checkpoint
 from export.results import GraphResult
-from mige_rt.bundle import TOKENIZER_FILE, read_manifest
+from mige_rt.bundle import TOKENIZER_FILE, open_model, read_manifest
 from mige_rt.config import DiTConfig, ModelConfig, QFormerConfig, TextConfig, VAEConfig, VisionConfig
 from mige_rt.graphs import GRAPHS, GraphName
 from trainer.checkpoints import model_folder
@@ -120,7 +120,7 @@ def test_a_worker_opens_each_file_of_a_model_folder_once(
     published: Published, converted: Path, tmp_path: Path, opened: Opened
 ) -> None:
     do("denoiser", converted, published.config, tmp_path / "bundle")
-    files = {path.name for path in SafetensorsCheckpoint(converted).files}
+    files = {path.name for path in SafetensorsCheckpoint(open_model(converted)).files}
     assert opened == {"checkpoint": 1} | dict.fromkeys(files, 1)
 
 

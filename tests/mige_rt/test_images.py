@@ -333,7 +333,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
 
     monkeypatch.setattr(Image.Image, "save", half_written)
     with pytest.raises(raised):
-        save_image(Image.new("RGB", (8, 8)), path, {})
+        save_image(Image.new("RGB", (8, 8)), path, {}, overwrite=True)
     assert path.read_bytes() == b"the old one"
     assert os.listdir(tmp_path) == ["out.png"]
 

@@ -21,6 +21,7 @@ from mige_rt.config import ModelConfig, VAEConfig
 from mige_rt.errors import InputError
 from mige_rt.graphs import GraphName
 from mige_rt.tokenizer import load_tokenizer
+from mige_rt.tokenizer_file import read_tokenizer_file
 from trainer.checkpoints.model_folder import ModelContent, OnProgress, write_model_folder
 from trainer.checkpoints.published_names import check_published, kind_of, our_tensor
 from trainer.checkpoints.weights import NAMES_SHOWN, Checkpoint, names_in, our_shapes
@@ -261,7 +262,7 @@ def read_tokenizer(given: Path) -> Tokenizer:
     if path.suffix != ".json":
         return from_spiece(path)
     load_tokenizer(path)  # for its checks
-    return Tokenizer.from_file(str(path))
+    return Tokenizer.from_str(read_tokenizer_file(path))
 
 
 _EXPECTED_VAE = "a diffusers AutoencoderKL is expected there, as sd-vae-ft-ema"

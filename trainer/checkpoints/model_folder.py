@@ -22,11 +22,8 @@ from mige_rt.bundle import (
     SCHEMA,
     TOKENIZER_FILE,
     Manifest,
-    check_files,
-    is_bundle,
-    read_config,
-    read_manifest,
-    read_source,
+    OpenedModel,
+    open_model,
 )
 from mige_rt.config import QUANTISED, ModelConfig
 from mige_rt.errors import InputError
@@ -48,26 +45,20 @@ class SafetensorsCheckpoint(Checkpoint):
     A file is opened when the first of its weights is asked for, and stays open as long as the checkpoint exists.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Open a model folder or a bundle.
+    def __init__(self, model: OpenedModel) -> None:
+        """Read the weights of a folder that was opened.
 
         Raises:
-            InputError: the folder is neither, or is a bundle that was changed or is quantised.
+            InputError: its weights are quantised.
         """
-        self._folder = folder
+        self._folder, self._manifest = model.folder, model.manifest
         self._open_files: dict[Path, safe_open] = {}
-        self._manifest: Manifest | None = None
-        if is_bundle(folder):
-            self._manifest = read_manifest(folder)
-            if (precision := self._manifest.precision) in QUANTISED:
-                raise InputError(
-                    f"{folder} holds {precision} weights, which PyTorch does not read: take the model that it was "
-                    "exported from, or a bundle of another precision"
-                )
-            check_files(folder, self._manifest)
-            self.config, self.source = self._manifest.model, self._manifest.source
-        else:
-            self.config, self.source = read_config(folder), read_source(folder)
+        if self._manifest is not None and (precision := self._manifest.precision) in QUANTISED:
+            raise InputError(
+                f"{self._folder} holds {precision} weights, which PyTorch does not read: take the model that it was "
+                "exported from, or a bundle of another precision"
+            )
+        self.config, self.source = model.config, model.source
 
     @property
     def files(self) -> Sequence[Path]:
@@ -127,8 +118,7 @@ class SafetensorsCheckpoint(Checkpoint):
                 self._open_files[path] = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise InputError(
-                    f"{path} cannot be read ({error}): a whole safetensors file is expected; convert or download the "
-                    "model again"
+                    f"{path} cannot be read: a whole safetensors file is expected; convert or download the model again"
                 ) from error
         return self._open_files[path]
 
@@ -153,7 +143,7 @@ def load_model(
             exactly the model's.
         ValueError: `only` names no graph.
     """
-    return SafetensorsCheckpoint(folder).load(only, dtype=dtype, device=device)
+    return SafetensorsCheckpoint(open_model(folder)).load(only, dtype=dtype, device=device)
 
 
 def save_model(model: Mige, tokenizer: Tokenizer, out: Path, dtype: torch.dtype, source: str) -> None:

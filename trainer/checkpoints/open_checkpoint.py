@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from mige_rt.bundle import is_bundle
+from mige_rt.bundle import is_bundle, open_model
 from mige_rt.config import ModelConfig
 from trainer.checkpoints.convert_published import PublishedCheckpoint
 from trainer.checkpoints.model_folder import SafetensorsCheckpoint
@@ -35,7 +35,7 @@ def open_checkpoint(location: CheckpointLocation) -> Checkpoint:
         InputError: there is none, or it cannot be used.
     """
     if is_bundle(location.path) or _is_model_folder(location.path):
-        return SafetensorsCheckpoint(location.path)
+        return SafetensorsCheckpoint(open_model(location.path))
     return PublishedCheckpoint(location.path, vae=location.vae, tokenizer=location.tokenizer, config=location.config)
 
 

@@ -67,6 +67,7 @@ class Checkpoint(ABC):
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        model: Mige | None = None,
     ) -> Mige:
         """The model in evaluation mode, with the weights of some graphs.
 
@@ -76,6 +77,7 @@ class Checkpoint(ABC):
             dtype: of floating-point weights; None: as they are stored. Weights that are stored so stay mapped from
                 the file when `device` is the CPU.
             device: where the weights are put.
+            model: of this checkpoint's sizes, whose weights of these graphs are replaced; None: a new one is made.
 
         Raises:
             InputError: a file is missing or truncated, or does not hold exactly the model's names and shapes.
@@ -84,12 +86,16 @@ class Checkpoint(ABC):
         chosen = set(GRAPHS if graphs is None else graphs)
         if unknown := chosen.difference(GRAPHS):
             raise ValueError(f"no such graph: {', '.join(sorted(unknown))}; there are {', '.join(GRAPHS)}")
-        model = empty_model(self.config)
+        model = self.empty() if model is None else model
         tensors = self.tensors(model, chosen)
         fill(model, {name: _placed(tensor, dtype, device) for name, tensor in tensors.items()})
         for graph in sorted(chosen):
             _require_real(graph, model.graph(graph))
         return model.eval()
+
+    def empty(self) -> Mige:
+        """The checkpoint's model without weights, on the meta device."""
+        return empty_model(self.config)
 
     def release_pages(self) -> None:
         """Give back the memory of the weights that were read; they are read from the files again when they are used."""

@@ -5,6 +5,7 @@ D text width.
 """
 
 import math
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,11 @@ def sincos_positions(gh: int, gw: int, width: int, trained_grid: int, device: to
     return torch.cat([x, y], dim=-1).reshape(gh * gw, width)
 
 
+def attention_bias(text_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a mask adds to the scores of attention, of its shape: 0 where it is true, minus infinity where it is not."""
+    return torch.zeros_like(text_mask, dtype=dtype).masked_fill_(~text_mask, -math.inf)
+
+
 class PatchEmbedder(nn.Module):
     """Latents and source latents to patch tokens; shared by denoiser and feature fusion (MIGE, section 3.2)."""
 
@@ -48,7 +54,8 @@ class PatchEmbedder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """Embed latents, concatenated with the source's, [R,2c,h,w] as [R,T,width]."""
-        return self.proj(latents).flatten(2).transpose(1, 2)
+        # Contiguous, or each norm and each linear layer that reads the sum of it and the blocks' outputs copies it.
+        return self.proj(latents).flatten(2).transpose(1, 2).contiguous()
 
 
 class TimestepEmbedder(nn.Module):
@@ -106,14 +113,15 @@ class CrossAttention(nn.Module):
         self.q_linear = nn.Linear(width, width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attend from patches to text tokens.
 
         Args:
             x: [R,T,width].
             k: Keys, [R,heads,L,head_dim].
             v: Values, [R,heads,L,head_dim].
-            mask: bool [R,1,1,L], true where there is a token.
+            mask: bool [R,1,1,L], true where there is a token; or what is added to the scores, of the type of x; None:
+                all are tokens.
 
         Returns:
             [R,T,width].
@@ -122,6 +130,24 @@ class CrossAttention(nn.Module):
         q = self.q_linear(x).reshape(batch, tokens, self.heads, width // self.heads).transpose(1, 2)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class Modulation(NamedTuple):
+    """What a block is modulated by, each [R,1,width], or [width] where it is the same for the whole batch."""
+
+    shift_attn: Tensor
+    scale_attn: Tensor  # 1 and what the model adds to it
+    gate_attn: Tensor
+    shift_mlp: Tensor
+    scale_mlp: Tensor
+    gate_mlp: Tensor
+
+
+def modulated_norm(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """The norm of x [R,T,width], which has no weights of its own, scaled and shifted, both [R,1,width] or [width]."""
+    if scale.ndim == 1:
+        return F.layer_norm(x, norm.normalized_shape, scale, shift, norm.eps)  # in one kernel
+    return torch.addcmul(shift, norm(x), scale)
 
 
 class Block(nn.Module):
@@ -139,22 +165,25 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.mlp = MLP(width, mlp, width)
 
-    def forward(self, x: Tensor, modulation: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor | Modulation, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Map [R,T,width] to [R,T,width].
 
         Args:
             x: [R,T,width].
-            modulation: Shift, scale and gate of attention and MLP, [R,6,width].
+            modulation: Shift, scale and gate of attention and MLP by the timestep, [R,6,width], to which the block adds
+                its table; or the sums.
             k: As in CrossAttention.
             v: As in CrossAttention.
             mask: As in CrossAttention.
         """
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = (
-            self.scale_shift_table[None] + modulation
-        ).chunk(6, dim=1)  # each [R,1,width]
-        x = x + gate_attn * self.attn(self.norm1(x) * (1 + scale_attn) + shift_attn)
+        m = modulation if isinstance(modulation, Modulation) else self._with_table(modulation)
+        x = torch.addcmul(x, m.gate_attn, self.attn(modulated_norm(self.norm1, x, m.shift_attn, m.scale_attn)))
         x = x + self.cross_attn(x, k, v, mask)
-        return x + gate_mlp * self.mlp(self.norm2(x) * (1 + scale_mlp) + shift_mlp)
+        return torch.addcmul(x, m.gate_mlp, self.mlp(modulated_norm(self.norm2, x, m.shift_mlp, m.scale_mlp)))
+
+    def _with_table(self, modulation: Tensor) -> Modulation:
+        m = Modulation(*(self.scale_shift_table[None] + modulation).chunk(6, dim=1))
+        return m._replace(scale_attn=1 + m.scale_attn, scale_mlp=1 + m.scale_mlp)
 
 
 class FinalLayer(nn.Module):
@@ -167,9 +196,10 @@ class FinalLayer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Map x [R,T,width], with the timestep's embedding t [R,width], to [R,T,out]."""
-        shift, scale = (self.scale_shift_table[None] + t[:, None]).chunk(2, dim=1)
-        return self.linear(self.norm_final(x) * (1 + scale) + shift)
+        """Map x [R,T,width] to [R,T,out], with the timestep's embedding t [R,width], or [width] for the whole batch."""
+        table = self.scale_shift_table + t if t.ndim == 1 else self.scale_shift_table[None] + t[:, None]
+        shift, scale = table.unbind() if t.ndim == 1 else table.chunk(2, dim=1)
+        return self.linear(modulated_norm(self.norm_final, x, shift, 1 + scale))
 
 
 class Conditioner(nn.Module):
@@ -219,33 +249,66 @@ class Denoiser(nn.Module):
         self.blocks = nn.ModuleList(Block(dit.width, dit.heads, dit.mlp) for _ in range(dit.depth))
         out = channels * (2 if config.learned_variance else 1)
         self.final_layer = FinalLayer(dit.width, dit.patch**2 * out)
+        self._tables: Tensor | None = None  # see `prepare`
+        self._positions: dict[tuple[int, int], Tensor] = {}  # by grid
 
-    def predict(self, latents: Tensor, source: Tensor, timestep: Tensor, cross_kv: Tensor, text_mask: Tensor) -> Tensor:
+    def prepare(self) -> None:
+        """Compute now what does not change between calls, for inference; to be called again when weights change.
+
+        From then on one timestep is enough for the whole batch, and takes fewer kernels.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            tables = torch.stack([cast("Block", block).scale_shift_table for block in self.blocks])  # [depth,6,width]
+            tables[:, [Modulation._fields.index("scale_attn"), Modulation._fields.index("scale_mlp")]] += 1
+        self._tables = tables
+        self._positions.clear()
+
+    def predict(
+        self, latents: Tensor, source: Tensor, timestep: Tensor, cross_kv: Tensor, text_mask: Tensor | None
+    ) -> Tensor:
         """Like `forward`, but keep the variance channels at the end where the model learns them: [R,c or 2c,h,w]."""
         dit = self.config.dit
         batch, _, h, w = latents.shape
         gh, gw = h // dit.patch, w // dit.patch
         dtype = self.x_embedder.proj.weight.dtype
         x = self.x_embedder(torch.cat([latents, source], dim=1).to(dtype))  # [R,T,width]
-        x = x + sincos_positions(gh, gw, dit.width, dit.trained_grid, x.device).to(dtype)
+        x = x + self._position_embeddings(gh, gw, x)
         t = self.t_embedder(timestep)  # [R,width]
-        modulation = self.t_block(t).reshape(batch, 6, dit.width)
-        mask = text_mask[:, None, None, :]
+        modulation = self.t_block(t).reshape(timestep.shape[0], 6, dit.width)
+        of_blocks: list[Tensor] | list[Modulation] = [modulation] * len(self.blocks)
+        if self._tables is not None and timestep.shape[0] == 1:
+            t = t[0]
+            of_blocks = [Modulation(*table.unbind()) for table in self._tables + modulation]
+        mask = None if text_mask is None else text_mask[:, None, None, :]
         for i, block in enumerate(self.blocks):
-            x = block(x, modulation, cross_kv[0, i], cross_kv[1, i], mask)
+            x = block(x, of_blocks[i], cross_kv[0, i], cross_kv[1, i], mask)
         x = self.final_layer(x, t)  # [R,T,patch*patch*out]
         x = x.reshape(batch, gh, gw, dit.patch, dit.patch, -1)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, h, w).float()
 
-    def forward(self, latents: Tensor, source: Tensor, timestep: Tensor, cross_kv: Tensor, text_mask: Tensor) -> Tensor:
+    def _position_embeddings(self, gh: int, gw: int, like: Tensor) -> Tensor:
+        """[gh*gw,width], of the type and on the device of `like`; kept once `prepare` was called."""
+        dit = self.config.dit
+        if (gh, gw) in self._positions:
+            return self._positions[gh, gw]
+        with torch.inference_mode(False):
+            positions = sincos_positions(gh, gw, dit.width, dit.trained_grid, like.device).to(like.dtype)
+        if self._tables is not None:
+            self._positions[gh, gw] = positions
+        return positions
+
+    def forward(
+        self, latents: Tensor, source: Tensor, timestep: Tensor, cross_kv: Tensor, text_mask: Tensor | None
+    ) -> Tensor:
         """Predict the noise, or v.
 
         Args:
             latents: Noisy latents, scaled, float32 [R,c,h,w]; h and w are multiples of the patch size.
             source: Latents of the image to edit, scaled, float32 [R,c,h,w]; zeros without one.
-            timestep: float32 [R], 0 to 1000.
+            timestep: float32 [R], 0 to 1000; after `prepare`, also [1] for the whole batch.
             cross_kv: The conditioner's, [2,depth,R,heads,L,head_dim].
-            text_mask: bool [R,L], true where there is a token.
+            text_mask: bool [R,L], true where there is a token; or what is added to the scores of cross-attention, of
+                the weights' type; None: all are tokens.
 
         Returns:
             float32 [R,c,h,w].

@@ -9,6 +9,7 @@ from mige_rt.atomic import atomic_file
 from mige_rt.bundle import TOKENIZER_FILE
 from mige_rt.config import ModelConfig
 from mige_rt.instruction import PLACEHOLDER, compose_prompt
+from mige_rt.tokenizer_file import read_tokenizer_file
 from trainer.synthetic.concepts import Concept
 from trainer.synthetic.tasks import make_sample
 from trainer.tokenizer import train_tokenizer
@@ -42,7 +43,7 @@ def state_tokenizer(config: ModelConfig, concepts: Sequence[Concept], state: Pat
     if not path.is_file():
         known = [concept for concept in concepts if not concept.held_out]
         tokenizer = (
-            Tokenizer.from_file(str(start / TOKENIZER_FILE))
+            Tokenizer.from_str(read_tokenizer_file(start / TOKENIZER_FILE))
             if start is not None
             else synthetic_tokenizer(known, config.text.vocabulary)
         )

@@ -5,6 +5,7 @@ from copy import copy
 from torch import Tensor, nn
 
 from trainer.checkpoints.model_folder import COMPONENTS
+from trainer.data.batches import TrainingBatch
 from trainer.model.mige import Mige
 from trainer.stages.features import Batch
 
@@ -25,12 +26,14 @@ class TrainedPart(nn.Module):
         whole._modules = {**other._modules, **{name: self._modules[name] for name in COMPONENTS}}
         return whole
 
-    def text_states(self, batch: Batch) -> Tensor:
+    def text_states(self, batch: Batch | TrainingBatch) -> Tensor:
         """T5's output for a batch, [B,L,D]."""
         image_tokens = self.image_encoder.tokens(batch.vit, batch.ref_latents)
         return self.text_encoder(batch.token_ids, image_tokens, batch.slot_index, batch.text_mask)
 
-    def forward(self, batch: Batch, noisy: Tensor, source: Tensor, timestep: Tensor, has_text: Tensor) -> Tensor:
+    def forward(
+        self, batch: Batch | TrainingBatch, noisy: Tensor, source: Tensor, timestep: Tensor, has_text: Tensor
+    ) -> Tensor:
         """The denoiser's output for K draws of noise of each sample, draw by draw, which share one encoding.
 
         Args:

@@ -1,8 +1,7 @@
 """Write samples as files with a manifest: `python -m trainer.synthetic.manifest --assets ASSETS --out DIR --samples N`.
 
-DIR/manifest.jsonl has a line a sample, which is a request (`mige_rt.requests`): prompt, images, source, target, task,
-seed and id, with paths relative to the file; the source stands in `images`, too, where the prompt refers to it. What
-else is known of a sample is in `truth`:
+DIR/manifest.jsonl is a manifest as `trainer.data.manifest` describes it. Its lines have a seed besides, the sample's
+number. What else is known of a sample is in `truth`:
 
   kind       the kind of sample, such as "add"
   changed    a mask of the pixels in which the target differs from the source
@@ -15,7 +14,6 @@ part, that part's `box` (left, top, right, bottom in pixels, the last two exclus
 `images` of the image that shows it alone, or null. Images are PNG; masks are, too, of one bit.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,8 @@ from PIL import Image
 
 from mige_rt.atomic import atomic_folder
 from mige_rt.errors import InputError
+from mige_rt.requests import RequestRecord
+from trainer.data.manifest import MANIFEST, manifest_line
 from trainer.synthetic.concepts import Concept, load_concepts
 from trainer.synthetic.photos import load_photos
 from trainer.synthetic.tasks import Mark, Sample, make_sample
@@ -54,31 +54,33 @@ def _subjects(out: Path, stem: str, marks: Sequence[Mark]) -> list[dict[str, Any
     ]
 
 
-def write_sample(out: Path, sample: Sample, number: int) -> dict[str, Any]:
-    """Write a sample's images below out; returns its line of the manifest."""
+def write_sample(out: Path, sample: Sample, number: int) -> RequestRecord:
+    """Write a sample's images below out; returns its record in the manifest."""
     stem = f"{number // FOLDER_SAMPLES:04d}/{number:07d}"
     (out / stem).parent.mkdir(exist_ok=True)
     source = None if sample.source is None else _save(out, f"{stem}-source.png", sample.source)
-    images = [
-        source if image is sample.source else _save(out, f"{stem}-image-{i}.png", image)
+    images = tuple(
+        source if source and image is sample.source else _save(out, f"{stem}-image-{i}.png", image)
         for i, image in enumerate(sample.images)
-    ]
-    return {
-        "id": f"{number:07d}",
-        "prompt": sample.prompt,
-        "images": images,
-        "source": source,
-        "target": _save(out, f"{stem}-target.png", sample.target),
-        "task": sample.task,
-        "seed": number,
-        "truth": {
+    )
+    height, width = sample.target.shape[:2]
+    return RequestRecord(
+        id=f"{number:07d}",
+        prompt=sample.prompt,
+        images=images,
+        source=source,
+        target=_save(out, f"{stem}-target.png", sample.target),
+        task=sample.task,
+        size=(width, height),
+        seed=number,
+        truth={
             "kind": sample.kind,
             "changed": _save(out, f"{stem}-changed.png", sample.changed),
             "before": _subjects(out, f"{stem}-before", sample.before),
             "after": _subjects(out, f"{stem}-after", sample.after),
             "asked": sample.asked,
         },
-    }
+    )
 
 
 def write_manifest(
@@ -89,9 +91,9 @@ def write_manifest(
     def lines(folder: Path) -> Iterator[str]:
         for number in range(samples):
             sample = make_sample(seed, number, concepts, side, photos=photos)
-            yield json.dumps(write_sample(folder, sample, number)) + "\n"
+            yield manifest_line(write_sample(folder, sample, number))
 
-    with atomic_folder(out) as folder, (folder / "manifest.jsonl").open("w", encoding="utf-8") as file:
+    with atomic_folder(out) as folder, (folder / MANIFEST).open("w", encoding="utf-8") as file:
         file.writelines(lines(folder))
 
 
@@ -115,7 +117,7 @@ def main(assets: Path, out: Path, samples: int, seed: int, held_out: bool, side:
         write_manifest(out, concepts, samples, seed, side, photographs)
     except InputError as error:
         raise click.UsageError(str(error)) from error
-    click.echo(out / "manifest.jsonl")
+    click.echo(out / MANIFEST)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,117 @@
+"""`mige-rt serve`."""
+
+import logging
+import math
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from mige_rt.cli.limits import given_limits
+from mige_rt.cli.shared import model_options, requires
+from mige_rt.errors import InputError
+from mige_rt.terminal import report
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="address to listen on; 0.0.0.0: all of them")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one")
+@click.option("--api-key", envvar="MIGE_RT_API_KEY", help="that requests must carry; better in MIGE_RT_API_KEY")
+@model_options
+@click.option("--served-model-name", help="what the API calls the model  [default: its own name]")
+@click.option(
+    "--max-batch", type=click.IntRange(1), default=8, show_default=True, help="images that advance together at most"
+)
+@click.option("--max-queue", type=click.IntRange(1), default=64, show_default=True, help="images that wait at most")
+@click.option(
+    "--max-wait-ms",
+    type=click.IntRange(1),
+    default=60_000,
+    show_default=True,
+    help="how long an image waits for its first step at most",
+)
+@click.option(
+    "--request-timeout", type=click.FloatRange(1), default=300, show_default=True, help="seconds to a request's end"
+)
+@click.option(
+    "--body-timeout", type=click.FloatRange(0.1), default=60, show_default=True, help="seconds for a request to arrive"
+)
+@click.option("--max-body-mb", type=click.IntRange(1), default=64, show_default=True, help="size of a request")
+@click.option(
+    "--max-input-pixels", type=click.IntRange(1), default=32_000_000, show_default=True, help="of a request's images"
+)
+@click.option("--max-n", type=click.IntRange(1), default=10, show_default=True, help="images of a request")
+@click.option("--max-steps", type=click.IntRange(2, 1000), default=100, show_default=True, help="of an image")
+@click.option("--max-side", type=click.IntRange(1), help="of an image in pixels  [default: twice the trained size]")
+def serve(**values: Any) -> None:
+    r"""Make images over HTTP, in the shapes of OpenAI's images API.
+
+    \b
+      mige-rt serve
+      curl http://127.0.0.1:8000/v1/images/edits -F image=@scene.png -F prompt="make the background blue"
+
+    Requests advance together, a step at a time; an image is the same whatever is made beside it. /docs describes the
+    API, /metrics is for Prometheus. SIGTERM ends the server after the requests that it has accepted.
+    """
+    with requires("serve", "serving"):
+        import uvicorn
+
+        from mige_rt.serve.api import create_app
+        from mige_rt.serve.metrics import Metrics
+        from mige_rt.serve.options import LOOPBACK_HOSTS, ServerOptions
+        from mige_rt.serve.supervisor import QueueLimits, Supervisor
+        from mige_rt.serve.worker import WorkerOptions
+    from mige_rt.bundle import DEFAULT_MODEL
+
+    if values["api_key"] == "":
+        raise InputError("--api-key is empty; leave it out for none")
+    if values["host"] not in LOOPBACK_HOSTS and values["api_key"] is None:
+        report(f"warning: whoever reaches {values['host']} can use the server; --api-key keeps others out")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    worker = WorkerOptions(
+        model=values["model"] or str(DEFAULT_MODEL),
+        engine=values["engine"],
+        device=values["device"],
+        precision=values["precision"],
+        max_batch=values["max_batch"],
+        limits=given_limits(),
+    )
+    timeout: float = values["request_timeout"]
+    limits = QueueLimits(max_queue=values["max_queue"], max_wait=values["max_wait_ms"] / 1000, timeout=timeout)
+    supervisor = Supervisor(worker, limits, Metrics())
+    model = supervisor.model
+    options = ServerOptions(
+        model_name=values["served_model_name"] or _shown_name(model.name),
+        api_key=values["api_key"],
+        any_host=values["host"] not in LOOPBACK_HOSTS,
+        max_body=values["max_body_mb"] * 1024 * 1024,
+        body_timeout=values["body_timeout"],
+        max_input_pixels=values["max_input_pixels"],
+        max_n=min(values["max_n"], values["max_queue"]),
+        max_steps=values["max_steps"],
+        max_side=values["max_side"] or 2 * model.size,
+    )
+    report(f"model {options.model_name}, engine {model.engine}")
+    config = uvicorn.Config(
+        create_app(options, supervisor),
+        host=values["host"],
+        port=values["port"],
+        log_config=None,  # as the root logger was configured above
+        access_log=False,  # requests for images are logged when they end
+        server_header=False,
+        timeout_graceful_shutdown=math.ceil(timeout),  # by then, what was accepted has ended
+    )
+    signal.signal(signal.SIGTERM, _exit)  # uvicorn sends the signal again when all is done
+    uvicorn.Server(config).run()
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    sys.exit(0)
+
+
+def _shown_name(model: str) -> str:
+    """A model's name without the path to it, which is nobody else's business."""
+    return Path(model).name if Path(model).is_dir() else model

@@ -1,0 +1,282 @@
+"""From a request for images to its answer: body, limits, decoding, the engine's events, and what the client is sent."""
+
+import asyncio
+import base64
+import json
+import logging
+import secrets
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from PIL.Image import Image
+from starlette.requests import ClientDisconnect
+
+from mige_rt.errors import InputError
+from mige_rt.instruction import count_placeholders
+from mige_rt.requests import Request as PromptRequest
+from mige_rt.requests import resolve
+from mige_rt.serve.body import read_body
+from mige_rt.serve.errors import CLIENT_CLOSED_REQUEST, ApiError
+from mige_rt.serve.image_data import ImageDecoder, encode_image
+from mige_rt.serve.options import ServerOptions
+from mige_rt.serve.protocol import Failed, Finished, ImageTask, PartialImage
+from mige_rt.serve.schemas import (
+    EditRequest,
+    GenerationRequest,
+    ImageData,
+    ImageRequest,
+    ImagesResponse,
+    TokenDetails,
+    Usage,
+    parse_request,
+)
+from mige_rt.serve.supervisor import Job, QueueFullError, Supervisor
+
+EventPrefix = Literal["image_generation", "image_edit"]
+
+_UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # a proxy sends each event at once
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Exchange:
+    """A request on its way, for the log and the metrics, which hold nothing of its content."""
+
+    id: str
+    path: str
+    began: float
+    images: int = 0
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a request has come to, and who watches its client."""
+
+    fields: ImageRequest
+    tasks: Sequence[ImageTask]
+    job: Job
+    watcher: asyncio.Task[None]
+
+
+class ImageService:
+    """Answers requests for images."""
+
+    def __init__(self, options: ServerOptions, supervisor: Supervisor, decoder: ImageDecoder) -> None:
+        self._options, self._supervisor, self._decoder = options, supervisor, decoder
+
+    async def answer(self, request: Request, model: type[ImageRequest], prefix: EventPrefix) -> Response:
+        """The images, or a stream of events.
+
+        Args:
+            request: Of HTTP, its body not yet read.
+            model: What its body holds.
+            prefix: Begins the events' types.
+
+        Raises:
+            ApiError: There will be no image.
+        """
+        exchange = _Exchange(uuid.uuid4().hex, request.url.path, time.monotonic())
+        headers = {"X-Request-Id": exchange.id}
+        try:
+            fields, tasks = await self._read(request, model)
+            exchange.images = len(tasks)
+            work = self._start(request, fields, tasks)
+            if fields.stream:
+                await self._check_start(work)
+                events = self._stream(exchange, work, prefix)
+                return StreamingResponse(events, media_type="text/event-stream", headers=headers | _UNBUFFERED)
+            try:
+                content = await _images_response(work)
+            finally:
+                self._end(work)
+        except ApiError as error:
+            self._record(exchange, error.status)
+            error.headers |= headers
+            raise
+        except Exception:
+            self._record(exchange, 500)
+            raise
+        self._record(exchange, 200)
+        return JSONResponse(content.model_dump(), headers=headers)
+
+    async def _read(self, request: Request, model: type[ImageRequest]) -> tuple[ImageRequest, list[ImageTask]]:
+        options = self._options
+        self._check_room(1)  # before a body is read for nothing
+        try:
+            async with asyncio.timeout(options.body_timeout):
+                body = await read_body(request, options)
+        except TimeoutError as error:
+            message = f"the body had not come after {options.body_timeout:g} seconds; send it faster, or a smaller one"
+            raise ApiError(408, message) from error
+        except ClientDisconnect as error:
+            raise ApiError(CLIENT_CLOSED_REQUEST, "the client has gone") from error
+        fields = parse_request(model, body, options)
+        try:
+            images = await self._decoder.decode(body.images, options.max_input_pixels)
+            return fields, await asyncio.to_thread(_tasks, fields, images)
+        except InputError as error:
+            raise ApiError(400, str(error)) from error
+
+    def _check_room(self, images: int) -> None:
+        try:
+            self._supervisor.check_room(images)
+        except QueueFullError as error:
+            raise _queue_full(error) from error
+
+    def _start(self, request: Request, fields: ImageRequest, tasks: Sequence[ImageTask]) -> _Work:
+        try:
+            job = self._supervisor.submit(tasks)
+        except QueueFullError as error:
+            raise _queue_full(error) from error
+        return _Work(fields, tasks, job, asyncio.create_task(self._cancel_on_disconnect(request, job)))
+
+    def _end(self, work: _Work) -> None:
+        """Let go of a request; what of it is still being made is not needed any more."""
+        work.watcher.cancel()
+        self._supervisor.cancel(work.job)
+
+    async def _check_start(self, work: _Work) -> None:
+        """Wait for the first event: an error that comes before anything was sent has a status of its own."""
+        event = await work.job.next_event()
+        if isinstance(event, Failed):
+            self._end(work)
+            raise ApiError.of(event)
+
+    async def _cancel_on_disconnect(self, request: Request, job: Job) -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        self._supervisor.cancel(job)
+
+    async def _stream(self, exchange: _Exchange, work: _Work, prefix: EventPrefix) -> AsyncGenerator[str]:
+        """Server-sent events: partial images, and the last one or an error."""
+        fields, task = work.fields, work.tasks[0]
+        status, sent = CLIENT_CLOSED_REQUEST, 0
+        try:
+            while (event := await work.job.next_event()) is not None:
+                match event:
+                    case PartialImage(_, index, image) if index >= sent:  # or else it was sent by a worker before
+                        sent = index + 1
+                        values = await _event(fields, task, image)
+                        yield _sse(f"{prefix}.partial_image", values | {"partial_image_index": index})
+                    case Finished(_, image):
+                        values = await _event(fields, task, image)
+                        status = 200
+                        yield _sse(f"{prefix}.completed", values | {"usage": _usage([event]).model_dump()})
+                    case Failed():
+                        error = ApiError.of(event)
+                        status = error.status
+                        yield _sse("error", error.content())
+                    case _:
+                        pass
+        finally:
+            self._end(work)
+            self._record(exchange, status)
+
+    def _record(self, exchange: _Exchange, status: int) -> None:
+        seconds, metrics = time.monotonic() - exchange.began, self._supervisor.metrics
+        metrics.requests.labels(str(status)).inc()
+        metrics.latency.labels(str(status)).observe(seconds)
+        _log.info(
+            "request=%s path=%s images=%d status=%d seconds=%.3f",
+            exchange.id,
+            exchange.path,
+            exchange.images,
+            status,
+            seconds,
+        )
+
+
+def _queue_full(error: QueueFullError) -> ApiError:
+    message = f"the queue is full; try again in {error.retry_after} seconds"
+    return ApiError(429, message, code="queue_full", headers={"Retry-After": str(error.retry_after)})
+
+
+def _tasks(fields: ImageRequest, images: Sequence[Image]) -> list[ImageTask]:
+    """A task for each image to make. Raises InputError when prompt and images do not go together."""
+    resolved = resolve(_prompt_request(fields, images))
+    seed = secrets.randbelow(2**31) if fields.seed is None else fields.seed
+    params = fields.sampling_params()
+    return [
+        ImageTask(uuid.uuid4().hex, replace(resolved, seed=seed + i), params, fields.partial_images)
+        for i in range(fields.n)
+    ]
+
+
+def _prompt_request(fields: ImageRequest, images: Sequence[Image]) -> PromptRequest:
+    if isinstance(fields, GenerationRequest):
+        return PromptRequest(fields.prompt, tuple(images))
+    assert isinstance(fields, EditRequest)
+    if not images:
+        raise InputError("there is no image; an edit needs one, as a file image or image[], or in images in JSON")
+    if fields.source >= len(images):
+        raise InputError(f"source is {fields.source}, and {len(images)} images were sent; they are counted from 0")
+    source = images[fields.source]
+    if len(images) == count_placeholders(fields.prompt) + 1:  # the prompt does not name what is edited
+        images = [*images[: fields.source], *images[fields.source + 1 :]]
+    return PromptRequest(fields.prompt, tuple(images), source)
+
+
+async def _images_response(work: _Work) -> ImagesResponse:
+    """Wait for all images. Raises ApiError when one has failed."""
+    fields, finished = work.fields, dict[str, Finished]()
+    while (event := await work.job.next_event()) is not None:
+        if isinstance(event, Failed):
+            raise ApiError.of(event)
+        if isinstance(event, Finished):
+            finished[event.id] = event
+    results = [finished[task.id] for task in work.tasks]
+    return ImagesResponse(
+        created=int(time.time()),
+        data=[
+            ImageData(b64_json=await _base64(fields, result.image), seed=task.request.seed)
+            for task, result in zip(work.tasks, results, strict=True)
+        ],
+        output_format=fields.output_format,
+        size=_size(results[0].image),
+        usage=_usage(results),
+    )
+
+
+async def _event(fields: ImageRequest, task: ImageTask, image: Image) -> dict[str, Any]:
+    """What partial and last images have in common."""
+    return {
+        "b64_json": await _base64(fields, image),
+        "background": "opaque",
+        "created_at": int(time.time()),
+        "output_format": fields.output_format,
+        "quality": "auto",
+        "seed": task.request.seed,
+        "size": _size(image),
+    }
+
+
+async def _base64(fields: ImageRequest, image: Image) -> str:
+    content = await asyncio.to_thread(encode_image, image, fields.output_format, fields.output_compression)
+    return base64.b64encode(content).decode()
+
+
+def _size(image: Image) -> str:
+    return f"{image.width}x{image.height}"
+
+
+def _usage(results: Sequence[Finished]) -> Usage:
+    """Of a request: its prompt counts once, its images all."""
+    prompt, output = results[0].usage, sum(result.usage.output for result in results)
+    tokens = prompt.text + prompt.image
+    return Usage(
+        input_tokens=tokens,
+        input_tokens_details=TokenDetails(image_tokens=prompt.image, text_tokens=prompt.text),
+        output_tokens=output,
+        total_tokens=tokens + output,
+    )
+
+
+def _sse(event: str, values: dict[str, Any]) -> str:
+    content = values if event == "error" else {"type": event, **values}
+    return f"event: {event}\ndata: {json.dumps(content)}\n\n"

@@ -1,0 +1,310 @@
+"""The server's side of the engine worker: hands it images, gives their events back, and starts it again if it ends."""
+
+import asyncio
+import logging
+import multiprocessing
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from queue import SimpleQueue
+from threading import Thread
+
+from mige_rt.errors import InputError
+from mige_rt.serve.metrics import Metrics
+from mige_rt.serve.protocol import (
+    Cancel,
+    Failed,
+    FailureKind,
+    Finished,
+    ImageTask,
+    NotOpened,
+    PartialImage,
+    Ready,
+    Started,
+    StepReport,
+    TaskEvent,
+)
+from mige_rt.serve.worker import WorkerOptions, run_worker
+
+MAX_ATTEMPTS = 3  # how often an image is begun: one that ends the worker each time must not do so for ever
+_LONGEST_PAUSE = 30.0  # seconds between two starts of a worker that does not start
+_END_OF_MESSAGES = None
+
+_log = logging.getLogger(__name__)
+
+
+class QueueFullError(Exception):
+    """As many images are waiting as may wait.
+
+    Attributes:
+        retry_after: Seconds after which a place may be free.
+    """
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(retry_after)
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueLimits:
+    """How much waits, and how long.
+
+    Attributes:
+        max_queue: Images that wait at most.
+        max_wait: Seconds that a request waits for the first step of its first image at most.
+        timeout: Seconds from a request's acceptance to its end at most.
+    """
+
+    max_queue: int
+    max_wait: float
+    timeout: float
+
+
+class Job:
+    """The images of one request, from their acceptance to their end."""
+
+    def __init__(self, tasks: Sequence[ImageTask]) -> None:
+        self.tasks = {task.id: task for task in tasks}  # those that have not ended
+        self.accepted = time.monotonic()
+        self.waiting = set(self.tasks)  # ids of those that have not started
+        self.has_started = False  # one of them
+        self.attempts = dict.fromkeys(self.tasks, 0)
+        self.timers: list[asyncio.TimerHandle] = []
+        self._events: asyncio.Queue[TaskEvent] = asyncio.Queue()
+        self._to_come = len(self.tasks)
+
+    def put(self, event: TaskEvent) -> None:
+        """Add an event about one of the tasks."""
+        self._events.put_nowait(event)
+
+    async def next_event(self) -> TaskEvent | None:
+        """What happens next to one of the images; None when each is finished or has failed."""
+        if not self._to_come:
+            return None
+        event = await self._events.get()
+        self._to_come -= isinstance(event, Finished | Failed)
+        return event
+
+
+class Supervisor:
+    """Holds what was accepted until it has ended, in the thread of one event loop.
+
+    When the worker ends of itself, another is started, and gets all of it again. Seeds make the images the same.
+    """
+
+    def __init__(self, options: WorkerOptions, limits: QueueLimits, metrics: Metrics) -> None:
+        """Start the worker, and wait until it has opened the model.
+
+        Raises:
+            InputError: It cannot be opened.
+        """
+        self.limits, self.metrics = limits, metrics
+        self._options = options
+        self._worker: _Worker | None = _Worker(options)
+        self.model = self._worker.ready
+        self._jobs: dict[str, Job] = {}  # by the ids of their tasks, in the order of acceptance
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._restart: asyncio.Task[None] | None = None
+        self._closing = False
+        self._mean_latency = 1.0  # of the last requests, in seconds
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is a worker with an open model."""
+        return self._worker is not None and not self._closing
+
+    @property
+    def waiting(self) -> int:
+        """Images that have not started."""
+        return sum(task_id in job.waiting for task_id, job in self._jobs.items())
+
+    def attach(self) -> None:
+        """Take the running event loop, and begin to listen to the worker."""
+        self._loop = asyncio.get_running_loop()
+        assert self._worker is not None
+        self._listen(self._worker)
+
+    async def close(self) -> None:
+        """End the worker. What has not ended fails."""
+        self._closing = True
+        if self._restart is not None:
+            self._restart.cancel()
+        for task_id in list(self._jobs):
+            self._end(Failed(task_id, "server_error", "the server is shutting down; try again"))
+        if self._worker is not None:
+            await asyncio.to_thread(self._worker.close)
+
+    def check_room(self, images: int) -> None:
+        """Raises QueueFullError unless so many more images may wait."""
+        if self.waiting + images > self.limits.max_queue:
+            raise QueueFullError(round(min(max(self._mean_latency, 1), 60)))
+
+    def submit(self, tasks: Sequence[ImageTask]) -> Job:
+        """Accept a request's images.
+
+        Raises:
+            QueueFullError: There is no room for them.
+        """
+        assert self._loop is not None
+        self.check_room(len(tasks))
+        job = Job(tasks)
+        timeout = self.limits.timeout
+        job.timers = [
+            self._loop.call_later(self.limits.max_wait, self._expire_waiting, job),
+            self._loop.call_later(timeout, self._expire, job, f"it is not done after {timeout:g} seconds"),
+        ]
+        for task in tasks:
+            self._jobs[task.id] = job
+            if self._worker is not None:
+                self._worker.send(task)
+        self._count()
+        return job
+
+    def cancel(self, job: Job, kind: FailureKind = "cancelled", message: str = "the client has gone") -> None:
+        """End what of a request has not ended; the worker leaves it before its next step."""
+        for task_id in list(job.tasks):
+            if self._worker is not None:
+                self._worker.send(Cancel(task_id))
+            self._end(Failed(task_id, kind, message))
+
+    def _expire_waiting(self, job: Job) -> None:
+        if not job.has_started:  # or else its images wait for each other
+            self._expire(job, f"it has waited in the queue for {self.limits.max_wait:g} seconds")
+
+    def _expire(self, job: Job, reason: str) -> None:
+        self.cancel(job, "timeout", f"the request was given up: {reason}; try again later")
+
+    def _end(self, event: Finished | Failed) -> None:
+        """Pass on a task's last event, and forget the task."""
+        job = self._jobs.pop(event.id)
+        del job.tasks[event.id]
+        job.waiting.discard(event.id)
+        if not job.tasks:
+            for timer in job.timers:
+                timer.cancel()
+            self._mean_latency += (time.monotonic() - job.accepted - self._mean_latency) / 8
+        job.put(event)
+        self._count()
+
+    def _count(self) -> None:
+        waiting = self.waiting
+        self.metrics.queued.set(waiting)
+        self.metrics.running.set(len(self._jobs) - waiting)
+
+    def _on_message(self, message: TaskEvent | StepReport) -> None:
+        match message:
+            case StepReport(batch_sizes):
+                for size in batch_sizes:
+                    self.metrics.batch_size.observe(size)
+                self.metrics.steps.inc(sum(batch_sizes))
+            case Finished() | Failed() if message.id in self._jobs:
+                self._end(message)
+            case Started(task_id) if task_id in self._jobs:
+                self._on_started(self._jobs[task_id], message)
+            case PartialImage(task_id) if task_id in self._jobs:
+                self._jobs[task_id].put(message)
+            case _:  # about a task that was cancelled while it was on its way
+                pass
+
+    def _on_started(self, job: Job, event: Started) -> None:
+        job.attempts[event.id] += 1
+        if event.id in job.waiting:  # or else it was begun before, by a worker that has ended
+            job.waiting.remove(event.id)
+            job.has_started = True
+            self.metrics.queue_time.observe(time.monotonic() - job.accepted)
+            job.put(event)
+        self._count()
+
+    def _listen(self, worker: "_Worker") -> None:
+        loop = self._loop
+        assert loop is not None
+
+        def receive() -> None:
+            with suppress(RuntimeError):  # the loop has ended, and with it the server
+                try:
+                    while True:
+                        loop.call_soon_threadsafe(self._on_message, worker.connection.recv())
+                except (EOFError, OSError):
+                    loop.call_soon_threadsafe(self._on_exit, worker)
+
+        Thread(target=receive, name="worker-events", daemon=True).start()
+
+    def _on_exit(self, worker: "_Worker") -> None:
+        if not self._closing:
+            assert self._loop is not None
+            self._worker = None
+            self.metrics.restarts.inc()
+            self._restart = self._loop.create_task(self._replace(worker))
+
+    async def _replace(self, worker: "_Worker") -> None:
+        exit_code = await asyncio.to_thread(worker.close)
+        _log.error("the engine worker has ended (exit code %s); starting another", exit_code)
+        pause = 0.0
+        while True:
+            try:
+                worker = await asyncio.to_thread(_Worker, self._options)
+                break
+            except InputError as error:
+                pause = min(2 * pause + 1, _LONGEST_PAUSE)
+                _log.error("the engine worker does not start (%s); trying again in %g seconds", error, pause)
+                await asyncio.sleep(pause)
+        self._worker = worker
+        for task_id, job in list(self._jobs.items()):
+            if job.attempts[task_id] < MAX_ATTEMPTS:
+                worker.send(job.tasks[task_id])
+            else:
+                message = f"the engine has ended {MAX_ATTEMPTS} times while it made this image; report this"
+                self._end(Failed(task_id, "server_error", message))
+        self._listen(worker)
+
+
+class _Worker:
+    """A worker's process with an open model, and a thread that sends to it, so that sending never waits."""
+
+    def __init__(self, options: WorkerOptions) -> None:
+        """Start the process, and wait until it is ready. Raises InputError if it is not."""
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self._process: BaseProcess = context.Process(
+            target=run_worker, args=(theirs, options), name="mige-rt-worker", daemon=True
+        )
+        self._process.start()
+        theirs.close()  # or else the end of the process would not end the connection
+        self.ready = _first_message(self.connection, self._process)
+        self._messages: SimpleQueue[ImageTask | Cancel | None] = SimpleQueue()
+        Thread(target=self._send_messages, name="worker-messages", daemon=True).start()
+
+    def send(self, message: ImageTask | Cancel) -> None:
+        """Send it when the worker takes it. If the worker has ended, nothing is sent."""
+        self._messages.put(message)
+
+    def close(self) -> int | None:
+        """End the process, if it has not ended itself; its exit code."""
+        self._messages.put(_END_OF_MESSAGES)
+        self._process.kill()  # it holds nothing that is worth a farewell
+        self._process.join()
+        return self._process.exitcode
+
+    def _send_messages(self) -> None:
+        while (message := self._messages.get()) is not _END_OF_MESSAGES:
+            try:
+                self.connection.send(message)
+            except OSError:
+                return
+
+
+def _first_message(connection: Connection, process: BaseProcess) -> Ready:
+    try:
+        message: Ready | NotOpened = connection.recv()
+    except (EOFError, OSError) as error:
+        process.join(1)
+        raise InputError(
+            f"the engine worker has ended while it opened the model (exit code {process.exitcode}); is there enough "
+            "memory? its own message, if any, is above"
+        ) from error
+    if isinstance(message, NotOpened):
+        raise InputError(message.message)
+    return message

@@ -1,0 +1,1 @@
+"""Training data from files: manifests, converters of published datasets, features computed once, mixing."""

@@ -1,0 +1,1 @@
+"""Converters of published datasets; `trainer.data.convert` runs them."""

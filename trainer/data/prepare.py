@@ -1,0 +1,233 @@
+"""A manifest's images through the frozen encoders, once, into shards that training reads.
+
+The folder has `shard-000000.tar` and so on, webdataset's tar files, each with `shard-000000.json` beside it once it is
+whole: what came of its samples. `plan.json` says what they are made from. `index.json`, which makes the folder a
+prepared set (`trainer.data.prepared`), is written when all shards are there.
+
+A shard depends on the manifest, the encoders and the options alone: it has the same bytes whenever and by however many
+processes it is made, on one kind of machine. So a run that was stopped, at whatever moment, goes on with the shards
+that are missing, and several machines may each make a part of them in one folder.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engines.pytorch import torch_device
+from mige_rt.atomic import atomic_file
+from mige_rt.config import ModelConfig
+from mige_rt.errors import InputError
+from trainer.checkpoints.open_checkpoint import CheckpointLocation
+from trainer.data.encode import load_encoders
+from trainer.data.manifest import ManifestSample, open_manifest
+from trainer.data.prepared import INDEX_FILE, SCHEMA, Index, ShardEntry
+from trainer.data.shards import CorruptImage, Shard, ShardReport, make_shard
+from trainer.data.workers import devices_of_processes, make_here, make_in_processes
+
+PLAN_FILE = "plan.json"
+CORRUPT_FILE = "corrupt.jsonl"
+MAX_CORRUPT = 0.01  # of the images
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """How a manifest is prepared.
+
+    Attributes:
+        processes: How many work at once; each holds the encoders.
+        device: cpu, cuda (the processes take turns at the GPUs), cuda:1, or auto: cuda where there is a GPU.
+        shard_samples: Samples in each shard.
+        batch: Images that go through an encoder at once.
+        seed: Of the order of the samples: a shard is a random part of the manifest.
+        filtered: Apply the paper's filters (`trainer.data.filters`).
+        part: (i, n): make the i-th of n parts of the shards, from 1 on.
+        root: The folder that the manifest's paths are relative to; None: see `open_manifest`.
+    """
+
+    processes: int = 1
+    device: str = "auto"
+    shard_samples: int = 256
+    batch: int = 8
+    seed: int = 0
+    filtered: bool = True
+    part: tuple[int, int] = (1, 1)
+    root: Path | None = None
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What came of a manifest.
+
+    Attributes:
+        total: Of all shards that are in the folder.
+        shards: How many there are.
+        missing: How many are left to the other parts.
+    """
+
+    total: ShardReport
+    shards: int
+    missing: int
+
+
+OnProgress = Callable[[str, int, int], None]  # "shards", how many are done, and how many there are
+
+
+def prepare(
+    manifest: Path,
+    model: CheckpointLocation,
+    out: Path,
+    options: PrepareOptions,
+    *,
+    on_progress: OnProgress | None = None,
+    on_corrupt: Callable[[CorruptImage], None] | None = None,
+) -> PrepareReport:
+    """Compute what training reads of a manifest's samples, or go on where a run was stopped.
+
+    Args:
+        manifest: See `trainer.data.manifest`.
+        model: Where the VAE and the ViT are taken from, see `load_encoders`.
+        out: The folder to make, or one that an earlier run of the same kind began.
+        options: How to do it.
+        on_progress: Called after each shard.
+        on_corrupt: Called with each image that cannot be read.
+
+    Returns:
+        What came of it. Samples with a corrupt image are left out.
+
+    Raises:
+        InputError: The manifest or the model cannot be used, `out` holds something else, the disk is full, or more than
+            MAX_CORRUPT of the images are corrupt: then the run stops as soon as that is certain.
+    """
+    device = torch_device(options.device)
+    samples = open_manifest(manifest, options.root)
+    shards = _shards(samples, out, options)
+    encoders = load_encoders(model, device if options.processes == 1 else "cpu")
+    config, fingerprint = encoders.config, encoders.fingerprint()
+    # All that the shards' bytes depend on.
+    plan = {
+        "schema": SCHEMA,
+        "manifest": sha256(manifest.read_bytes()).hexdigest(),
+        "model": config.name,
+        "encoders": fingerprint,
+        "device": device.partition(":")[0],
+        "shard_samples": options.shard_samples,
+        "batch": options.batch,
+        "seed": options.seed,
+        "filtered": options.filtered,
+    }
+    _write_plan(out, plan)
+    part, parts = options.part
+    todo = [shard for shard in shards[part - 1 :: parts] if not shard.report_path.is_file()]
+    _remove_stale(out, todo)
+    total = _total(shards)
+    most_corrupt = MAX_CORRUPT * sum(len(sample.paths()) for sample in samples)
+    _check_corrupt(total, most_corrupt, out)
+    make = partial(make_shard, batch=options.batch, filtered=options.filtered)
+    if options.processes == 1:
+        reports = make_here(partial(make, encoders), todo, encoders.device)
+    else:
+        del encoders  # each process has its own
+        reports = make_in_processes(
+            make, todo, partial(load_encoders, model), devices_of_processes(device, options.processes)
+        )
+    with closing(reports):  # an error here ends the processes
+        for done, report in enumerate(reports, len(shards) - len(todo) + 1):
+            total.add(report)
+            if on_corrupt:
+                for image in report.corrupt:
+                    on_corrupt(image)
+            _check_corrupt(total, most_corrupt, out)
+            if on_progress:
+                on_progress("shards", done, len(shards))
+    missing = sum(not shard.report_path.is_file() for shard in shards)
+    if not missing:
+        _write_index(out, shards, config, fingerprint)
+    return PrepareReport(total, len(shards), missing)
+
+
+def _shards(samples: Sequence[ManifestSample], out: Path, options: PrepareOptions) -> list[Shard]:
+    order: list[int] = np.random.default_rng(options.seed).permutation(len(samples)).tolist()
+    starts = range(0, len(samples), options.shard_samples)
+    chunks = [order[start : start + options.shard_samples] for start in starts]
+    return [
+        Shard(out / f"shard-{number:06d}.tar", [(i, samples[i]) for i in chunk]) for number, chunk in enumerate(chunks)
+    ]
+
+
+def _total(shards: Sequence[Shard]) -> ShardReport:
+    """What came of the shards that are whole."""
+    total = ShardReport()
+    for shard in shards:
+        if shard.report_path.is_file():
+            total.add(ShardReport.read(shard.report_path))
+    return total
+
+
+def _write_plan(out: Path, plan: dict[str, Any]) -> None:
+    path = out / PLAN_FILE
+    if path.is_file():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in plan if earlier.get(name) != plan[name]]
+        if changed:
+            raise InputError(
+                f"{out} was begun with another {', '.join(changed)}; give the same as before, or another folder"
+            )
+        return
+    if out.exists() and not all(_is_stale(file, {PLAN_FILE}) for file in out.iterdir()):
+        raise InputError(f"{out} holds something else: give a path that does not exist, or remove it first")
+    try:
+        out.mkdir(exist_ok=True)
+        with atomic_file(path) as temporary:
+            temporary.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{out} cannot be written ({error}): give a path in an existing folder of your own") from error
+
+
+def _is_stale(path: Path, names: set[str]) -> bool:
+    """Whether a file is what a killed process left of one of `names`, see `atomic_file`."""
+    return path.name.startswith(".") and path.name.endswith(".part") and path.name[1:].rsplit(".", 2)[0] in names
+
+
+def _remove_stale(out: Path, todo: Sequence[Shard]) -> None:
+    """Not those of other parts' shards, which other machines may be writing."""
+    names = {PLAN_FILE, CORRUPT_FILE, INDEX_FILE}
+    names |= {path.name for shard in todo for path in (shard.path, shard.report_path)}
+    for path in out.iterdir():
+        if _is_stale(path, names):
+            path.unlink(missing_ok=True)
+
+
+def _check_corrupt(total: ShardReport, most: float, out: Path) -> None:
+    if len(total.corrupt) > most:
+        raise InputError(
+            f"{len(total.corrupt)} images cannot be read, more than {MAX_CORRUPT:.0%} of them, such as: "
+            f"{total.corrupt[0].error}. Repair them or take their lines out of the manifest, and remove {out}, which "
+            "leaves them out so far"
+        )
+
+
+def _write_index(out: Path, shards: Sequence[Shard], config: ModelConfig, fingerprint: str) -> None:
+    """Make a prepared set of shards that are all there."""
+    total = _total(shards)
+    _check_corrupt(total, MAX_CORRUPT * total.images, out)
+    sizes = [(shard.path.name, ShardReport.read(shard.report_path).samples) for shard in shards]
+    index = Index(
+        schema=SCHEMA,
+        config=config.to_json(),
+        encoders=fingerprint,
+        samples=total.samples,
+        tasks=dict(sorted(total.tasks.items())),
+        shards=tuple(ShardEntry(name, samples) for name, samples in sizes if samples),
+    )
+    with atomic_file(out / CORRUPT_FILE) as temporary:
+        lines = [json.dumps(asdict(image)) + "\n" for image in total.corrupt]
+        temporary.write_text("".join(lines), encoding="utf-8")
+    with atomic_file(out / INDEX_FILE) as temporary:
+        temporary.write_text(json.dumps(asdict(index), indent=2) + "\n", encoding="utf-8")
