@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.bench_results import BenchResults, CandidateResult, Fidelity
 from benchmarks.case import AnyPrecision, Candidate, Case, WorkerConfig, main_candidates, optional_candidates
 from benchmarks.measure import InterleavedRuns, Latency
+from benchmarks.memory_plan import USABLE, free_memory, plan_groups, total_bytes
 from benchmarks.parity import OnProgress, same_sizes
 from benchmarks.peaks import measure_peaks
 from benchmarks.schedule import WorkOptions
@@ -43,6 +44,7 @@ class BenchOptions:
     cold_starts: int = 3  # of the command, for each plain candidate
     compile: bool = True  # torch.compile is a candidate
     peak_side: int | None = None  # see `peaks.measure_peaks`
+    memory: int | None = None  # bytes that may be used at a time; None: what is free
     command: str = "mige-rt bench"
 
     def cases(self, config: ModelConfig) -> list[Case]:
@@ -84,29 +86,69 @@ class _Bench:
     results: BenchResults
     on_progress: OnProgress
     stack: ExitStack  # that ends the workers
-    workers: dict[WorkerConfig, Worker] = field(default_factory=dict)
+    workers: dict[WorkerConfig, Worker] = field(default_factory=dict)  # by process
+    failed: set[WorkerConfig] = field(default_factory=set)  # processes that could not be opened
+    truths: dict[Case, RunOutput] = field(default_factory=dict)  # the reference's
+    plain: dict[tuple[Case, WorkerConfig], RunOutput] = field(default_factory=dict)
 
     def run(self) -> None:
         options, results = self.options, self.results
         wanted = main_candidates(options.models[0], self._bundles(), options.engines, options.device, options.compile)
-        candidates = [candidate for candidate in wanted if self._open(candidate)]
-        plain = [candidate.worker for candidate in candidates if candidate.plain]
-        reference = self._reference(WorkerConfig(options.models[0], "pytorch", options.device, "fp32"), plain)
-        if reference is None or not plain:
-            missing = "nothing to measure" if reference else "no reference to compare with"
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            device, free = pool.submit(free_memory, options.device).result()
+        free = options.memory or free
+        groups, too_large = plan_groups(wanted, self.config, device, free)
+        for candidate in too_large:
+            needed = total_bytes([candidate], self.config, device)
+            results.skip(candidate.title(), f"it needs about {needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free")
+        reference = self._reference(wanted, device, free)
+        self._make_truths(reference, groups[:1])
+        fastest: WorkerConfig | None = None
+        for group in groups:
+            candidates = self._open_group(group)
+            plain = [candidate.worker for candidate in candidates if candidate.plain]
+            fastest = min(filter(None, [*plain, fastest]), key=lambda w: ENGINES.index(w.engine), default=None)
+            if len(groups) == 1 and fastest:
+                candidates += [candidate for candidate in optional_candidates(fastest) if self._open(candidate)]
+            self._measure_group(candidates)
+        if fastest is None:
             reasons = "; ".join(f"{skipped['name']}: {skipped['reason']}" for skipped in results.skipped)
-            raise InputError(f"there is {missing} ({reasons})")
-        fastest = min(plain, key=lambda worker: ENGINES.index(worker.engine))
-        candidates += [candidate for candidate in optional_candidates(fastest) if self._open(candidate)]
+            raise InputError(f"there is nothing to measure ({reasons})")
+        if len(groups) > 1:
+            for group in plan_groups(optional_candidates(fastest), self.config, device, free)[0]:
+                self._measure_group(self._open_group(group))
+
+    def _make_truths(self, reference: WorkerConfig, next_group: list[list[Candidate]]) -> None:
+        """What every candidate is compared with, made first; the reference is closed if it is not a candidate, too."""
         self.on_progress("the machine's peaks", 0, 0)
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             device = self.workers[reference].opened.device
-            results.peaks = pool.submit(measure_peaks, device, options.peak_side).result()
-        for case in options.cases(self.config):
+            self.results.peaks = pool.submit(measure_peaks, device, self.options.peak_side).result()
+        for case in self.options.cases(self.config):
+            self.on_progress(f"{case}: the reference", 0, 0)
             try:
-                self._measure(case, candidates, Candidate(reference))
+                self.truths[case] = self.workers[reference].run(Candidate(reference), case)
             except CandidateError as error:
-                results.skip(str(case), f"the reference cannot make it: {error}")
+                self.results.skip(str(case), f"the reference cannot make it: {error}")
+        self._close_all_but([candidate for group in next_group for candidate in group])
+
+    def _open_group(self, group: list[Candidate]) -> list[Candidate]:
+        """Those of a group that can be opened; processes that it does not need are closed before."""
+        self._close_all_but(group)
+        return [candidate for candidate in group if self._open(candidate)]
+
+    def _close_all_but(self, candidates: list[Candidate]) -> None:
+        needed = {candidate.worker.process for candidate in candidates}
+        for process in self.workers.keys() - needed:
+            self.workers.pop(process).kill()
+
+    def _measure_group(self, candidates: list[Candidate]) -> None:
+        self.results.groups.append([self._title(candidate) for candidate in candidates])
+        for case in self.truths:
+            self._measure(case, candidates)
+
+    def _title(self, candidate: Candidate) -> str:
+        return candidate.title(self.workers[candidate.worker.process].opened.precision)
 
     def _bundles(self) -> dict[AnyPrecision, Path | None]:
         """The bundle of each precision to measure; None where there is none, which PyTorch does not need."""
@@ -124,34 +166,45 @@ class _Bench:
 
     def _open(self, candidate: Candidate, name: str = "") -> bool:
         """Whether the candidate's worker is there; the results say once why it is not."""
-        name, config = name or candidate.title(), candidate.worker
-        if config not in self.workers:
+        name, process = name or candidate.title(), candidate.worker.process
+        if process not in self.workers and process not in self.failed:
             self.on_progress(f"opening {name}", 0, 0)
             try:
-                worker = self.workers[config] = Worker(config)
+                worker = self.workers[process] = Worker(process)
                 self.stack.callback(worker.kill)
             except CandidateError as error:
+                self.failed.add(process)
                 self.results.skip(name, str(error))
-        return config in self.workers
+        return process in self.workers
 
-    def _reference(self, config: WorkerConfig, plain: list[WorkerConfig]) -> WorkerConfig | None:
-        """PyTorch in float32 by our variant: a candidate that turned out to be it, or a process of its own."""
-        for worker in plain:
-            if worker.engine == "pytorch" and self.workers[worker].opened.precision == "fp32":
-                return worker
-        return config if self._open(Candidate(config), "the reference, PyTorch fp32") else None
+    def _reference(self, wanted: list[Candidate], device: str, free: int) -> WorkerConfig:
+        """PyTorch in float32 by our variant, opened: a candidate that is it, or a process of its own.
 
-    def _measure(self, case: Case, candidates: list[Candidate], reference: Candidate) -> None:
-        """Adds the case's results, as far as it gets. Raises CandidateError when the reference cannot make it."""
-        self.on_progress(f"{case}: the reference", 0, 0)
-        truth = self.workers[reference.worker].run(reference, case)
-        self.results.cases.append(case)
-        self.results.references.append(truth)
-        plain: dict[WorkerConfig, RunOutput] = {}
+        Where the GPU has too little memory for it, it runs on the CPU. Raises InputError when it cannot be opened.
+        """
+        for candidate in wanted:
+            worker = candidate.worker
+            if candidate.plain and worker.engine == "pytorch" and worker.precision in ("auto", "fp32"):
+                if self._open(candidate) and self.workers[worker].opened.precision == "fp32":
+                    return worker
+                self._close_all_but([])
+        config = WorkerConfig(self.options.models[0], "pytorch", self.options.device, "fp32")
+        if total_bytes([Candidate(config)], self.config, device) > USABLE * free:
+            config = replace(config, device="cpu")
+        if not self._open(Candidate(config), "the reference, PyTorch fp32"):
+            reasons = "; ".join(f"{skipped['name']}: {skipped['reason']}" for skipped in self.results.skipped)
+            raise InputError(f"there is no reference to compare with ({reasons})")
+        return config
+
+    def _measure(self, case: Case, candidates: list[Candidate]) -> None:
+        """Adds the case's results, as far as it gets."""
+        truth = self.truths[case]
+        if case not in self.results.cases:
+            self.results.cases.append(case)
+            self.results.references.append(truth)
         results: dict[str, CandidateResult] = {}
         for candidate in candidates:
-            worker = self.workers[candidate.worker]
-            name = candidate.title(worker.opened.precision)
+            worker, name = self.workers[candidate.worker.process], self._title(candidate)
             self.on_progress(f"{case}: {name}", 0, 0)
             try:
                 run = worker.run(candidate, case)
@@ -159,8 +212,8 @@ class _Bench:
                 self.results.skip(f"{name}, {case}", str(error), isinstance(error, InvalidOutputError))
                 continue
             if candidate.plain:
-                plain[candidate.worker] = run
-            compared = truth if candidate.exact else plain.get(candidate.worker, truth)
+                self.plain[case, candidate.worker] = run
+            compared = truth if candidate.exact else self.plain.get((case, candidate.worker), truth)
             fidelity = Fidelity.of(run, compared, candidate.exact)
             work, roofline = self._work(case, candidate, run)
             results[name] = CandidateResult(case, candidate, worker.opened, run, fidelity, work, roofline)
@@ -178,7 +231,7 @@ class _Bench:
 
     def _time(self, case: Case, results: dict[str, CandidateResult]) -> None:
         """Times the candidates in turn; they are added with what was measured, also when it is interrupted."""
-        workers = {name: self.workers[result.candidate.worker] for name, result in results.items()}
+        workers = {name: self.workers[result.candidate.worker.process] for name, result in results.items()}
         timed = {name: partial(workers[name].seconds, result.candidate, case) for name, result in results.items()}
         options, runs, starts = self.options, InterleavedRuns(timed, (CandidateError,)), dict[str, Latency]()
         plain = [result for result in results.values() if result.candidate.plain]

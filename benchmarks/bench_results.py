@@ -61,7 +61,7 @@ class CandidateResult:
     @property
     def memory(self) -> Memory | None:
         """None of what runs in another candidate's process."""
-        return self.run.memory if self.candidate == Candidate(self.candidate.worker) else None
+        return self.run.memory if self.candidate == Candidate(self.candidate.worker.process) else None
 
     @property
     def roofline_seconds(self) -> float | None:
@@ -103,6 +103,7 @@ class BenchResults:
     skipped: list[dict[str, Any]] = field(default_factory=list)
     references: list[RunOutput] = field(default_factory=list)  # of each case
     complete: bool = False
+    groups: list[list[str]] = field(default_factory=list)  # names of candidates that took turns with each other
 
     def skip(self, name: str, reason: str, invalid_output: bool = False) -> None:
         """invalid_output: it made something that is no image, which is as bad as an image that fails parity."""
@@ -134,6 +135,7 @@ class BenchResults:
         return {
             "schema": SCHEMA,
             **{name: getattr(self, name) for name in ABOUT},
+            "groups": self.groups,
             "peaks": self.peaks and asdict(self.peaks),
             "cases": [
                 {"title": str(case), "task": case.task, "tokens": reference.tokens, **asdict(case)}

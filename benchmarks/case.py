@@ -57,7 +57,7 @@ class RuntimeSettings:
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """What one worker process holds: a variant over one opened engine. precision and device as they are asked for."""
+    """A variant over one opened engine; precision and device as they are asked for."""
 
     model: Path
     engine: str
@@ -67,6 +67,11 @@ class WorkerConfig:
     compile: bool = False
     low_vram: bool = False
     runtime: RuntimeSettings | None = None  # of ONNX Runtime on a CPU; None: the engine's own
+
+    @property
+    def process(self) -> "WorkerConfig":
+        """The process that it runs in, which all variants share."""
+        return replace(self, variant="ours")
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from trainer.model.dit import Denoiser, attention_bias
 from trainer.model.mige import Mige
 
 _TYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
-_SIZES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 4}  # bytes of a number that is not quantised
+_SIZES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 4, "fp8": 2, "int8-sq": 2}  # bytes of a number that is not quantised
 _VAE = ("vae_encoder", "vae_decoder")  # which int8 leaves in float32
+_BLOCKS_ALONE = ("fp8", "int8-sq")  # which quantise the products in the denoiser's blocks alone
 # What one graph hands to another is of the precision; all else at a graph's border is what its specs say.
 _INNER = {spec.name for g in GRAPHS.values() for spec in g.outputs} & {
     spec.name for g in GRAPHS.values() for spec in g.inputs
@@ -79,7 +80,7 @@ def _weights(
 ) -> Iterator[tuple[int, int]]:
     """Of each weight, how many numbers are read, and the bytes of one."""
     counted: set[int] = set()
-    for part in module.modules():
+    for path, part in module.named_modules():
         product = isinstance(part, nn.Linear | nn.MultiheadAttention)
         for name, weight in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
             if id(weight) in counted or not weight.is_floating_point():
@@ -90,8 +91,15 @@ def _weights(
                 numbers = min(sizes["B"] * sizes["L"], len(weight)) * weight.shape[1]
             elif name == "y_embedding":
                 numbers = sizes["L"] * weight.shape[1]
-            quantised = precision == "int8" and product and weight.ndim == 2 and graph not in _VAE
-            yield numbers, 1 if quantised else _SIZES[precision]
+            in_block = graph == "denoiser" and path.startswith("blocks.")
+            narrow = (precision == "int8" and graph not in _VAE) or (precision in _BLOCKS_ALONE and in_block)
+            yield numbers, 1 if narrow and product and weight.ndim == 2 else _SIZES[precision]
+
+
+@cache
+def graph_parameters(config: ModelConfig, graph: GraphName) -> int:
+    """How many numbers the weights of a graph hold, each counted once."""
+    return sum(weight.numel() for weight in getattr(_model(config), graph).parameters())
 
 
 @cache

@@ -146,7 +146,7 @@ def _candidate_errors() -> Iterator[None]:
 
 
 class WorkerState:
-    """What a worker process holds: the pipeline, and the variant over it."""
+    """What a worker process holds: the pipeline, which every variant runs on."""
 
     def __init__(self, config: WorkerConfig) -> None:
         self.config = config
@@ -164,7 +164,7 @@ class WorkerState:
             Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
         batch, params = requests(case), case.params(candidate)
         self.pipe.condition_encoder.clear_cache()
-        images = [np.asarray(image) for image in self._variant(self.pipe).generate(batch, params)]
+        images = [np.asarray(image) for image in self._variant(self.pipe, candidate).generate(batch, params)]
         peak, gpu = peak_bytes(), self.cuda and self.free_gpu - self.cuda.mem_get_info()[0]
         memory = Memory(None if peak is None else max(peak, self.opening_peak), gpu)
         tracer = GraphTracer(self._synchronize)
@@ -172,24 +172,24 @@ class WorkerState:
         pipe = MigePipeline(self.pipe.config, tokenize, engine, low_memory=self.config.low_vram)
         if self.pipe._cuda_graphs is not None:  # a replayed step runs no graph by name: it is timed as the denoiser
             pipe._step = tracer.around_step(self.pipe._step)
-        self._variant(pipe).generate(batch, params)
+        self._variant(pipe, candidate).generate(batch, params)
         latents, precision = to_numpy(tracer.latents).astype(np.float32), self.opened.precision
         return RunOutput(candidate.title(precision), precision, images, memory, latents, tracer.tokens, tracer.graphs)
 
     def seconds(self, candidate: Candidate, case: Case) -> float:
         self.pipe.condition_encoder.clear_cache()
-        batch, params, variant = requests(case), case.params(candidate), self._variant(self.pipe)
+        batch, params, variant = requests(case), case.params(candidate), self._variant(self.pipe, candidate)
         self._synchronize()
         start = time.perf_counter()
         variant.generate(batch, params)  # ends with the images on the host
         return time.perf_counter() - start
 
-    def _variant(self, pipe: MigePipeline) -> Any:
-        if self.config.variant == "ours":
+    def _variant(self, pipe: MigePipeline, candidate: Candidate) -> Any:
+        if candidate.worker.variant == "ours":
             return pipe
         from benchmarks.baseline import AsPublished
 
-        return AsPublished(pipe, encode_once=self.config.variant == "encode_once")
+        return AsPublished(pipe, encode_once=candidate.worker.variant == "encode_once")
 
     def _synchronize(self) -> None:
         if self.cuda:

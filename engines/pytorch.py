@@ -15,7 +15,7 @@ from engines.attention import attention_order
 from engines.device import parse_device
 from engines.interface import Array, EngineOptions
 from mige_rt.bundle import OpenedModel
-from mige_rt.config import Precision
+from mige_rt.config import QUANTISED, Precision
 from mige_rt.errors import InputError, NotAvailableError
 from mige_rt.graphs import GRAPHS, INTERNAL_TENSORS, AxisRange, GraphName
 from trainer.checkpoints.model_folder import SafetensorsCheckpoint
@@ -93,9 +93,9 @@ class PyTorchEngine:
             raise NotAvailableError(
                 f"the pytorch engine has no precision {precision!r}; expected one of {', '.join(_DTYPES)}"
             )
-        if model.manifest is not None and model.manifest.precision == "int8":
+        if model.manifest is not None and (quantised := model.manifest.precision) in QUANTISED:
             raise NotAvailableError(
-                f"{model.folder} holds int8 weights, which the pytorch engine does not run: use --engine onnxruntime, "
+                f"{model.folder} holds {quantised} weights, which the pytorch engine does not run: use another engine, "
                 "or a bundle of another precision"
             )
         if precision == "fp32" and device != "cpu":

@@ -6,6 +6,7 @@ What only one of them has is looked up by name where it is used, with a comment.
 import dataclasses
 import re
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +40,10 @@ def import_runtime(engine: PlanEngine):  # noqa: ANN201, a module's type cannot 
     return trt
 
 
-def make_logger(engine: PlanEngine):  # noqa: ANN201, its base class is only known where it is made
+def make_logger(engine: PlanEngine, on_detail: Callable[[str], None] = lambda message: None):  # noqa: ANN201, its base class is only known where it is made
     """A logger for the runtime that keeps its last warnings and errors: `.lines`, and `.summary()` as one sentence.
 
-    It must be kept for as long as what was made with it.
+    It must be kept for as long as what was made with it. on_detail: gets every message, also the finest.
     """
     trt = import_runtime(engine)
 
@@ -52,6 +53,7 @@ def make_logger(engine: PlanEngine):  # noqa: ANN201, its base class is only kno
             self.lines: deque[str] = deque(maxlen=20)
 
         def log(self, severity: "ILogger.Severity", msg: str) -> None:
+            on_detail(msg)
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR, trt.ILogger.WARNING):
                 self.lines.append(f"{severity.name}: {msg}" if severity != trt.ILogger.WARNING else msg)
 

@@ -24,6 +24,7 @@ from mige_rt.known_bundles import is_known_bundle, remember
 # Two kinds of Ampere, Ada Lovelace, Blackwell. For Turing (7.5) it has no matrix products in float32 or bfloat16, and
 # every precision of ours has one somewhere.
 PORTABLE = ("8.0", "8.6", "8.9", "12.0")
+FP8 = (8, 9)  # the least compute capability that multiplies in it
 PLAN_OPTIONS = PlanOptions()
 OPTIONS = vars(PLAN_OPTIONS)  # as the plans' sidecar and fingerprint have them
 OnProgress = Callable[[str, int, int], None]  # what is being done, plans done, plans in all
@@ -103,7 +104,7 @@ def build(
     if not is_known_bundle(folder):
         check_graphs(folder, manifest)
     check_request(engine, manifest.precision, capabilities, device)
-    target, gpu = _target(engine, capabilities, device)
+    target, gpu = _target(engine, manifest.precision, capabilities, device)
     builder = _Builder(folder, manifest, target, gpu)
     name = fingerprint(target, manifest.precision, manifest.ranges, OPTIONS)
     engines = folder / "engines"
@@ -142,8 +143,13 @@ def check_request(engine: PlanEngine, precision: str, capabilities: Sequence[str
         InputError: they cannot.
     """
     if precision == "int8":
-        raise InputError("int8 is for ONNX Runtime on the CPU: export with --precision fp16 for plans")
-    _target(engine, capabilities, device)
+        raise InputError("int8 is for ONNX Runtime on the CPU: export with --precision fp16, fp8 or int8-sq for plans")
+    target, _ = _target(engine, precision, capabilities, device)
+    if precision == "fp8" and (older := [one for one in target.capabilities if _number(one) < FP8]):
+        raise InputError(
+            f"GPUs of compute capability {', '.join(older)} have no fp8, which begins with 8.9 (Ada Lovelace): export "
+            "with --precision int8-sq or fp16 for them"
+        )
 
 
 def rehearse_plan(folder: Path, graph: GraphName, plan: Path) -> BuiltPlan:
@@ -153,8 +159,9 @@ def rehearse_plan(folder: Path, graph: GraphName, plan: Path) -> BuiltPlan:
         InputError: memory runs out, or the builder refuses the graph.
         RuntimeError: the builder's process ends otherwise.
     """
-    target, gpu = _target("tensorrt-rtx", PORTABLE, "auto")
-    return _Builder(folder, read_manifest(folder), target, gpu).build(graph, plan, plan.with_suffix(".cache"))
+    manifest = read_manifest(folder)
+    target, gpu = _target("tensorrt-rtx", manifest.precision, portable(manifest.precision), "auto")
+    return _Builder(folder, manifest, target, gpu).build(graph, plan, plan.with_suffix(".cache"))
 
 
 def profile(manifest: Manifest, graph: GraphName) -> PlanProfile:
@@ -179,7 +186,14 @@ def _report_phase(on_progress: OnProgress | None, graph: GraphName, done: int, p
         on_progress(f"{graph}: {phase}", done, len(GRAPHS))
 
 
-def _target(engine: PlanEngine, capabilities: Sequence[str] | None, device: str) -> tuple[Target, _Gpu | None]:
+def portable(precision: str) -> tuple[str, ...]:
+    """The compute capabilities of PORTABLE that compute in a precision."""
+    return tuple(one for one in PORTABLE if precision != "fp8" or _number(one) >= FP8)
+
+
+def _target(
+    engine: PlanEngine, precision: str, capabilities: Sequence[str] | None, device: str
+) -> tuple[Target, _Gpu | None]:
     """What to build for, and the GPU here, if there is one."""
     version = import_runtime(engine).__version__
     if engine == "tensorrt" and capabilities:
@@ -202,7 +216,7 @@ def _target(engine: PlanEngine, capabilities: Sequence[str] | None, device: str)
     elif gpu is not None:
         chosen = [gpu.capability]
     else:
-        chosen = [one for one in PORTABLE if one in known]
+        chosen = [one for one in portable(precision) if one in known]
     if unknown := [one for one in chosen if one not in known]:
         raise InputError(
             f"TensorRT for RTX {version} cannot build for compute capability {', '.join(unknown)}; it knows "

@@ -37,7 +37,7 @@ from mige_rt.known_bundles import remember
 from trainer.checkpoints.open_checkpoint import CheckpointLocation, open_checkpoint
 
 SCHEDULER = "dpm_solver_pp_2m"  # mige_rt.scheduler
-SMALL = 200_000_000  # parameters up to which every shape is validated, and two graphs are exported at a time
+SMALL = 300_000_000  # parameters up to which every shape is validated, and two graphs are exported at a time
 
 WORKER = (sys.executable, "-P", "-m", "export.worker")  # -P: the working folder, a bundle perhaps, has no code of ours
 
@@ -185,7 +185,7 @@ def export_bundle(
         ckpt: `tiny`, a model folder, a bundle, the published model.pth or a folder with it, or a repository on the
             Hugging Face hub.
         out: the folder to make.
-        precision: fp32, fp16, bf16 or int8.
+        precision: fp32, fp16, bf16, int8, fp8 or int8-sq.
         limits: what the graphs are made for.
         options: how they are exported.
         on_progress: gets what is being done, how many jobs are done, and how many there are.

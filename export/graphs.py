@@ -15,8 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from onnxscript import optimizer
 from torch import Tensor, nn
 
@@ -41,6 +43,7 @@ _STORED = {
     torch.int64: "I64",
     torch.int8: "I8",
     torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
     torch.bool: "BOOL",
 }
 _ONNX = {
@@ -50,6 +53,7 @@ _ONNX = {
     torch.int64: ir.DataType.INT64,
     torch.int8: ir.DataType.INT8,
     torch.uint8: ir.DataType.UINT8,
+    torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
     torch.bool: ir.DataType.BOOL,
 }
 
@@ -245,7 +249,7 @@ def _point_to_file(model: ir.Model, value: ir.Value, tensor: ir.ExternalTensor, 
 def write_weights(model: ir.Model, path: Path) -> None:
     """Move a graph's large initializers, which have values, to a safetensors file, and let it read them from there."""
     large = {
-        name: torch.as_tensor(value.const_value.numpy().copy())
+        name: _as_torch(value.const_value.numpy())
         for name, value in model.graph.initializers.items()
         if value.const_value is not None and value.const_value.nbytes >= INLINE
     }
@@ -253,3 +257,10 @@ def write_weights(model: ir.Model, path: Path) -> None:
     places = _write_file(path, layout, large.__getitem__)
     for name in large:
         model.graph.initializers[name].const_value = _in_file(name, layout[name], path, places[name])
+
+
+def _as_torch(values: NDArray[Any]) -> Tensor:
+    """A copy; NumPy has float8 from a package whose types PyTorch does not know."""
+    if values.dtype.name == "float8_e4m3fn":
+        return torch.as_tensor(values.view(np.uint8).copy()).view(torch.float8_e4m3fn)
+    return torch.as_tensor(values.copy())

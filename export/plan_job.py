@@ -37,6 +37,7 @@ class PlanJob:
         gpu: the GPU to build on, as CUDA_VISIBLE_DEVICES takes it; None: none.
         timing_cache: what TensorRT measured for earlier plans.
         options: the builder's.
+        list_kernels: say which kernels the plan has; it then carries their names, and is larger.
     """
 
     engine: PlanEngine
@@ -49,6 +50,28 @@ class PlanJob:
     gpu: str | None
     timing_cache: Path
     options: PlanOptions
+    list_kernels: bool = False
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel that a plan launches.
+
+    Attributes:
+        name: as the builder calls it: after the operations that it fuses (`__myl_FcAdd_myl0_14`), after the graph's
+            nodes, or after its kind (`_gemm_mha_v2_myl0_13`, a fused attention).
+        kind: the builder's: kgen and runtime_fusion are generated, gemm and correlation are the library's.
+        inputs: their types, as Half or FP8.
+    """
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...]
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether it is a whole attention: both products and the softmax between them."""
+        return "_mha_" in self.name
 
 
 @dataclass(frozen=True)
@@ -57,3 +80,4 @@ class BuiltPlan:
 
     seconds: float
     peak_bytes: int | None
+    kernels: list[Kernel] | None = None  # in the order in which they run; None: not asked for

@@ -4,6 +4,7 @@ See `export.processes`.
 """
 
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +12,16 @@ from typing import TYPE_CHECKING, Any, SupportsInt, cast
 
 from engines.trt_runtime import import_runtime, make_logger
 from export.memory import peak_bytes
-from export.plan_job import BuiltPlan, PlanJob
+from export.plan_job import BuiltPlan, Kernel, PlanJob
 from export.processes import OnPhase, serve
 
 if TYPE_CHECKING:
     from tensorrt_rtx import IBuilderConfig
+
+
+_LAYER = re.compile(r"Name: (?P<name>.+?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], Constants:")
+_DATATYPE = re.compile(r"Datatype: (\w+)")
+_NO_KERNEL = {"shape_call", "signal", "wait", "reshape"}  # of the host, between streams, and of nothing but a shape
 
 
 class BuildError(Exception):
@@ -61,7 +67,9 @@ def work(job: PlanJob, on_phase: OnPhase) -> BuiltPlan:
     Raises BuildError, or OSError when there is no room.
     """
     started = time.monotonic()
-    trt, logger = import_runtime(job.engine), make_logger(job.engine)
+    messages: list[str] = []
+    trt = import_runtime(job.engine)
+    logger = make_logger(job.engine, messages.append) if job.list_kernels else make_logger(job.engine)
     builder = trt.Builder(logger)
     # Strongly typed, so that the graph's types decide: networks are of no other kind since TensorRT 11.
     network = builder.create_network(0)
@@ -75,6 +83,10 @@ def work(job: PlanJob, on_phase: OnPhase) -> BuiltPlan:
     monitor = make_monitor(trt, on_phase)
     config.progress_monitor = monitor
     config.builder_optimization_level = job.options.optimization_level
+    if job.list_kernels:
+        # By name, since the stubs lack it.
+        detailed = getattr(trt, "ProfilingVerbosity").DETAILED  # noqa: B009
+        setattr(config, "profiling_verbosity", detailed)  # noqa: B010
     if not job.options.tf32:
         config.clear_flag(trt.BuilderFlag.TF32)
     if job.workspace is not None:
@@ -101,7 +113,18 @@ def work(job: PlanJob, on_phase: OnPhase) -> BuiltPlan:
     job.plan.write_bytes(plan)
     if job.engine == "tensorrt":
         _write_timings(config, job.timing_cache)
-    return BuiltPlan(round(time.monotonic() - started, 1), peak_bytes())
+    kernels = read_kernels(messages) if job.list_kernels else None
+    return BuiltPlan(round(time.monotonic() - started, 1), peak_bytes(), kernels)
+
+
+def read_kernels(messages: Sequence[str]) -> list[Kernel]:
+    """The kernels of a plan, from the list of layers that the builder logs at its end, one a line."""
+    kernels: list[Kernel] = []
+    for line in (line for message in messages for line in message.splitlines()):
+        layer = _LAYER.match(line)
+        if layer and layer["kind"] not in _NO_KERNEL:
+            kernels.append(Kernel(layer["name"], layer["kind"], tuple(_DATATYPE.findall(layer["inputs"]))))
+    return kernels
 
 
 def _for_rtx(trt: Any, config: "IBuilderConfig", capabilities: Sequence[str]) -> None:

@@ -32,14 +32,23 @@ def _for_all(layers: dict[str, str], residual: str) -> dict[GraphName, dict[str,
     return {graph: {**layers, "residual": residual} for graph in GRAPHS}
 
 
-# Per graph and kind of layer, what computes in what; the borders of every graph are float32. T5's residual passes
-# 65,504 on some prompts (export of T5 v1.1 in half precision, transformers' `_keep_in_fp32_modules`), hence its entry.
+# T5's residual passes 65,504 on some prompts (export of T5 v1.1 in half precision, transformers'
+# `_keep_in_fp32_modules`), hence its entry.
+_FP16: dict[GraphName, dict[str, str]] = {
+    **_for_all(_HALF, "float16"),
+    "text_encoder": {**_HALF, "feed-forward's product and wo": "float32", "residual": "float32"},
+}
+
+
+def _with_quantised_blocks(products: str) -> dict[GraphName, dict[str, str]]:
+    """fp16, but for the products by the weights of the denoiser's blocks."""
+    return {**_FP16, "denoiser": {**_FP16["denoiser"], "matrix products by the blocks' weights": products}}
+
+
+# Per graph and kind of layer, what computes in what; the borders of every graph are float32.
 TABLES: dict[Precision, dict[GraphName, dict[str, str]]] = {
     "fp32": _for_all(_FULL, "float32"),
-    "fp16": {
-        **_for_all(_HALF, "float16"),
-        "text_encoder": {**_HALF, "feed-forward's product and wo": "float32", "residual": "float32"},
-    },
+    "fp16": _FP16,
     "bf16": _for_all(_BRAIN, "bfloat16"),
     # Convolutions gain nothing from dynamic quantisation, so the VAE stays as it is. The inputs of T5's wo have
     # outliers that one scale for all of them cannot hold beside the rest.
@@ -49,12 +58,17 @@ TABLES: dict[Precision, dict[GraphName, dict[str, str]]] = {
         "vae_encoder": {**_FULL, "residual": "float32"},
         "vae_decoder": {**_FULL, "residual": "float32"},
     },
+    # For NVIDIA GPUs: fp16 but for the denoiser's blocks.
+    "fp8": _with_quantised_blocks("float8 e4m3 weights a channel and inputs a tensor, calibrated"),
+    "int8-sq": _with_quantised_blocks("int8 weights a channel and inputs a tensor, calibrated and smoothed"),
 }
 _DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
     "int8": torch.float32,
+    "fp8": torch.float16,
+    "int8-sq": torch.float16,
 }
 _INNER = {"image_tokens", "text_states", "cross_kv"}  # inputs that the modules want in their own precision
 
@@ -63,11 +77,16 @@ def check_precision(precision: str) -> Precision:
     """The precision of this name.
 
     Raises:
-        InputError: it is none of fp32, fp16, bf16, int8.
+        InputError: it is none of the type `Precision`.
     """
     if precision not in TABLES:
         raise InputError(f"there is no precision {precision!r}; expected one of {', '.join(get_args(Precision))}")
     return precision
+
+
+def graph_precision(precision: Precision, graph: GraphName) -> Precision:
+    """What one graph of a bundle computes in: fp16 where fp8 and int8-sq leave it as it is."""
+    return "fp16" if TABLES[precision][graph] == TABLES["fp16"][graph] else precision
 
 
 class WideAccumulation(TorchFunctionMode):
@@ -143,7 +162,7 @@ class PreciseGraph(nn.Module):
         super().__init__()
         self.specs, self.dtype = GRAPHS[graph].inputs, _DTYPES[precision]
         self.module = module.to(self.dtype)
-        if precision == "fp16":
+        if self.dtype == torch.float16:
             for part in module.modules():
                 if isinstance(part, T5DenseGatedActDense):
                     part.wo.float()

@@ -25,7 +25,7 @@ def quantise(graph: GraphName, target: ExportTarget) -> None:
     with tempfile.TemporaryDirectory(dir=onnx_path.parent) as scratch:
         folded, path = Path(scratch) / "folded.onnx", Path(scratch) / "quantised.onnx"
         model = load_ir(onnx_path)
-        _fold_transposes(model)
+        fold_transposes(model)
         exact = [str(node.name) for node in model.graph if node.op_type == "MatMul" and _is_wo(node)]
         save_ir(model, folded, external_data="folded.data")
         del model
@@ -51,7 +51,7 @@ def _is_wo(node: ir.Node) -> bool:
     return any(value is not None and ".wo." in str(value.name) for value in node.inputs)
 
 
-def _fold_transposes(model: ir.Model) -> None:
+def fold_transposes(model: ir.Model) -> None:
     """Transpose weights once: the library quantises a product only where its second factor is an initializer."""
     for node in list(model.graph):
         weight = node.inputs[0] if node.op_type == "Transpose" else None

@@ -151,8 +151,8 @@ def main(precision: str, out: Path, preset: str, scratch: Path | None) -> None:
             console.log(what)
 
     try:
-        with tempfile.TemporaryDirectory(dir=scratch, prefix="rehearsal-") as name:
-            folder = Path(name)
+        with tempfile.TemporaryDirectory(dir=scratch, prefix="rehearsal-") as temporary:
+            folder = Path(temporary)
             console.log(f"making a model of the sizes {preset}")
             make_model(PRESETS[preset], folder / "model")
             result = export_bundle(
@@ -177,7 +177,8 @@ def main(precision: str, out: Path, preset: str, scratch: Path | None) -> None:
         plans=plans,
     )
     out.mkdir(parents=True, exist_ok=True)
-    json_path, markdown_path = out / f"rehearsal-{precision}.json", out / f"rehearsal-{precision}.md"
+    name = f"rehearsal-{precision}" if preset == "xl" else f"rehearsal-{preset}-{precision}"
+    json_path, markdown_path = out / f"{name}.json", out / f"{name}.md"
     json_path.write_text(json.dumps(rehearsal.to_json(), indent=1) + "\n", encoding="utf-8")
     markdown_path.write_text(markdown(rehearsal), encoding="utf-8")
     click.echo(markdown_path)

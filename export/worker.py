@@ -2,14 +2,17 @@
 
 import time
 
+from export.calibrate import input_ranges
 from export.context import ExportContext, ExportJob, ExportTarget
 from export.graphs import export_graph
 from export.memory import peak_bytes
 from export.processes import OnPhase, serve
 from export.quantise import quantise
+from export.quantise_static import quantise_static
 from export.results import GraphResult, PipelineResult
 from export.validate import make_cases, validate_graph, validate_pipeline
 from mige_rt.bundle import TOKENIZER_FILE
+from mige_rt.config import QUANTISED
 from mige_rt.errors import InputError
 from mige_rt.graphs import GraphName
 from mige_rt.tokenizer import load_tokenizer
@@ -43,6 +46,10 @@ def _export(context: ExportContext, graph: GraphName, validate: bool, on_phase: 
     if context.target.precision == "int8":
         on_phase("quantise")
         quantise(graph, context.target)
+    elif context.target.precision in QUANTISED and graph == "denoiser":
+        ranges = input_ranges(context.checkpoint, context.tokenize, lambda call: on_phase(f"calibrate, call {call}"))
+        on_phase("quantise")
+        quantise_static(context.target, ranges)
     exported = time.monotonic()
     seconds = round(exported - cases_made, 1)
     if not validate:

@@ -15,7 +15,8 @@ from annotated_types import Gt, Le, MaxLen
 from mige_rt.errors import InputError
 
 Prediction = Literal["epsilon", "v_prediction"]
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int8-sq"]
+QUANTISED: frozenset[str] = frozenset({"int8", "fp8", "int8-sq"})  # bundles whose weights PyTorch does not read
 SchedulerName = Literal["dpm_solver_pp_2m", "ddim"]
 PositiveInt = Annotated[int, Gt(0)]
 LONGEST_TEXT = 500  # characters of a name or a description in a file

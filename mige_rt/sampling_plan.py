@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from mige_rt.config import ModelConfig
+from mige_rt.config import QUANTISED, ModelConfig
 from mige_rt.errors import InputError
 from mige_rt.graphs import AxisRange
 from mige_rt.guidance import Branch, branches
@@ -162,7 +162,7 @@ def _check_limits(sizes: Mapping[str, _RequestedSize], limits: Mapping[str, Axis
         raise InputError(
             f"{requested.size * unit} {requested.meaning} are asked for, and this model's graphs take {allowed}: "
             f"export it again with another {requested.option}"
-            + ("" if precision == "int8" else ", or use --engine pytorch")
+            + ("" if precision in QUANTISED else ", or use --engine pytorch")
         )
 
 

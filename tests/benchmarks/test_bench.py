@@ -201,6 +201,22 @@ def test_without_its_packages_it_says_how_to_get_them(tmp_path: Path) -> None:
     assert done.returncode == 2 and "pip install 'mige-rt[bench]'" in done.stderr
 
 
+def test_with_little_memory_groups_are_measured_one_after_another() -> None:
+    engines, options = ("pytorch", "onnxruntime"), {**QUICK, "iterations": 2, "num_inference_steps": (2,)}
+    results = bench(BenchOptions(engines=engines, device="cpu", memory=800_000_000, **options))  # room for one process
+    assert results.complete and not results.skipped and not results.failed
+    assert results.groups == [
+        ["PyTorch fp32, as published", "PyTorch fp32, encode once", "PyTorch fp32"],
+        ["ONNX Runtime fp32"],
+        ["ONNX Runtime fp32, guidance at 0% to 50% of the steps", "ONNX Runtime fp32, reuse below 0.1"],
+        ["ONNX Runtime fp32, low VRAM"],
+    ]
+    assert [row.name for row in results.results] == [name for group in results.groups for name in group]
+    assert all(row.latency and len(row.latency.iterations) == 2 for row in results.results)
+    changes = {(change["change"], change["candidate"]) for change in results.speedups()}
+    assert ("the runtime", "ONNX Runtime fp32") in changes  # also between groups
+
+
 def test_a_process_that_dies_is_told_and_is_not_waited_for(results: BenchResults) -> None:
     config = next(row.candidate.worker for row in results.results if row.name == "ONNX Runtime fp32")
     worker = Worker(config)

@@ -25,7 +25,7 @@ from mige_rt.bundle import (
     OpenedModel,
     open_model,
 )
-from mige_rt.config import ModelConfig
+from mige_rt.config import QUANTISED, ModelConfig
 from mige_rt.errors import InputError
 from mige_rt.graphs import GraphName
 from trainer.checkpoints.weights import Checkpoint, differences, distinct_tensors, names_in
@@ -53,10 +53,10 @@ class SafetensorsCheckpoint(Checkpoint):
         """
         self._folder, self._manifest = model.folder, model.manifest
         self._open_files: dict[Path, safe_open] = {}
-        if self._manifest is not None and self._manifest.precision == "int8":
+        if self._manifest is not None and (precision := self._manifest.precision) in QUANTISED:
             raise InputError(
-                f"{self._folder} holds int8 weights, which only the engine onnxruntime runs: take the model that it "
-                "was exported from, or a bundle of another precision"
+                f"{self._folder} holds {precision} weights, which PyTorch does not read: take the model that it was "
+                "exported from, or a bundle of another precision"
             )
         self.config, self.source = model.config, model.source
 
