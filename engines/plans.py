@@ -18,7 +18,7 @@ from mige_rt.bundle import ALWAYS_HASHED, FileEntry, Manifest, Text, all_printab
 from mige_rt.config import Precision
 from mige_rt.errors import InputError, NotAvailableError
 from mige_rt.graphs import GRAPHS, AxisRange, GraphName
-from mige_rt.known_bundles import is_known
+from mige_rt.known_files import is_known
 from mige_rt.validation import validate
 
 PlanEngine = Literal["tensorrt", "tensorrt-rtx"]

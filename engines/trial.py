@@ -22,7 +22,7 @@ from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
 from mige_rt.graph_checks import check_graphs
 from mige_rt.graphs import GRAPHS, axis_size
-from mige_rt.known_bundles import is_known_bundle, remember
+from mige_rt.known_files import remember
 
 if TYPE_CHECKING:
     from onnxruntime import SessionOptions
@@ -48,7 +48,7 @@ def admit(model: OpenedModel, engine: Engine, *, trust: bool) -> None:
     Raises:
         InputError: The bundle is not to be used.
     """
-    if model.manifest is None or engine.name == "pytorch" or is_known_bundle(model.folder):
+    if model.manifest is None or engine.name == "pytorch" or model.known:
         return
     check_graphs(model.folder, model.manifest)
     if trust or engine.name != "onnxruntime":

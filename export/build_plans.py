@@ -15,11 +15,11 @@ from engines.trt_runtime import find_device, import_runtime, is_out_of_memory
 from export.plan_job import BuiltPlan, PlanJob, PlanOptions, PlanProfile
 from export.processes import OnPhase, WorkerFailedError, WorkerHooks, run_worker
 from mige_rt.atomic import atomic_folder
-from mige_rt.bundle import Manifest, check_files, file_entry, read_manifest
+from mige_rt.bundle import Manifest, check_files, file_entry, is_known_bundle, read_manifest
 from mige_rt.errors import InputError, NotAvailableError
 from mige_rt.graph_checks import check_graphs
 from mige_rt.graphs import GRAPHS, AxisRange, GraphName, axis_size
-from mige_rt.known_bundles import is_known_bundle, remember
+from mige_rt.known_files import remember
 
 # Two kinds of Ampere, Ada Lovelace, Blackwell. For Turing (7.5) it has no matrix products in float32 or bfloat16, and
 # every precision of ours has one somewhere.

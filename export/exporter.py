@@ -33,7 +33,7 @@ from mige_rt.config import ModelConfig, Precision
 from mige_rt.errors import InputError
 from mige_rt.graphs import GRAPHS, AxisRange, GraphName, resolved_axes
 from mige_rt.hub import local_folder
-from mige_rt.known_bundles import remember
+from mige_rt.known_files import remember
 from trainer.checkpoints.open_checkpoint import CheckpointLocation, open_checkpoint
 
 SCHEDULER = "dpm_solver_pp_2m"  # mige_rt.scheduler

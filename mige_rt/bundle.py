@@ -5,7 +5,6 @@ manifest.json, tokenizer/, onnx/ with six graphs and their weights, and engines/
 """
 
 import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ from annotated_types import Ge, Gt, Le, MaxLen
 from mige_rt.config import LONGEST_TEXT, ModelConfig, Precision, SchedulerName
 from mige_rt.errors import InputError
 from mige_rt.graphs import GRAPHS, AxisRange, GraphName, resolved_axes
+from mige_rt.known_files import is_known, sha256
 from mige_rt.validation import validate
 
 DEFAULT_MODEL = Path(__file__).parent / "models" / "tiny"
@@ -116,12 +116,14 @@ class OpenedModel:
         config: The model's sizes and defaults.
         manifest: The bundle's; None for a model folder.
         source: Where the weights came from, in words.
+        known: It is a bundle that came with mige-rt, or was exported or tried on this machine.
     """
 
     folder: Path
     config: ModelConfig
     manifest: Manifest | None
     source: str
+    known: bool
 
     def weights_bytes(self, *, largest: bool = False) -> int:
         """The size of the files with weights; largest: of the largest one alone."""
@@ -140,15 +142,20 @@ def open_model(folder: Path) -> OpenedModel:
     """
     if not is_bundle(folder):
         config, source = _read_model_folder(folder)
-        return OpenedModel(folder, config, None, source)
+        return OpenedModel(folder, config, None, source, known=False)
     manifest = read_manifest(folder)
     check_files(folder, manifest)
-    return OpenedModel(folder, manifest.model, manifest, manifest.source)
+    return OpenedModel(folder, manifest.model, manifest, manifest.source, known=is_known_bundle(folder))
 
 
 def is_bundle(folder: Path) -> bool:
     """Whether a folder has a manifest."""
     return (folder / MANIFEST).is_file()
+
+
+def is_known_bundle(folder: Path) -> bool:
+    """Whether a bundle came with mige-rt, or was exported or tried here, and has the same manifest still."""
+    return folder == DEFAULT_MODEL or (is_bundle(folder) and is_known(folder / MANIFEST))
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -228,16 +235,6 @@ def weights_path(graph: GraphName) -> str:
 def file_entry(folder: Path, path: str) -> FileEntry:
     """The entry of the file folder/path as it is now."""
     return FileEntry(path, (folder / path).stat().st_size, sha256(folder / path))
-
-
-def sha256(path: Path) -> str:
-    """A file's SHA-256 in hex. Raises InputError when it cannot be read."""
-    try:
-        with path.open("rb", buffering=0) as file:
-            digest = hashlib.file_digest(file, "sha256")  # pyright: ignore[reportArgumentType]
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error})") from error
-    return digest.hexdigest()
 
 
 def _check_file(folder: Path, file: FileEntry, *, hashed: bool) -> None:

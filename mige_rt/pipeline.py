@@ -26,7 +26,6 @@ from mige_rt.hub import local_folder
 from mige_rt.image_size import Fit
 from mige_rt.images import normalize_image
 from mige_rt.instruction import EditScope, Task
-from mige_rt.known_bundles import is_known_bundle
 from mige_rt.memory import MemoryBudget
 from mige_rt.postprocessing import to_image
 from mige_rt.requests import Request, ResolvedRequest, resolve
@@ -199,7 +198,7 @@ class MigePipeline:
         weights = model.weights_bytes(largest=low_memory)
         memory = MemoryBudget(model.config, weights, memory_limit, enforced=on_cpu, low_memory=low_memory)
         memory.check_model()
-        tokenize = load_tokenizer(model.folder / TOKENIZER_FILE, known=is_known_bundle(model.folder))
+        tokenize = load_tokenizer(model.folder / TOKENIZER_FILE, known=model.known)
         options = EngineOptions(
             device=device,
             precision=precision,

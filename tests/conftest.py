@@ -13,7 +13,7 @@ from safetensors import safe_open
 import export.exporter
 from mige_rt.bundle import DEFAULT_MODEL, MANIFEST, file_entry, read_manifest
 from mige_rt.graphs import GraphName
-from mige_rt.known_bundles import CACHE_VARIABLE
+from mige_rt.known_files import CACHE_VARIABLE
 from mige_rt.pipeline import MigePipeline
 from trainer.preview import first_of_each_kind
 from trainer.synthetic.concepts import Concept, load_concepts

@@ -52,6 +52,7 @@ from mige_rt.bundle import (
     TOKENIZER_FILE,
     check_files,
     file_entry,
+    is_known_bundle,
     read_config,
     read_manifest,
 )
@@ -60,7 +61,7 @@ from mige_rt.config import PRESETS, ModelConfig
 from mige_rt.errors import InputError
 from mige_rt.graph_checks import OPERATORS, check_graphs
 from mige_rt.graphs import GRAPHS
-from mige_rt.known_bundles import is_known_bundle, remember
+from mige_rt.known_files import remember
 from mige_rt.memory import GIB, MemoryBudget, parameters, run_bytes
 from mige_rt.onnx_file import read_onnx
 from mige_rt.pipeline import MigePipeline

@@ -4,12 +4,13 @@ Each is remembered by the SHA-256 of the file that describes it, which has the h
 file of that name in the user's cache folder.
 """
 
+import hashlib
 import logging
 import os
 import sys
 from pathlib import Path
 
-from mige_rt.bundle import DEFAULT_MODEL, MANIFEST, is_bundle, sha256
+from mige_rt.errors import InputError
 
 CACHE_VARIABLE = "MIGE_RT_CACHE"  # the environment variable with another folder
 
@@ -27,9 +28,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mige-rt"
 
 
-def is_known_bundle(bundle: Path) -> bool:
-    """Whether a bundle came with mige-rt, or was exported or tried here, and has the same manifest still."""
-    return bundle == DEFAULT_MODEL or (is_bundle(bundle) and is_known(bundle / MANIFEST))
+def sha256(path: Path) -> str:
+    """A file's SHA-256 in hex. Raises InputError when it cannot be read."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            digest = hashlib.file_digest(file, "sha256")  # pyright: ignore[reportArgumentType]
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error})") from error
+    return digest.hexdigest()
 
 
 def is_known(description: Path) -> bool:
