@@ -123,7 +123,13 @@ def test_blocks_are_split_as_a_shell_splits_them(tmp_path: Path) -> None:
 
 
 def test_options_named_in_the_text_exist() -> None:
-    modules = ("trainer.__main__", "trainer.evaluate.__main__", "trainer.synthetic.fetch", "trainer.synthetic.manifest")
+    modules = (
+        "trainer.__main__",
+        "trainer.evaluate.__main__",
+        "trainer.synthetic.fetch",
+        "trainer.synthetic.manifest",
+        "benchmarks.gpu_stay.__main__",
+    )
     commands = (mige_rt, *mige_rt.commands.values(), *(import_module(name).main for name in modules))
     known = {"--help", "--version", "--salt", "--backend", "--write", "--strict"}  # the last four of other programs
     known |= {name for command in commands for name in options(command)}
