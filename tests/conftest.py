@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -7,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from PIL import Image
 from safetensors import safe_open
 
@@ -25,11 +27,18 @@ from cuda_stubs import cuda  # noqa: F401, a fixture
 DATA = Path(__file__).parent / "data"
 
 
+@pytest.fixture(scope="session")
+def common_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The temporary folder of the whole run, which its processes share (`pytest -n 2`)."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def own_cache(common_folder: Path) -> Iterator[None]:
     """What is remembered of bundles goes to a folder of the tests' own."""
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        environment.setenv(CACHE_VARIABLE, str(common_folder / "cache"))
         yield
 
 
@@ -52,13 +61,15 @@ def samples(concepts: list[Concept]) -> dict[str, Sample]:
 
 
 @pytest.fixture(scope="session")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def bundles(common_folder: Path) -> Callable[[str], Path]:
     """Bundles of the default model by precision, validated, exported when first asked for; not to be changed."""
 
     @cache
     def bundle(precision: str) -> Path:
-        out = tmp_path_factory.mktemp("bundles") / precision
-        export.exporter.export_bundle("tiny", out, precision, export.exporter.ExportLimits(4, 4, (32, 128)))
+        out = common_folder / f"bundle-{precision}"
+        with FileLock(f"{out}.lock"):
+            if not out.exists():
+                export.exporter.export_bundle("tiny", out, precision, export.exporter.ExportLimits(4, 4, (32, 128)))
         return out
 
     return bundle
