@@ -77,10 +77,15 @@ class _EncodeOnce(EngineWrapper):
         conditions = [(branch.text, branch.source) for branch in every]
         self._needed = [conditions.index((branch.text, branch.source)) for branch in needed]
         self._source = next((i for i, branch in enumerate(needed) if branch.source), None)
+        self._cross_kv: Array | None = None  # of every branch
 
     def run(self, graph: GraphName, inputs: Mapping[str, Array]) -> dict[str, Array]:
         if graph == "conditioner":
-            return {"cross_kv": self._condition(inputs["text_states"])}
+            self._condition(inputs["text_states"])
+            assert self._cross_kv is not None
+            xp = array_namespace(self._cross_kv)
+            blocks = [self._branch(xp.permute_dims(self._cross_kv, (2, 0, 1, 3, 4, 5)), n) for n in self._needed]
+            return {"cross_kv": xp.permute_dims(xp.concat(blocks), (1, 2, 0, 3, 4, 5))}
         if graph == "denoiser":
             return {"prediction": self._denoise(inputs)}
         return self.engine.run(graph, inputs)
@@ -93,21 +98,24 @@ class _EncodeOnce(EngineWrapper):
         """The first branch's rows, for every branch."""
         return array_namespace(values).concat([self._branch(values, 0)] * len(self.every))
 
-    def _condition(self, text_states: Array) -> Array:
-        """The conditioner's cross_kv of every branch, from text_states [R,L,D] of which the first B count."""
+    def _condition(self, text_states: Array) -> None:
+        """Keep the conditioner's cross_kv of every branch, from text_states [R,L,D] of which the first B count."""
         has_text = np.repeat([branch.text for branch in self.every], self.samples)
         inputs = {"text_states": self._repeat(text_states), "has_text": self.array(has_text)}
-        return self.engine.run("conditioner", inputs)["cross_kv"]
+        self._cross_kv = self.engine.run("conditioner", inputs)["cross_kv"]
 
     def _denoise(self, inputs: Mapping[str, Array]) -> Array:
-        """The prediction of the branches that count, from their inputs, but cross_kv of every one."""
+        """The prediction of the branches that count, from their inputs, but the kept cross_kv of every one."""
+        assert self._cross_kv is not None
         xp = array_namespace(inputs["latents"])
         blank = xp.zeros_like(self._branch(inputs["latents"], 0))
         # Where no branch that counts sees the source, what the others see does not matter.
         source = blank if self._source is None else self._branch(inputs["source"], self._source)
         same = {name: self._repeat(inputs[name]) for name in ("latents", "timestep", "text_mask")}
         sources = xp.concat([source if branch.source else blank for branch in self.every])
-        prediction = self.engine.run("denoiser", {**inputs, **same, "source": sources})["prediction"]
+        prediction = self.engine.run("denoiser", {**inputs, **same, "source": sources, "cross_kv": self._cross_kv})[
+            "prediction"
+        ]
         return xp.concat([self._branch(prediction, number) for number in self._needed])
 
 
@@ -139,8 +147,8 @@ class _Published(_EncodeOnce):
             if self._image_inputs is not None:
                 text_inputs["image_tokens"] = self.engine.run("image_encoder", self._image_inputs)["image_tokens"]
             text_states = self.engine.run("text_encoder", text_inputs)["text_states"]  # [B,256,D]
-            cross_kv = self._condition(text_states[:, : inputs["text_mask"].shape[1]])
-            return {"prediction": self._denoise({**inputs, "cross_kv": cross_kv})}
+            self._condition(text_states[:, : inputs["text_mask"].shape[1]])
+            return {"prediction": self._denoise(inputs)}
         return self.engine.run(graph, inputs)
 
     def _zeros(self, *shape: int) -> Array:

@@ -90,8 +90,8 @@ def check_name(path: Path) -> None:
     try:
         check_folder(path.parent)
         with suppress(FileNotFoundError):
-            os.lstat(path)  # refuses a name that is too long
-    except OSError as error:
+            os.lstat(path)  # refuses a name that is too long, or holds a zero byte
+    except (OSError, ValueError) as error:
         raise _cannot_write(path, error) from error
 
 

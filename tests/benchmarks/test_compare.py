@@ -123,7 +123,7 @@ def test_a_model_that_overflows_fails_and_is_shown(
     other_model: Callable[..., Path], prompts: Path, tmp_path: Path
 ) -> None:
     out, changed = tmp_path / "out", other_model("denoiser", "final_layer.linear.weight", 1e36)
-    models = ["--model", changed, "--reference-model", DEFAULT_MODEL, "--candidate", "onnxruntime"]
+    models = ["--model", changed, "--reference-model", DEFAULT_MODEL, "--candidate", "onnxruntime", "--trust"]
     result = _run(out, "--prompts", prompts, *models)
     assert result.exit_code == 1, result.output
     content = _content(out)
