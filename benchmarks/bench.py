@@ -174,7 +174,7 @@ class _Bench:
                 self.stack.callback(worker.kill)
             except CandidateError as error:
                 self.failed.add(process)
-                self.results.skip(name, str(error))
+                self.results.skip(name, str(error), isinstance(error, InvalidOutputError))
         return process in self.workers
 
     def _reference(self, wanted: list[Candidate], device: str, free: int) -> WorkerConfig:
