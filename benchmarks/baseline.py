@@ -83,9 +83,8 @@ class _EncodeOnce(EngineWrapper):
         if graph == "conditioner":
             self._condition(inputs["text_states"])
             assert self._cross_kv is not None
-            xp = array_namespace(self._cross_kv)
-            blocks = [self._branch(xp.permute_dims(self._cross_kv, (2, 0, 1, 3, 4, 5)), n) for n in self._needed]
-            return {"cross_kv": xp.permute_dims(xp.concat(blocks), (1, 2, 0, 3, 4, 5))}
+            rows = np.arange(len(self.every) * self.samples).reshape(len(self.every), -1)[self._needed].flatten()
+            return {"cross_kv": array_namespace(self._cross_kv).take(self._cross_kv, self.array(rows), axis=2)}
         if graph == "denoiser":
             return {"prediction": self._denoise(inputs)}
         return self.engine.run(graph, inputs)
