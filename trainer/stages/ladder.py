@@ -36,8 +36,8 @@ _COMPOSED = {kind: SHARES[kind] for kind in ("add", "replace")}
 LADDER: tuple[Rung, ...] = (
     Rung("again", {"again": 1.0}, 0.05, 0.5),
     Rung("another_ground", {"another_ground": 1.0}, 0.15, 0.4),
-    Rung("generate_one", {"generate_one": 1.0}, 0.1, 0.65),
-    Rung("generate_several", {"generate_several": 1.0}, 0.1, 0.85),
+    Rung("generate_one", {"generate_one": 1.0}, 0.1, 0.7),
+    Rung("generate_several", {"generate_several": 1.0}, 0.1, 0.95),
     Rung("compose", _COMPOSED, 0.25, 0.85),
     Rung("edit", {kind: s for kind, s in SHARES.items() if kind not in ("generate", *_COMPOSED)}, 0.35, 0.0),
 )

@@ -1,6 +1,6 @@
 """Tasks with images of things: generating them in a scene, adding them to one, replacing another with one."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -38,6 +38,8 @@ PAIRS = {  # words between two subjects that say where they stand
     "below": ("at the bottom", "at the top"),
 }
 SIZED_SHARE = 0.25  # of the subjects that may be asked for in a size: those that are
+QUIET_PATTERNS = ("plain", "shaded")
+QUIET_SHARE = 0.6  # of the backgrounds of practice, the others are of any pattern
 SCENE_SHARE = 0.4  # of the images to be painted again: those that are scenes
 AIR_SHARE = 0.15  # of the generated images: those at a time of day or in some weather
 
@@ -133,11 +135,16 @@ def again(rng: np.random.Generator, stock: Stock) -> Sample | None:
 def another_ground(rng: np.random.Generator, stock: Stock) -> Sample | None:
     """What a reference shows, at the same place and in the same size, on another background."""
     reference = reference_scene(rng, random_subjects(rng, stock.concepts, 1)[0])
-    background = random_pattern(rng)
+    background = _practice_pattern(rng)
     ground, air = _ground(rng, background)
     prompt = f"{pick(rng, ('a', 'the'))} <imagehere> {ground}"
     image = draw_scene(reference, stock.side).image
     return generation("another_ground", stock, prompt, replace(reference, background=background, air=air), [image])
+
+
+def _practice_pattern(rng: np.random.Generator) -> Background:
+    """Plain and shaded grounds first: where a stripe is to be, no words say, and learning it hides the subject."""
+    return random_pattern(rng, QUIET_PATTERNS) if rng.random() < QUIET_SHARE else random_pattern(rng)
 
 
 def _ground(rng: np.random.Generator, background: Background) -> tuple[str, str | None]:
@@ -149,9 +156,15 @@ def _ground(rng: np.random.Generator, background: Background) -> tuple[str, str 
     return f"{words} {'at' if air in TIMES else 'in'} {air}", air
 
 
-def _generate(kind: str, numbers: Mapping[int, float], rng: np.random.Generator, stock: Stock) -> Sample | None:
+def _generate(
+    kind: str,
+    numbers: Mapping[int, float],
+    draw_background: Callable[[np.random.Generator], Background],
+    rng: np.random.Generator,
+    stock: Stock,
+) -> Sample | None:
     """As many subjects on a background, each as often as told, in words for all that the image shows."""
-    background = random_pattern(rng)
+    background = draw_background(rng)
     number = stock.at_most(int(rng.choice(list(numbers), p=list(numbers.values()))))
     subjects = random_subjects(rng, stock.concepts, number)
     ground, air = _ground(rng, background)
@@ -171,6 +184,6 @@ def _generate(kind: str, numbers: Mapping[int, float], rng: np.random.Generator,
     return generation(kind, stock, prompt, Scene(background, subjects, air), images)
 
 
-generate = partial(_generate, "generate", {1: 0.55, 2: 0.3, 3: 0.15})
-generate_one = partial(_generate, "generate_one", {1: 1.0})
-generate_several = partial(_generate, "generate_several", {2: 2 / 3, 3: 1 / 3})
+generate = partial(_generate, "generate", {1: 0.55, 2: 0.3, 3: 0.15}, random_pattern)
+generate_one = partial(_generate, "generate_one", {1: 1.0}, _practice_pattern)
+generate_several = partial(_generate, "generate_several", {2: 2 / 3, 3: 1 / 3}, _practice_pattern)

@@ -116,9 +116,9 @@ def random_background(rng: np.random.Generator, photos: Sequence[Path] = ()) -> 
     return random_pattern(rng)
 
 
-def random_pattern(rng: np.random.Generator) -> Background:
-    """A pattern in a color."""
-    pattern, colour = PATTERNS[rng.integers(len(PATTERNS))], list(COLOURS)[rng.integers(len(COLOURS))]
+def random_pattern(rng: np.random.Generator, patterns: Sequence[str] = PATTERNS) -> Background:
+    """One of some patterns in a color."""
+    pattern, colour = patterns[rng.integers(len(patterns))], list(COLOURS)[rng.integers(len(COLOURS))]
     return Background(pattern, colour, int(rng.integers(2**31)))
 
 
