@@ -24,18 +24,21 @@ SAMPLES_SHOWN, SAMPLES_MEASURED = 4, 32  # of each kind
 BATCH = 8  # images made at once, if the engine takes as many; a larger batch is not faster on a CPU
 
 
-def first_of_each_kind(concepts: Sequence[Concept], side: int, seed: int, samples_per_kind: int) -> list[Sample]:
-    """The first samples of every kind in a series, ordered by kind.
+def first_of_each_kind(
+    concepts: Sequence[Concept], side: int, seed: int, samples_per_kind: int, kinds: Sequence[str] = tuple(KINDS)
+) -> list[Sample]:
+    """The first samples of some kinds in a series, ordered by kind.
 
     Args:
         concepts: What the samples show.
         side: Width and height of the images, in pixels.
         seed: Of the series.
         samples_per_kind: A larger number gives the same samples first.
+        kinds: More of them leave the samples of the first ones as they are.
     """
     return [
         make_sample(seed, i * len(KINDS) + k, concepts, side, {kind: 1})
-        for k, kind in enumerate(KINDS)
+        for k, kind in enumerate(kinds)
         for i in range(samples_per_kind)
     ]
 

@@ -1,8 +1,8 @@
 """`python -m trainer.evaluate --assets DIR --out DIR`: measure a model on concepts that were held out from training.
 
 Writes evaluation.json (all metrics), evaluation.md (tables) and grid.png (the first samples of each kind, not
-selected); with --guidance, guidance.json and guidance.png instead: what the two scales do, on concepts that the model
-was trained on.
+selected); with --guidance, guidance.json and guidance.png instead: what the two scales and the number of steps do, on
+concepts that the model was trained on.
 """
 
 from pathlib import Path
@@ -36,7 +36,7 @@ from trainer.evaluate.options import EVALUATION_SAMPLES, GUIDANCE_SAMPLES, Evalu
     required=True,
     help="folder of emoji images made by python -m trainer.synthetic.fetch",
 )
-@click.option("--guidance", is_flag=True, help="measure what the guidance scales do instead")
+@click.option("--guidance", is_flag=True, help="measure what guidance scales and steps do instead")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="folder to make")
 def main(**options: Any) -> None:
     """Parse the options and run; bad input ends with exit code 2."""

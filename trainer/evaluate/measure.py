@@ -5,6 +5,7 @@ A model is limited by its VAE, so results are compared with the ground truth's r
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -17,16 +18,21 @@ from trainer.evaluate.identity import Gallery, flattened
 from trainer.evaluate.intervals import Estimate, estimate
 from trainer.evaluate.metrics import mean_squared_error, psnr, within
 from trainer.synthetic.sample import Sample
+from trainer.synthetic.tasks import KINDS
 
 # Of 255, in every channel. An edit has to be recognizable: a colour word covers a range of 10 levels each way.
 EDITED_TOLERANCE = 24
 KEPT_TOLERANCE = 8
 
-SUBJECT_KINDS = ("add", "replace", "generate")  # a subject comes from a reference image
-EASIER_KINDS = ("recolour", "recolour_subject", "remove")
-COVERED, COVERED_EASIER = 1 / 2, 3 / 4
+EVALUATED_KINDS = (*KINDS, "another_ground")  # the last is the README's first example: no place is named
+SUBJECT_KINDS = ("add", "replace", "generate")  # a subject comes from a reference image, to a place of its own
+COVERED, COVERED_OF_KIND = (
+    1 / 2,
+    {"recolour": 3 / 4, "recolour_subject": 3 / 4, "remove": 3 / 4, "move": 0.3, "resize": 0.3},
+)
 KEPT = 0.95
-TIMES_CHANCE, OF_TRUTH = 20, 1 / 3
+TIMES_CHANCE, OF_TRUTH, OF_TRUTH_IN_PLACE = 20, 1 / 3, 1 / 2
+ABOVE_FLAT = 6.0  # dB, where the subject stays at its place
 VAE_BATCH = 8  # images that the VAE is given at once, if the engine takes as many
 
 
@@ -47,6 +53,7 @@ class SampleMetrics:
         kept: How many of those agree with the reconstructed ground truth.
         asked: Number of visible subjects that the instruction brings in or changes.
         found: How many of those are recognized.
+        subject_psnr: PSNR inside the masks of those, in dB; without keys where there are none.
     """
 
     error: Mapping[str, float]
@@ -57,6 +64,7 @@ class SampleMetrics:
     kept: Mapping[str, int]
     asked: int
     found: Mapping[str, int]
+    subject_psnr: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +81,9 @@ class KindMetrics:
         kept: Share of all untouched pixels.
         asked: Number of subjects asked for.
         found: Share of the subjects asked for.
+        found_beyond_flat: The share of the result less that of the truth in one colour.
+        subject_psnr: Mean over samples with subjects asked for, in dB.
+        beyond_flat: The subject_psnr of the result less that of the truth in one colour, in dB.
     """
 
     samples: int
@@ -83,6 +94,9 @@ class KindMetrics:
     kept: Mapping[str, Estimate]
     asked: int
     found: Mapping[str, Estimate]
+    found_beyond_flat: Estimate | None
+    subject_psnr: Mapping[str, Estimate]
+    beyond_flat: Estimate | None
 
 
 @dataclass(frozen=True)
@@ -93,18 +107,24 @@ class Threshold:
         kind: Of samples.
         metric: In words.
         value: None where it cannot be computed.
-        required: The least value that passes.
+        required: The least value that passes; with `exclusive`, it has to be more.
+        unit: A share or dB.
+        exclusive: Whether reaching `required` is not enough.
     """
 
     kind: str
     metric: str
     value: float | None
     required: float
+    unit: Literal["share", "dB"] = "share"
+    exclusive: bool = False
 
     @property
     def met(self) -> bool:
         """Whether the value reaches what is required."""
-        return self.value is not None and self.value >= self.required
+        if self.value is None:
+            return False
+        return self.value > self.required if self.exclusive else self.value >= self.required
 
 
 def reconstruct(pipe: MigePipeline, images: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -152,8 +172,13 @@ def measure(
     looked_up = {"truth": sample.target, **images} if baselines else {"result": result}
     marks = [sample.after[i] for i in sample.asked if sample.after[i].box is not None]
     recognized = {name: sum(gallery.recognizes(image, mark) for mark in marks) for name, image in looked_up.items()}
+    compared = dict(images)
     if baselines:
+        compared["flat"] = sample.target
+        for mark in marks:
+            compared["flat"] = flattened(compared["flat"], mark.mask)
         recognized["flat"] = sum(gallery.recognizes(flattened(sample.target, mark.mask), mark) for mark in marks)
+    subjects = np.any([mark.mask for mark in marks], axis=0) if marks else None
     edited, untouched = sample.changed, ~sample.changed
     return SampleMetrics(
         error={name: mean_squared_error(image, sample.target) for name, image in images.items()},
@@ -164,6 +189,9 @@ def measure(
         kept={n: int(within(i, truth_vae, KEPT_TOLERANCE)[untouched].sum()) for n, i in reconstructions.items()},
         asked=len(marks),
         found=recognized,
+        subject_psnr={}
+        if subjects is None
+        else {name: psnr(image[subjects], sample.target[subjects]) for name, image in compared.items()},
     )
 
 
@@ -176,6 +204,7 @@ def summarize(measured: Sequence[SampleMetrics]) -> KindMetrics:
         estimates = {name: estimate([getattr(m, metric)[name] for m in measured], totals) for name in names}
         return {name: value for name, value in estimates.items() if value is not None}
 
+    with_subjects = [m.subject_psnr for m in measured if m.subject_psnr]
     covered = None
     if "source" in measured[0].error:
         covered = estimate(
@@ -191,6 +220,15 @@ def summarize(measured: Sequence[SampleMetrics]) -> KindMetrics:
         kept=over_samples("kept", "untouched"),
         asked=sum(m.asked for m in measured),
         found=over_samples("found", "asked"),
+        found_beyond_flat=estimate([m.found["result"] - m.found["flat"] for m in measured], [m.asked for m in measured])
+        if "flat" in measured[0].found
+        else None,
+        subject_psnr={name: e for name in with_subjects[0] if (e := estimate([p[name] for p in with_subjects]))}
+        if with_subjects
+        else {},
+        beyond_flat=estimate([p["result"] - p["flat"] for p in with_subjects])
+        if with_subjects and "flat" in with_subjects[0]
+        else None,
     )
 
 
@@ -205,7 +243,7 @@ def thresholds(kind: str, metrics: KindMetrics, chance: float) -> list[Threshold
     """
     kind_thresholds = []
     if "source" in metrics.error:
-        required = COVERED_EASIER if kind in EASIER_KINDS else COVERED
+        required = COVERED_OF_KIND.get(kind, COVERED)
         kind_thresholds.append(Threshold(kind, "distance covered", metrics.covered and metrics.covered.value, required))
     if "result" in metrics.kept:
         kind_thresholds.append(Threshold(kind, "untouched pixels kept", metrics.kept["result"].value, KEPT))
@@ -215,5 +253,16 @@ def thresholds(kind: str, metrics: KindMetrics, chance: float) -> list[Threshold
         kind_thresholds += [
             Threshold(kind, f"subjects found, {TIMES_CHANCE} times chance", result, by_chance),
             Threshold(kind, "subjects found, a third of the ground truth's", result, OF_TRUTH * truth),
+        ]
+        beyond = metrics.found_beyond_flat
+        if beyond is not None:
+            metric = "subjects found more often than in one colour, lower end of the interval"
+            kind_thresholds.append(Threshold(kind, metric, beyond.low, 0, exclusive=True))
+    if kind == "another_ground" and metrics.found:
+        result, truth = metrics.found["result"].value, metrics.found["truth"].value
+        beyond = metrics.beyond_flat and metrics.beyond_flat.value
+        kind_thresholds += [
+            Threshold(kind, "subjects found, half of the ground truth's", result, OF_TRUTH_IN_PLACE * truth),
+            Threshold(kind, "PSNR of subjects beyond that of one colour", beyond, ABOVE_FLAT, "dB"),
         ]
     return kind_thresholds

@@ -138,7 +138,8 @@ def _subjects(evaluation: Evaluation) -> str:
         f"reference image is the nearest of those of all {number} concepts, by the cosine similarity of "
         "EfficientNet-Lite0's features. The subject is cut out by the ground truth's mask. Chance is "
         f"{1 / number:.1%}, but the mask alone tells the shape: compare with the ground truth whose subject has one "
-        "colour, its mean (flat)."
+        "colour, its mean (flat). Inside the masks: PSNR in dB, mean over samples, of the result, of the ground truth "
+        "through the VAE, and of the ground truth whose subject has one colour; beyond: of the result less the last."
     )
     rows = [
         [
@@ -146,11 +147,14 @@ def _subjects(evaluation: Evaluation) -> str:
             str(metrics.asked),
             _with_interval(metrics.found["result"], "{:.0%}"),
             *(_value(metrics.found.get(name), "{:.0%}") for name in ("truth", "vae", "flat", "source")),
+            *(_value(metrics.subject_psnr.get(name), "{:.1f}") for name in ("result", "vae", "flat")),
+            _with_interval(metrics.beyond_flat, "{:+.1f}"),
         ]
         for kind, metrics in evaluation.kinds.items()
         if metrics.found
     ]
     headers = ["kind", "subjects", "found", "ground truth", "through the VAE", "flat", "source"]
+    headers += ["inside", "VAE", "flat", "beyond"]
     return _section("Subjects", text, headers, rows)
 
 
@@ -159,14 +163,18 @@ def _thresholds(evaluation: Evaluation) -> str:
         [
             threshold.kind,
             threshold.metric,
-            "-" if threshold.value is None else f"{threshold.value:.0%}",
-            f"{threshold.required:.0%}",
+            "-" if threshold.value is None else _amount(threshold.value, threshold.unit),
+            ("more than " if threshold.exclusive else "") + _amount(threshold.required, threshold.unit),
             "yes" if threshold.met else "no",
         ]
         for threshold in evaluation.thresholds
     ]
     text = "What each kind is asked to reach."
     return _section("Thresholds", text, ["kind", "metric", "value", "required", "met"], rows)
+
+
+def _amount(value: float, unit: str) -> str:
+    return f"{value:.0%}" if unit == "share" else f"{value:.1f} {unit}"
 
 
 def _section(title: str, text: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -12,7 +12,7 @@ from mige_rt.sampling_params import SamplingParams
 from trainer import preview
 from trainer.contact_sheet import grid
 from trainer.evaluate.identity import Gallery
-from trainer.evaluate.measure import SampleMetrics, measure, reconstruct, summarize, thresholds
+from trainer.evaluate.measure import EVALUATED_KINDS, SampleMetrics, measure, reconstruct, summarize, thresholds
 from trainer.evaluate.options import (
     EVALUATION_SAMPLES,
     EVALUATION_SEED,
@@ -25,7 +25,7 @@ from trainer.evaluate.sweep import known_concepts, sweep, write_sweep
 from trainer.plotting import check_matplotlib
 from trainer.synthetic.concepts import Concept, load_concepts
 
-SAMPLES_SHOWN = 2  # of each kind, in the grid
+SAMPLES_SHOWN = 8  # of each kind, in the grid
 LEAST_CONCEPTS = 3  # a scene has up to three subjects
 
 OnProgress = Callable[[str, int, int], None]  # what is made, how many are done, of how many
@@ -109,7 +109,7 @@ def evaluate(
         InputError: The weights of the network that recognizes subjects are not installed.
     """
     gallery = Gallery(concepts, pipe.config.size)
-    samples = preview.first_of_each_kind(concepts, pipe.config.size, seed, samples_per_kind)
+    samples = preview.first_of_each_kind(concepts, pipe.config.size, seed, samples_per_kind, EVALUATED_KINDS)
     results = preview.answer(
         pipe, samples, SamplingParams(), seed, lambda done: on_progress("images", done, len(samples))
     )

@@ -1,4 +1,6 @@
-"""What the two guidance scales do, from which a model's defaults are chosen: guidance.json and guidance.png.
+"""What the two guidance scales and the number of steps do, from which a model's defaults are chosen.
+
+Writes guidance.json and guidance.png.
 
 Measured in new scenes of concepts that the model was trained on, so that the evaluation on held-out concepts stays one
 of defaults that were not chosen on them.
@@ -6,6 +8,7 @@ of defaults that were not chosen on them.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,8 +28,10 @@ from trainer.synthetic.concepts import Concept
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
+NUM_INFERENCE_STEPS = (4, 8, 20)
+GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0)
 IMAGE_GUIDANCE_SCALES = (1.0, 1.5, 2.5)
+LINE_STYLES = ("dotted", "dashed", "solid")  # of the numbers of steps
 TASKS: tuple[Task, ...] = ("edit", "compose", "subject")
 METRICS: Mapping[Literal["right", "found", "kept"], str] = {
     "right": "edited pixels right",
@@ -37,10 +42,11 @@ METRICS: Mapping[Literal["right", "found", "kept"], str] = {
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """A task's metrics at one pair of guidance scales.
+    """A task's metrics at one pair of guidance scales and one number of steps.
 
     Attributes:
         task: All kinds of samples of it together.
+        num_inference_steps: Of the scheduler.
         guidance_scale: For the text.
         image_guidance_scale: For the source; None for tasks without one.
         right: Share of edited pixels, of the result, as in KindMetrics; the same for the next two.
@@ -49,6 +55,7 @@ class SweepPoint:
     """
 
     task: Task
+    num_inference_steps: int
     guidance_scale: float
     image_guidance_scale: float | None
     right: Estimate
@@ -75,14 +82,14 @@ def sweep(
     samples_per_kind: int,
     on_progress: Callable[[str, int, int], None] = lambda description, done, total: None,
 ) -> list[SweepPoint]:
-    """Measure each task at every pair of scales, on the same samples and with the same noise.
+    """Measure each task at every pair of scales and number of steps, on the same samples and with the same noise.
 
     Args:
         pipe: The model.
         concepts: What the samples show; subjects are told apart among them.
         seed: Of the series of samples; sample k's noise has `seed` + k.
         samples_per_kind: The first so many of the series.
-        on_progress: Called before each pair with what is measured, how many pairs are done, and of how many.
+        on_progress: Called before each point with what is measured, how many points are done, and of how many.
 
     Raises:
         InputError: The weights of the network that recognizes subjects are not installed.
@@ -94,10 +101,11 @@ def sweep(
         of_task = [sample for sample in samples if sample.task == task]
         truths = reconstruct(pipe, [sample.target for sample in of_task])
         image_scales: Sequence[float | None] = (None,) if task == "subject" else IMAGE_GUIDANCE_SCALES
-        pairs = [(text, image) for image in image_scales for text in GUIDANCE_SCALES]
-        for done, (text, image) in enumerate(pairs):
-            on_progress(f"scales of {task}", done, len(pairs))
-            results = answer(pipe, of_task, SamplingParams(guidance_scale=text, image_guidance_scale=image), seed)
+        settings = list(product(NUM_INFERENCE_STEPS, image_scales, GUIDANCE_SCALES))
+        for done, (steps, image, text) in enumerate(settings):
+            on_progress(f"scales and steps of {task}", done, len(settings))
+            params = SamplingParams(num_inference_steps=steps, guidance_scale=text, image_guidance_scale=image)
+            results = answer(pipe, of_task, params, seed)
             metrics = summarize(
                 [
                     measure(sample, np.asarray(result), truth, None, gallery, baselines=False)
@@ -105,16 +113,16 @@ def sweep(
                 ]
             )
             found, kept = metrics.found.get("result"), metrics.kept.get("result")
-            points.append(SweepPoint(task, text, image, metrics.right["result"], found, kept))
+            points.append(SweepPoint(task, steps, text, image, metrics.right["result"], found, kept))
     return points
 
 
 def choose(points: Sequence[SweepPoint]) -> dict[str, SweepPoint]:
-    """The best balanced point of each task; of equal ones the one with the smallest scales."""
+    """The best balanced point of each task; of equal ones the one with the fewest steps and the smallest scales."""
     return {
         task: max(
             (point for point in points if point.task == task),
-            key=lambda point: (point.balance, -point.guidance_scale, -(point.image_guidance_scale or 0)),
+            key=lambda p: (p.balance, -p.num_inference_steps, -p.guidance_scale, -(p.image_guidance_scale or 0)),
         )
         for task in TASKS
     }
@@ -130,6 +138,7 @@ def write_sweep(points: Sequence[SweepPoint], run: Mapping[str, Any], folder: Pa
     """
     best = {
         task: {
+            "num_inference_steps": point.num_inference_steps,
             "guidance_scale": point.guidance_scale,
             "image_guidance_scale": point.image_guidance_scale,
             "balance": point.balance,
@@ -145,7 +154,7 @@ def plot(points: Sequence[SweepPoint], path: Path) -> None:
     """Plot a column of axes for each task and a row for each metric, over the guidance scale, as a PNG.
 
     Args:
-        points: Of all tasks; those of one image guidance scale are joined by a line.
+        points: Of all tasks; those of one image guidance scale and one number of steps are joined by a line.
         path: Where the PNG is written.
 
     Raises:
@@ -163,22 +172,33 @@ def plot(points: Sequence[SweepPoint], path: Path) -> None:
         lowest = [axes for axes in column if axes.axison][-1]
         lowest.set_xlabel("guidance scale")
         lowest.tick_params(labelbottom=True)
-    grid[0, 0].legend(*grid[0, 0].get_legend_handles_labels(), fontsize="small")
+    grid[0, 0].legend(*grid[0, 0].get_legend_handles_labels(), fontsize="x-small")
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
 def _plot_lines(axes: "Axes", points: Sequence[SweepPoint], metric: Literal["right", "found", "kept"]) -> None:
-    """Draw a line with its interval for each image guidance scale; hide axes without any."""
-    for image_scale in dict.fromkeys(point.image_guidance_scale for point in points):
-        of_scale = [(p.guidance_scale, getattr(p, metric)) for p in points if p.image_guidance_scale == image_scale]
-        scales = [scale for scale, share in of_scale if share is not None]
-        shares = [share for _, share in of_scale if share is not None]
+    """Draw a line for each image guidance scale, by color, and number of steps, by style; hide axes without any."""
+    image_scales = list(dict.fromkeys(point.image_guidance_scale for point in points))
+    all_steps = list(dict.fromkeys(point.num_inference_steps for point in points))
+    drawn = False
+    for (color, image_scale), (index, steps) in product(enumerate(image_scales), enumerate(all_steps)):
+        of_line = [p for p in points if (p.image_guidance_scale, p.num_inference_steps) == (image_scale, steps)]
+        shares = [(p.guidance_scale, share.value) for p in of_line if (share := getattr(p, metric)) is not None]
         if not shares:
-            axes.set_axis_off()
             continue
-        label = None if image_scale is None else f"image guidance scale {image_scale:g}"
-        (line,) = axes.plot(scales, [100 * share.value for share in shares], marker="o", label=label)
-        low, high = [100 * share.low for share in shares], [100 * share.high for share in shares]
-        axes.fill_between(scales, low, high, alpha=0.12, color=line.get_color())
+        drawn = True
+        of_source = "" if image_scale is None else f", image guidance scale {image_scale:g}"
+        axes.plot(
+            [scale for scale, _ in shares],
+            [100 * share for _, share in shares],
+            marker="o",
+            markersize=3,
+            color=f"C{color}",
+            linestyle=LINE_STYLES[index % len(LINE_STYLES)],
+            label=f"{steps} steps{of_source}",
+        )
+    if not drawn:
+        axes.set_axis_off()
+        return
     axes.grid(alpha=0.3)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")

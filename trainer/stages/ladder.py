@@ -38,7 +38,7 @@ LADDER: tuple[Rung, ...] = (
     Rung("another_ground", {"another_ground": 1.0}, 0.15, 0.4),
     Rung("generate_one", {"generate_one": 1.0}, 0.1, 0.7),
     Rung("generate_several", {"generate_several": 1.0}, 0.1, 0.95),
-    Rung("compose", _COMPOSED, 0.25, 0.85),
+    Rung("compose", _COMPOSED, 0.25, 0.9),
     Rung("edit", {kind: s for kind, s in SHARES.items() if kind not in ("generate", *_COMPOSED)}, 0.35, 0.0),
 )
 KEPT_EDITS = Rung("edit_in_place", _IN_PLACE, 0.1, 0.0)  # beside every rung but the last, which holds them
