@@ -23,6 +23,7 @@ _VARIANCE[0] = _VARIANCE[1]  # there it is 0, whose logarithm does not exist
 _LOG_VARIANCE = np.log(_VARIANCE)
 _LOG_BETAS = np.log(BETAS)
 
+DROP = 0.05  # chance to drop the text, the same to drop the source, the same to drop both
 NOISY_FROM = 700  # timesteps from which on next to nothing of the data is left
 
 _HALF_BIN = 1 / 255  # half the distance of two of the 256 values that a datum in [-1, 1] is taken to have
@@ -32,6 +33,16 @@ _LAST_BIN = 0.999  # data beyond it count as the first or the last value, whose 
 def add_noise(latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
     """The latents at int64 timestep [B], from scaled latents and standard normal noise, all [B,c,h,w]."""
     return _at(ALPHAS, timestep) * latents + _at(SIGMAS, timestep) * noise
+
+
+def kept_conditions(number: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which of `number` samples keep their text, and which their source, bool [number] each: classifier-free guidance.
+
+    The text alone, the source alone, and both are dropped by the chance DROP each (paper, section 4.1).
+    """
+    draw = torch.rand(number, device=device)
+    # both between DROP and 2 * DROP
+    return draw >= 2 * DROP, (draw <= DROP) | (draw >= 3 * DROP)
 
 
 def objective(
