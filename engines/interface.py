@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from mige_rt.config import Precision
 from mige_rt.graphs import AxisRange, GraphName
-from mige_rt.lora import Lora
+from mige_rt.lora import Lora, require_pytorch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -113,6 +113,17 @@ class LoraEngine(Engine, Protocol):
             InputError: A LoRA cannot be used with this model; nothing is changed then.
         """
         ...
+
+
+def lora_engine(engine: Engine) -> LoraEngine:
+    """The engine itself, if its weights can be changed.
+
+    Raises:
+        NotAvailableError: They cannot.
+    """
+    require_pytorch(engine.name)
+    assert isinstance(engine, LoraEngine)
+    return engine
 
 
 def array_namespace(*arrays: Array) -> Any:

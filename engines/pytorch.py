@@ -166,6 +166,7 @@ class PyTorchEngine:
         if self._opened is None:
             raise InputError("the model was not opened from files, into whose weights a LoRA could be merged")
         merged = MergedCheckpoint(self._opened, loras)
+        merged.close()  # what its checks have opened
         before = self._checkpoint.adapted if isinstance(self._checkpoint, MergedCheckpoint) else frozenset[GraphName]()
         self._checkpoint = merged
         stale = (before | merged.adapted) - self._released

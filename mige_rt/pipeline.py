@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from engines.factory import EngineOptions, has_nvidia_driver, open_engine
-from engines.interface import Array, Attention, Engine, LoraEngine, array_namespace, to_numpy
+from engines.interface import Array, Attention, Engine, array_namespace, lora_engine, to_numpy
 from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, open_model
 from mige_rt.conditioning import ConditionEncoder
 from mige_rt.config import ModelConfig, Precision, SchedulerName
@@ -26,7 +26,7 @@ from mige_rt.hub import local_folder
 from mige_rt.image_size import Fit
 from mige_rt.images import normalize_image
 from mige_rt.instruction import EditScope, Task
-from mige_rt.lora import Lora, require_pytorch
+from mige_rt.lora import Lora
 from mige_rt.memory import MemoryBudget
 from mige_rt.postprocessing import to_image
 from mige_rt.requests import Request, ResolvedRequest, resolve
@@ -446,9 +446,7 @@ class MigePipeline:
             self._set_loras([])
 
     def _set_loras(self, loras: list[Lora]) -> None:
-        require_pytorch(self.engine.name)
-        assert isinstance(self.engine, LoraEngine)
-        self.engine.set_loras(loras)
+        lora_engine(self.engine).set_loras(loras)
         self._loras = loras
         self.clear_cache()
 

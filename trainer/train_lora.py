@@ -34,6 +34,7 @@ from trainer.stages.trained_part import TrainedPart
 
 ENCODED_AT_ONCE = 8  # images
 SHOWN_EVERY = 10  # steps
+SCHEDULERS = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]  # it needs rules
 MixedPrecision = Literal["no", "bf16"]
 OnProgress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
 
@@ -71,12 +72,14 @@ class FineTuningOptions:
         for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps"):
             if (value := getattr(self, name)) < 1:
                 raise InputError(f"{name} is {value}; 1 or more is expected")
+        for name in ("lr_warmup_steps", "seed"):
+            if (value := getattr(self, name)) < 0:
+                raise InputError(f"{name} is {value}; 0 or more is expected")
         for name in ("learning_rate", "max_grad_norm"):
             if not 0 < (value := getattr(self, name)) < float("inf"):
                 raise InputError(f"{name} is {value}; a number above 0 is expected")
-        schedulers = [kind.value for kind in SchedulerType]
-        if self.lr_scheduler not in schedulers:
-            raise InputError(f"lr_scheduler is {self.lr_scheduler!r}; one of {', '.join(schedulers)} is expected")
+        if self.lr_scheduler not in SCHEDULERS:
+            raise InputError(f"lr_scheduler is {self.lr_scheduler!r}; one of {', '.join(SCHEDULERS)} is expected")
         if self.mixed_precision not in get_args(MixedPrecision):
             raise InputError(f"mixed_precision is {self.mixed_precision!r}; no or bf16 is expected")
 
@@ -103,7 +106,7 @@ def train_lora(
     samples: Sequence[ManifestSample],
     out: Path,
     lora: LoraOptions = LoraOptions(),  # noqa: B008, frozen
-    options: FineTuningOptions = FineTuningOptions(),  # noqa: B008, frozen
+    options: FineTuningOptions = FineTuningOptions(),
     *,
     on_progress: OnProgress | None = None,
 ) -> FineTuned:

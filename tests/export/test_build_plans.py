@@ -161,6 +161,19 @@ def test_run_builds_what_is_missing_if_it_is_told_to(
     assert not (tmp_path / "out.png").exists()
 
 
+def test_refittable_plans_need_a_gpu(bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_gpu(engine: str, device: str) -> int:
+        raise NotAvailableError("no GPU")
+
+    monkeypatch.setattr(tensorrt, "find_device", no_gpu)
+    arguments = ["build", "--bundle", str(bundle), "--engine", "tensorrt-rtx", "--compute-capability", "8.9"]
+    result = CliRunner().invoke(main, [*arguments, "--refittable"])
+    assert result.exit_code == 2 and "refittable plans are built on a machine with an NVIDIA GPU" in result.output
+    assert left(bundle) == []
+    result = CliRunner().invoke(main, ["export", "--out", str(tmp_path / "out"), "--refittable"])
+    assert result.exit_code == 2 and "--refittable is for plans" in result.output and not (tmp_path / "out").exists()
+
+
 def test_int8_is_for_another_engine(bundle: Path) -> None:
     content = json.loads((bundle / MANIFEST).read_text())
     (bundle / MANIFEST).write_text(json.dumps({**content, "precision": "int8"}))

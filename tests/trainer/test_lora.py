@@ -219,7 +219,7 @@ def test_run_takes_loras(trained: Path, tmp_path: Path) -> None:
 
 
 def test_other_engines_say_how(pipe: MigePipeline, trained: Path) -> None:
-    with pytest.raises(NotAvailableError, match="onnxruntime runs exported graphs.*mige-rt export --lora"):
+    with pytest.raises(NotAvailableError, match=r"onnxruntime runs exported graphs.*mige-rt export --lora"):
         pipe.load_lora_weights(trained)
 
 
@@ -268,7 +268,7 @@ def test_a_lora_of_another_model_is_refused(
     [
         (lambda lora, out: out.write_bytes((lora / LORA_FILE).read_bytes()[:-100]) and Lora(out), "is damaged"),
         (lambda lora, out: out.write_bytes(b"no file of this kind") and Lora(out), "is damaged"),
-        (lambda lora, out: rewritten(lora, out, metadata=""), "does not say which model"),
+        (lambda lora, out: rewritten(lora, out, metadata=""), "does not say which model it is of"),
         (lambda lora, out: rewritten(lora, out, metadata="{"), "is damaged"),
         (lambda lora, out: rewritten(lora, out, metadata='{"schema": 9}'), "has schema 9"),
         (lambda lora, out: rewritten(lora, out, metadata='{"schema": 1}'), "missing model; missing rank"),

@@ -155,7 +155,7 @@ def open_lora(lora: Lora) -> OpenedLora:
             content = (file.metadata() or {}).get(METADATA_KEY)
             if content is None:
                 raise InputError(
-                    f"{path} does not say which model it was trained on: a LoRA that mige-rt train-lora wrote is expected"
+                    f"{path} does not say which model it is of: a LoRA that mige-rt train-lora wrote is expected"
                 )
             tensors = {str(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no mapping
         description = _description(path, content)

@@ -10,7 +10,7 @@ from mige_rt.errors import InputError
 from mige_rt.graphs import GRAPHS, GraphName
 from mige_rt.lora import Lora
 from trainer.checkpoints.lora_file import OpenedLora, open_lora
-from trainer.checkpoints.weights import Checkpoint
+from trainer.checkpoints.weights import Checkpoint, distinct_tensors
 from trainer.model.mige import Mige
 
 
@@ -82,7 +82,8 @@ def _has_layers(graph: GraphName, layers: Collection[str]) -> bool:
 
 def _check_shapes(lora: OpenedLora, model: Mige) -> None:
     """Raises InputError when a layer of a LoRA is none of the model's."""
-    weights = model.state_dict(keep_vars=True)
+    state = model.state_dict()
+    weights = {name: state[name] for name in distinct_tensors(model)}
     for layer, (a, b) in lora.factors.items():
         weight = weights.get(f"{layer}.weight")
         if weight is None or tuple(weight.shape) != (b.shape[0], a.shape[1]):
