@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, get_args
@@ -230,6 +230,7 @@ def _precision(device: torch.device, mixed_precision: MixedPrecision) -> Generat
 
 def _loss(module: TrainedPart, batch: TrainingBatch) -> Tensor:
     """The mean objective of a batch, each sample at a timestep of its own (paper, section 4.1)."""
+    batch = replace(batch, vit=batch.vit.to(module.image_encoder.query_tokens.dtype))
     number, device = len(batch.target), batch.target.device
     timestep, noise = torch.randint(TRAIN_STEPS, (number,), device=device), torch.randn_like(batch.target)
     has_text, has_source = kept_conditions(number, device)
