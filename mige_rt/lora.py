@@ -37,11 +37,10 @@ class Lora:
         if not (path and colon) or Path(text).exists():
             return Lora(Path(text))
         try:
-            return Lora(Path(path), float(scale))
-        except InputError:
-            raise
+            number = float(scale)
         except ValueError:  # the colon of a drive, as in C:/lora
             return Lora(Path(text))
+        return Lora(Path(path), number)
 
     @property
     def file(self) -> Path:
