@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
@@ -82,7 +83,8 @@ def add_lora(module: nn.Module, config: ModelConfig, options: LoraOptions, promp
     alpha = float(options.rank if options.alpha is None else options.alpha)
     norms = {layer: norm_of(module.get_parameter(f"{layer}.weight")) for layer in layers}
     module.requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=options.rank, lora_alpha=alpha, target_modules=layers), module)
+    scaled: Any = alpha  # which peft divides by the rank, and says is an integer
+    inject_adapter_in_model(LoraConfig(r=options.rank, lora_alpha=scaled, target_modules=layers), module)
     for parameter in lora_parameters(module):
         parameter.data = parameter.data.float()  # also where the model's weights are bfloat16
     return LoraDescription(SCHEMA, config, options.rank, alpha, tuple(options.targets), norms, prompt)

@@ -9,7 +9,6 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
 from diffusers.optimization import SchedulerType, get_scheduler
 from torch import Tensor, nn
 
@@ -203,7 +202,7 @@ def _train(
         total = 0.0
         for _ in range(accumulated):
             with _precision(device, options.mixed_precision):
-                loss = _loss(module, send_to_device(next(batches), device)) / accumulated
+                loss = _loss(module, next(batches).to(device)) / accumulated
                 loss.backward()
             total += loss.item()
         if not np.isfinite(total):

@@ -3,7 +3,7 @@
 import json
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,12 +78,14 @@ def made(pipe: MigePipeline, scene: Image.Image) -> np.ndarray:
     return np.asarray(pipe(PROMPT, source=scene, seed=0, num_inference_steps=STEPS).images[0], np.int16)
 
 
-def rewritten(lora: Path, out: Path, metadata: str | None = None, **tensors: torch.Tensor) -> Lora:
+def rewritten(
+    lora: Path, out: Path, tensors: Mapping[str, torch.Tensor] | None = None, metadata: str | None = None
+) -> Lora:
     """A copy of a LoRA's file with other tensors or another description."""
     with safe_open(lora / LORA_FILE, framework="pt") as file:
         content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         described = file.metadata()[METADATA_KEY] if metadata is None else metadata
-    save_file(content | tensors, out, metadata={METADATA_KEY: described} if described else None)
+    save_file(content | dict(tensors or {}), out, metadata={METADATA_KEY: described} if described else None)
     return Lora(out)
 
 
@@ -240,7 +242,8 @@ def test_an_exported_bundle_has_the_lora_merged(
     lora, out = Lora(trained, 0.7), tmp_path / "bundle"
     export_bundle("tiny", out, limits=ExportLimits(1, 1), options=ExportOptions(validate=False, loras=(lora,)))
     manifest = read_manifest(out)
-    (merged,) = manifest.loras or ()
+    assert manifest.loras is not None
+    (merged,) = manifest.loras
     assert (merged.name, merged.scale, merged.sha256) == ("lora", 0.7, sha256(trained / LORA_FILE))
     shown = CliRunner().invoke(main, ["info", str(out)])
     assert "the LoRA lora merged at scale 0.7" in " ".join(shown.output.split())
@@ -279,14 +282,14 @@ def test_a_lora_of_another_model_is_refused(
         (lambda lora, out: rewritten(lora, out, metadata="{"), "is damaged"),
         (lambda lora, out: rewritten(lora, out, metadata='{"schema": 9}'), "has schema 9"),
         (lambda lora, out: rewritten(lora, out, metadata='{"schema": 1}'), "missing model; missing rank"),
-        (lambda lora, out: rewritten(lora, out, more=torch.zeros(1)), "missing or unexpected, such as more"),
+        (lambda lora, out: rewritten(lora, out, {"more": torch.zeros(1)}), "missing or unexpected, such as more"),
         (
-            lambda lora, out: rewritten(lora, out, **{"denoiser.blocks.0.attn.qkv.lora_A.weight": torch.zeros(5, 192)}),
+            lambda lora, out: rewritten(lora, out, {"denoiser.blocks.0.attn.qkv.lora_A.weight": torch.zeros(5, 192)}),
             "its rank is 4",
         ),
         (
             lambda lora, out: rewritten(
-                lora, out, **{"denoiser.blocks.0.attn.qkv.lora_A.weight": torch.full((4, 192), torch.nan)}
+                lora, out, {"denoiser.blocks.0.attn.qkv.lora_A.weight": torch.full((4, 192), torch.nan)}
             ),
             "values that are not finite",
         ),
