@@ -28,7 +28,7 @@ from trainer.data.manifest import ManifestSample
 from trainer.data.prepared import PreparedSample
 from trainer.loop import Float32Attention
 from trainer.lora import LoraOptions, adapted_layers, add_lora, lora_parameters, save_adapted
-from trainer.objective import add_noise, kept_conditions, objective
+from trainer.objective import sample_losses
 from trainer.stages.trained_part import TrainedPart
 
 ENCODED_AT_ONCE = 8  # images
@@ -230,9 +230,5 @@ def _precision(device: torch.device, mixed_precision: MixedPrecision) -> Generat
 def _loss(module: TrainedPart, batch: TrainingBatch) -> Tensor:
     """The mean objective of a batch, each sample at a timestep of its own (paper, section 4.1)."""
     batch = replace(batch, vit=batch.vit.to(module.image_encoder.query_tokens.dtype))
-    number, device = len(batch.target), batch.target.device
-    timestep, noise = torch.randint(TRAIN_STEPS, (number,), device=device), torch.randn_like(batch.target)
-    has_text, has_source = kept_conditions(number, device)
-    source = batch.source * has_source[:, None, None, None]
-    output = module(batch, add_noise(batch.target, noise, timestep), source, timestep, has_text)
-    return objective(module.config, output, batch.target, noise, timestep).mean()
+    timestep = torch.randint(TRAIN_STEPS, (len(batch.target),), device=batch.target.device)
+    return sample_losses(module.config, module, batch, timestep).losses.mean()

@@ -18,7 +18,7 @@ from mige_rt.scheduler import TRAIN_STEPS
 from mige_rt.tokenizer import load_tokenizer
 from trainer.contact_sheet import grid
 from trainer.loop import STATE_FILE, Task, train
-from trainer.objective import NOISY_FROM, add_noise, kept_conditions, objective
+from trainer.objective import NOISY_FROM, sample_losses
 from trainer.preview import answer
 from trainer.settings import LadderSettings, StageSettings
 from trainer.stages.features import KIND_NAMES, Batch, FeatureMaker
@@ -58,22 +58,16 @@ class Loss:
     def __call__(self, module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The mean loss, and that of each kind of task, of samples whose conditions were not dropped."""
         draws = self.ladder.draws
-        target, source = batch.target.repeat(draws, 1, 1, 1), batch.source.repeat(draws, 1, 1, 1)
-        number, device = len(target), target.device
-        timestep, noise = _timesteps(number, self.ladder.noisy, device), torch.randn_like(target)
-        has_text, has_source = kept_conditions(number, device)
-        source = source * has_source[:, None, None, None]
-        output = module(batch, add_noise(target, noise, timestep), source, timestep, has_text)
-        weight = 1 + (self.ladder.asked - 1) * batch.asked.repeat(draws, 1, 1, 1)
-        losses = objective(self.config, output, target, noise, timestep, weight)
-        whole = (has_text & has_source).cpu().numpy()
-        each, kinds = losses.detach().cpu().numpy(), np.tile(batch.kinds, draws)
+        timestep = _timesteps(draws * len(batch.target), self.ladder.noisy, batch.target.device)
+        drawn = sample_losses(self.config, module, batch, timestep, 1 + (self.ladder.asked - 1) * batch.asked)
+        each, whole = drawn.losses.detach().cpu().numpy(), drawn.whole.cpu().numpy()
+        kinds = np.tile(batch.kinds, draws)
         metrics = {}
         for index, kind in enumerate(KIND_NAMES):
             of_kind = each[(kinds == index) & whole]
             if len(of_kind):
                 metrics[kind] = float(of_kind.mean())
-        return losses.mean(), metrics
+        return drawn.losses.mean(), metrics
 
 
 def train_mige(
