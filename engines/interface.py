@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from mige_rt.config import Precision
 from mige_rt.graphs import AxisRange, GraphName
+from mige_rt.lora import Lora, require_pytorch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -99,6 +100,30 @@ class Engine(Protocol):
     def release(self, graphs: Sequence[GraphName]) -> None:
         """Give back the memory that these graphs hold; a graph that is run later is loaded again."""
         ...
+
+
+@runtime_checkable
+class LoraEngine(Engine, Protocol):
+    """An engine whose weights can be changed after it was opened."""
+
+    def set_loras(self, loras: Sequence[Lora]) -> None:
+        """Merge LoRAs into the weights as they were opened, in place of those that were merged before.
+
+        Raises:
+            InputError: A LoRA cannot be used with this model; nothing is changed then.
+        """
+        ...
+
+
+def lora_engine(engine: Engine) -> LoraEngine:
+    """The engine itself, if its weights can be changed.
+
+    Raises:
+        NotAvailableError: They cannot.
+    """
+    require_pytorch(engine.name)
+    assert isinstance(engine, LoraEngine)
+    return engine
 
 
 def array_namespace(*arrays: Array) -> Any:

@@ -18,7 +18,10 @@ from mige_rt.bundle import OpenedModel
 from mige_rt.config import QUANTISED, Precision
 from mige_rt.errors import InputError, NotAvailableError
 from mige_rt.graphs import GRAPHS, INTERNAL_TENSORS, AxisRange, GraphName
+from mige_rt.lora import Lora
+from trainer.checkpoints.merged import MergedCheckpoint
 from trainer.checkpoints.model_folder import SafetensorsCheckpoint
+from trainer.checkpoints.weights import Checkpoint
 from trainer.model.dit import attention_bias
 from trainer.model.mige import Mige
 
@@ -49,7 +52,7 @@ class PyTorchEngine:
         device: str = "cpu",
         precision: Precision = "fp32",
         *,
-        checkpoint: SafetensorsCheckpoint | None = None,
+        checkpoint: Checkpoint | None = None,
         compile: bool = False,
         attention: Sequence[SDPBackend] = (),
         released: Collection[GraphName] = (),
@@ -60,7 +63,8 @@ class PyTorchEngine:
             model: On the device and of the precision already.
             device: cpu, cuda or cuda:N.
             precision: Not int8.
-            checkpoint: Where graphs that are released are loaded from again; without one, nothing is released.
+            checkpoint: Where graphs that are released are loaded from again, and LoRAs are merged into; without one,
+                nothing is released.
             compile: Put the denoiser's blocks and the encoders' layers through `torch.compile`.
             attention: The implementations of attention, the one to be preferred first; empty: PyTorch's own order.
             released: The graphs that are still to be loaded.
@@ -69,7 +73,8 @@ class PyTorchEngine:
         self.device = device
         self.precision = precision
         self.max_cuda_graphs = 0 if device == "cpu" else MAX_CUDA_GRAPHS
-        self._checkpoint = checkpoint
+        self._opened = checkpoint
+        self._checkpoint = checkpoint  # the same, with LoRAs merged where there are any
         self._attention = list(attention)
         self._released: set[GraphName] = set(released)
         for graph in set(GRAPHS) - self._released:
@@ -156,6 +161,19 @@ class PyTorchEngine:
         if self.device != "cpu":
             torch.cuda.empty_cache()
 
+    def set_loras(self, loras: Sequence[Lora]) -> None:
+        """See `LoraEngine.set_loras`."""
+        if self._opened is None:
+            raise InputError("the model was not opened from files, into whose weights a LoRA could be merged")
+        merged = MergedCheckpoint(self._opened, loras)
+        merged.close()  # what its checks have opened
+        before = self._checkpoint.adapted if isinstance(self._checkpoint, MergedCheckpoint) else frozenset[GraphName]()
+        self._checkpoint = merged
+        stale = (before | merged.adapted) - self._released
+        self._released |= stale
+        for graph in sorted(stale):
+            self._load(graph)
+
     def _tensors(self, graph: GraphName, inputs: Mapping[str, Array]) -> list[Tensor]:
         dtype = graph_dtype(graph, self.precision)
         tensors = [(spec, torch.as_tensor(_writable(inputs[spec.name]))) for spec in GRAPHS[graph].inputs]
@@ -196,7 +214,7 @@ class PyTorchEngine:
             module.to(memory_format=torch.channels_last)  # the order that cuDNN's kernels take
 
 
-def _load_graph(checkpoint: SafetensorsCheckpoint, model: Mige, graph: GraphName, device: str, precision: str) -> None:
+def _load_graph(checkpoint: Checkpoint, model: Mige, graph: GraphName, device: str, precision: str) -> None:
     checkpoint.load([graph], dtype=graph_dtype(graph, precision), device=device, model=model)
     checkpoint.close()  # or the pages of all weights that were copied would stay in memory
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from engines.interface import Array, Engine
+from engines.interface import Array, Engine, lora_engine
 from mige_rt.graphs import AxisRange, GraphName
+from mige_rt.lora import Lora
 
 
 class EngineWrapper:
@@ -35,6 +36,10 @@ class EngineWrapper:
     def release(self, graphs: Sequence[GraphName]) -> None:
         """See `Engine.release`."""
         self.engine.release(graphs)
+
+    def set_loras(self, loras: Sequence[Lora]) -> None:
+        """See `LoraEngine.set_loras`."""
+        lora_engine(self.engine).set_loras(loras)
 
 
 class CountingEngine(EngineWrapper):

@@ -26,7 +26,6 @@ from mige_rt.known_files import remember
 PORTABLE = ("8.0", "8.6", "8.9", "12.0")
 FP8 = (8, 9)  # the least compute capability that multiplies in it
 PLAN_OPTIONS = PlanOptions()
-OPTIONS = vars(PLAN_OPTIONS)  # as the plans' sidecar and fingerprint have them
 OnProgress = Callable[[str, int, int], None]  # what is being done, plans done, plans in all
 WORKER = (sys.executable, "-P", "-m", "export.plan_worker")  # -P: see export.exporter
 
@@ -49,6 +48,7 @@ class _Builder:
     manifest: Manifest
     target: Target
     gpu: _Gpu | None
+    options: PlanOptions
 
     def build(
         self, graph: GraphName, plan: Path, timing_cache: Path, on_phase: OnPhase = lambda phase: None
@@ -64,7 +64,7 @@ class _Builder:
             workspace=None if self.gpu is None else self.gpu.free * 9 // 10,
             gpu=None if self.gpu is None else self.gpu.uuid,
             timing_cache=timing_cache.absolute(),
-            options=PLAN_OPTIONS,
+            options=self.options,
         )
         hooks = WorkerHooks(on_phase, environment={"CUDA_VISIBLE_DEVICES": job.gpu} if job.gpu else None)
         try:
@@ -91,11 +91,14 @@ def build(
     capabilities: Sequence[str] | None = None,
     on_progress: OnProgress | None = None,
     device: str = "auto",
+    *,
+    options: PlanOptions = PLAN_OPTIONS,
 ) -> Path:
     """Build plans of a bundle's six graphs into its engines/<fingerprint>/, in place of older ones, and return that.
 
     capabilities: the GPUs' compute capabilities, as 8.9, for TensorRT for RTX; by default this machine's, or PORTABLE
-    where there is no GPU. TensorRT builds on the GPU (device: auto, cuda, cuda:N) that the plans are for.
+    where there is no GPU. TensorRT builds on the GPU (device: auto, cuda, cuda:N) that the plans are for. options: the
+    builder's.
     Raises InputError, with nothing written, when the bundle, the runtime, the GPU or a capability is not what it should
     be, a graph cannot be built, or memory or the disk is full; RuntimeError when a builder ends otherwise.
     """
@@ -103,10 +106,10 @@ def build(
     check_files(folder, manifest, everything=True)
     if not is_known_bundle(folder):
         check_graphs(folder, manifest)
-    check_request(engine, manifest.precision, capabilities, device)
+    check_request(engine, manifest.precision, capabilities, device, refittable=options.refittable)
     target, gpu = _target(engine, manifest.precision, capabilities, device)
-    builder = _Builder(folder, manifest, target, gpu)
-    name = fingerprint(target, manifest.precision, manifest.ranges, OPTIONS)
+    builder = _Builder(folder, manifest, target, gpu, options)
+    name = fingerprint(target, manifest.precision, manifest.ranges, vars(options))
     engines = folder / "engines"
     try:
         engines.mkdir(exist_ok=True)
@@ -127,7 +130,7 @@ def build(
             )
         if on_progress is not None:
             on_progress("done", len(GRAPHS), len(GRAPHS))
-        plans = Plans(out, target, manifest.precision, manifest.ranges, OPTIONS, entries)
+        plans = Plans(out, target, manifest.precision, manifest.ranges, vars(options), entries)
         try:
             (out / SIDECAR).write_text(json.dumps(plans.to_json(), indent=1) + "\n", encoding="utf-8")
         except OSError as error:
@@ -136,7 +139,14 @@ def build(
     return engines / name
 
 
-def check_request(engine: PlanEngine, precision: str, capabilities: Sequence[str] | None, device: str = "auto") -> None:
+def check_request(
+    engine: PlanEngine,
+    precision: str,
+    capabilities: Sequence[str] | None,
+    device: str = "auto",
+    *,
+    refittable: bool = False,
+) -> None:
     """Check that plans of this precision can be built here for these GPUs.
 
     Raises:
@@ -144,7 +154,12 @@ def check_request(engine: PlanEngine, precision: str, capabilities: Sequence[str
     """
     if precision == "int8":
         raise InputError("int8 is for ONNX Runtime on the CPU: export with --precision fp16, fp8 or int8-sq for plans")
-    target, _ = _target(engine, precision, capabilities, device)
+    target, gpu = _target(engine, precision, capabilities, device)
+    if refittable and gpu is None:
+        raise NotAvailableError(
+            "refittable plans are built on a machine with an NVIDIA GPU alone, also those of TensorRT for RTX: build "
+            "there, or leave --refittable out"
+        )
     if precision == "fp8" and (older := [one for one in target.capabilities if _number(one) < FP8]):
         raise InputError(
             f"GPUs of compute capability {', '.join(older)} have no fp8, which begins with 8.9 (Ada Lovelace): export "
@@ -161,7 +176,7 @@ def rehearse_plan(folder: Path, graph: GraphName, plan: Path) -> BuiltPlan:
     """
     manifest = read_manifest(folder)
     target, gpu = _target("tensorrt-rtx", manifest.precision, portable(manifest.precision), "auto")
-    return _Builder(folder, manifest, target, gpu).build(graph, plan, plan.with_suffix(".cache"))
+    return _Builder(folder, manifest, target, gpu, PLAN_OPTIONS).build(graph, plan, plan.with_suffix(".cache"))
 
 
 def profile(manifest: Manifest, graph: GraphName) -> PlanProfile:

@@ -25,6 +25,7 @@ from mige_rt.bundle import (
     TOKENIZER_FILE,
     GraphEntry,
     Manifest,
+    MergedLora,
     file_entry,
     onnx_path,
     weights_path,
@@ -33,7 +34,8 @@ from mige_rt.config import ModelConfig, Precision
 from mige_rt.errors import InputError
 from mige_rt.graphs import GRAPHS, AxisRange, GraphName, resolved_axes
 from mige_rt.hub import local_folder
-from mige_rt.known_files import remember
+from mige_rt.known_files import remember, sha256
+from mige_rt.lora import Lora
 from trainer.checkpoints.open_checkpoint import CheckpointLocation, open_checkpoint
 
 SCHEDULER = "dpm_solver_pp_2m"  # mige_rt.scheduler
@@ -71,6 +73,7 @@ class ExportOptions:
         validate: compare every graph with PyTorch.
         bf16_text_encoder: with the precision fp16, T5 in bfloat16: half the memory of its plan, and not for ONNX
             Runtime's CPU.
+        loras: what is merged into the weights first.
         rehearsal: treat the model as a large one whatever its size, and keep a graph that fails its validation.
     """
 
@@ -79,6 +82,7 @@ class ExportOptions:
     config: ModelConfig | None = None
     validate: bool = True
     bf16_text_encoder: bool = False
+    loras: tuple[Lora, ...] = ()
     rehearsal: bool = False
 
 
@@ -159,13 +163,13 @@ def locate_checkpoint(ckpt: str, options: ExportOptions = ExportOptions()) -> Ch
 
     Args:
         ckpt: `tiny` for the shipped bundle, a path, or the name of a repository on the hub.
-        options: the VAE's and the tokenizer's paths and the sizes, where they are given.
+        options: the VAE's and the tokenizer's paths, the sizes and the LoRAs, where they are given.
 
     Raises:
         InputError: the repository cannot be downloaded. A path is not checked here.
     """
     path = DEFAULT_MODEL if ckpt == "tiny" and not Path(ckpt).exists() else local_folder(ckpt)
-    return CheckpointLocation(path.absolute(), options.vae, options.tokenizer, options.config)
+    return CheckpointLocation(path.absolute(), options.vae, options.tokenizer, options.config, options.loras)
 
 
 def export_bundle(
@@ -232,6 +236,8 @@ def export_bundle(
             },
             tokenizer=file_entry(folder, TOKENIZER_FILE),
             versions={name: version(name) for name in ("mige-rt", "onnx", "onnxruntime", "onnxscript", "torch")},
+            loras=tuple(MergedLora(lora.path.absolute().name, sha256(lora.file), lora.scale) for lora in options.loras)
+            or None,
         )
         _write(folder / MANIFEST, manifest.to_json())  # which the pipeline's engine reads
         pipeline = jobs.run_pipeline() if options.validate and small else None

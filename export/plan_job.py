@@ -16,10 +16,13 @@ class PlanOptions:
     Attributes:
         optimization_level: the builder's own default.
         tf32: fp32 is fp32 here; for speed there is fp16.
+        refittable: NVIDIA's Refitter can replace the plan's weights. Without a GPU, TensorRT for RTX 1.7 fails to build
+            such plans.
     """
 
     optimization_level: int = 3
     tf32: bool = False
+    refittable: bool = False
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,8 @@ def work(job: PlanJob, on_phase: OnPhase) -> BuiltPlan:
         setattr(config, "profiling_verbosity", detailed)  # noqa: B010
     if not job.options.tf32:
         config.clear_flag(trt.BuilderFlag.TF32)
+    if job.options.refittable:
+        config.set_flag(trt.BuilderFlag.REFIT)
     if job.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace)
     # The workspace is then sized by the shapes that run, not by the largest. By name, since previews come and go.

@@ -70,6 +70,21 @@ class GraphEntry:
 
 
 @dataclass(frozen=True)
+class MergedLora:
+    """A LoRA that was merged into a bundle's weights.
+
+    Attributes:
+        name: Of its file, or of the folder that held it.
+        sha256: The file's SHA-256 in hex.
+        scale: What its change of the weights was multiplied by.
+    """
+
+    name: Text
+    sha256: Text
+    scale: float
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a bundle holds, as in its manifest.json.
 
@@ -84,6 +99,7 @@ class Manifest:
         graphs: The six graphs.
         tokenizer: The tokenizer's file.
         versions: Of the tools that made the bundle, by name.
+        loras: What was merged into the weights before they were exported, if anything.
     """
 
     schema: int
@@ -96,6 +112,7 @@ class Manifest:
     graphs: dict[GraphName, GraphEntry]
     tokenizer: FileEntry
     versions: Annotated[dict[Text, Text], MaxLen(32)]
+    loras: Annotated[tuple[MergedLora, ...], MaxLen(32)] | None = None
 
     @property
     def files(self) -> list[FileEntry]:
@@ -277,6 +294,7 @@ def _check_paths(path: Path, manifest: Manifest) -> None:
 
 def _rules(manifest: Manifest) -> dict[str, bool]:
     """What must hold of a manifest beyond its fields' types, in words."""
+    loras = manifest.loras or ()
     ranges = manifest.ranges.values()
     precisions = [graph.precision for graph in manifest.graphs.values()]
     largest = {"N": MOST_IMAGES, "M": MOST_IMAGES, "B": MOST_IMAGES, "R": 3 * MOST_IMAGES}
@@ -293,10 +311,11 @@ def _rules(manifest: Manifest) -> dict[str, bool]:
             for axis in ("eh", "ew")
             if axis in manifest.ranges
         ),
-        "hashes are SHA-256 in hex": all(is_sha256(file.sha256) for file in manifest.files),
+        "hashes are SHA-256 in hex": all(is_sha256(file.sha256) for file in (*manifest.files, *loras)),
         "texts are printable": all_printable(
             (
                 manifest.source,
+                *(lora.name for lora in loras),
                 *(text for part in (manifest.versions, *precisions) for pair in part.items() for text in pair),
             )
         ),

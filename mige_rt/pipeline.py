@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from engines.factory import EngineOptions, has_nvidia_driver, open_engine
-from engines.interface import Array, Attention, Engine, array_namespace, to_numpy
+from engines.interface import Array, Attention, Engine, array_namespace, lora_engine, to_numpy
 from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, open_model
 from mige_rt.conditioning import ConditionEncoder
 from mige_rt.config import ModelConfig, Precision, SchedulerName
@@ -26,6 +26,7 @@ from mige_rt.hub import local_folder
 from mige_rt.image_size import Fit
 from mige_rt.images import normalize_image
 from mige_rt.instruction import EditScope, Task
+from mige_rt.lora import Lora
 from mige_rt.memory import MemoryBudget
 from mige_rt.postprocessing import to_image
 from mige_rt.requests import Request, ResolvedRequest, resolve
@@ -122,6 +123,7 @@ class MigePipeline:
         self.config = config
         self.model_name = model_name or config.name
         self.engine = engine
+        self._loras: list[Lora] = []
         self._lock = threading.RLock()  # re-entrant: a callback may use the pipeline
         self.memory = memory
         self.runner = GraphRunner(engine, config, low_memory=low_memory)
@@ -418,6 +420,35 @@ class MigePipeline:
         """
         pixels = self.runner.run("vae_decoder", latents=latents / self.config.vae.scale)
         return [to_image(image) for image in to_numpy(pixels)]
+
+    @_in_turn
+    def load_lora_weights(self, path: str | Path, *, scale: float = 1.0) -> None:
+        """Merge a LoRA into the weights, beside those that were loaded before (engine pytorch).
+
+        Examples:
+            >>> pipe = MigePipeline.from_pretrained(engine="pytorch")
+            >>> pipe.load_lora_weights("my-frog", scale=0.8)
+
+        Args:
+            path: The file that `mige-rt train-lora` wrote, or its folder.
+            scale: What the LoRA's change of the weights is multiplied by.
+
+        Raises:
+            NotAvailableError: The engine is another one, whose weights are fixed.
+            InputError: The LoRA cannot be read, or is of another model; nothing is changed then.
+        """
+        self._set_loras([*self._loras, Lora(Path(path), scale)])
+
+    @_in_turn
+    def unload_lora_weights(self) -> None:
+        """Take all LoRAs out of the weights again."""
+        if self._loras:
+            self._set_loras([])
+
+    def _set_loras(self, loras: list[Lora]) -> None:
+        lora_engine(self.engine).set_loras(loras)
+        self._loras = loras
+        self.clear_cache()
 
     @property
     def max_batch_size(self) -> int:

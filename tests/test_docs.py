@@ -19,6 +19,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "docs/training/data.md",
+    ROOT / "docs/training/lora.md",
 ]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 

@@ -1,5 +1,6 @@
 """The examples run as they are, from the command line, and write images of the right size."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from PIL import Image
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOK = EXAMPLES / "tour.ipynb"
+FINE_TUNING = EXAMPLES / "fine_tune.ipynb"
 IMAGES = {
     "generate.py": ["generate-0.png", "generate-1.png"],
     "edit.py": ["edit-1.5.png", "edit-5.0.png"],
@@ -57,3 +59,18 @@ def test_notebook(tmp_path: Path) -> None:
     script = tmp_path / "tour.py"
     script.write_text("\n\n".join(cell.source for cell in cells) + "\n\n" + checks)
     run(script, folder=EXAMPLES)
+
+
+def test_the_fine_tuning_notebook_has_outputs_and_runs(tmp_path: Path) -> None:
+    """In two steps instead of its own number."""
+    notebook = nbformat.read(FINE_TUNING, as_version=4)
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs) == 3
+    code, replaced = re.subn(r"max_train_steps=\d+", "max_train_steps=2", "\n\n".join(cell.source for cell in cells))
+    assert replaced == 1
+    checks = "assert len(before) == len(half) == len(after) == 3\nassert before[0].tobytes() != after[0].tobytes()\n"
+    script = tmp_path / "fine_tune.py"
+    script.write_text(f"{code}\n\n{checks}")
+    done = run(script, folder=EXAMPLES)
+    assert "30 layers, 2 steps" in done.stdout

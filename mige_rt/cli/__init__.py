@@ -17,6 +17,7 @@ from mige_rt.cli.run import run
 from mige_rt.cli.serve import serve
 from mige_rt.cli.shared import is_verbose, verbose_option
 from mige_rt.cli.signing import sign, verify
+from mige_rt.cli.train_lora import train_lora
 from mige_rt.errors import InputError
 from mige_rt.terminal import message, report_cause
 
@@ -74,5 +75,19 @@ def main() -> None:
 
 for command in (run, serve, compare):
     limit_options(command)
-for command in (run, serve, convert, export, build, info, sign, verify, bench, compare, convert_data, prepare):
+for command in (
+    run,
+    serve,
+    convert,
+    export,
+    build,
+    info,
+    sign,
+    verify,
+    bench,
+    compare,
+    convert_data,
+    prepare,
+    train_lora,
+):
     main.add_command(verbose_option(command))

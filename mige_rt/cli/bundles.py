@@ -6,7 +6,7 @@ from typing import Any, get_args
 import click
 
 from engines.plans import PLAN_ENGINES, PlanEngine
-from mige_rt.cli.shared import PATH, build_plans, progress, requires
+from mige_rt.cli.shared import PATH, LoraType, build_plans, progress, requires
 from mige_rt.config import Precision
 from mige_rt.errors import InputError
 from mige_rt.terminal import console, echo, echo_json
@@ -32,6 +32,12 @@ _CAPABILITIES = click.option(
     multiple=True,
     help="of the GPUs to build for, as 8.9; may be repeated; tensorrt-rtx only  [default: this machine's GPU's; where "
     "there is none, 8.0, 8.6, 8.9 and 12.0]",
+)
+
+_REFITTABLE = click.option(
+    "--refittable",
+    is_flag=True,
+    help="plans whose weights TensorRT's Refitter can replace, as by another LoRA's; built on a GPU alone",
 )
 
 
@@ -65,6 +71,7 @@ class _Sizes(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
     help="what to build for; every bundle runs on ONNX Runtime, the others get plans of their own besides",
 )
 @_CAPABILITIES
+@_REFITTABLE
 @click.option("--max-batch", type=click.IntRange(1, 63), default=4, show_default=True, help="images made at once")
 @click.option(
     "--max-references",
@@ -82,6 +89,13 @@ class _Sizes(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
     is_flag=True,
     help="with fp16: T5 in bfloat16, for plans of half the memory; ONNX Runtime's CPU does not run it",
 )
+@click.option(
+    "--lora",
+    "loras",
+    type=LoraType(),
+    multiple=True,
+    help="merge a LoRA of mige-rt train-lora into the weights first; may be repeated",
+)
 @click.option("--validate/--no-validate", default=True, show_default=True, help="compare every graph with PyTorch")
 def export(ckpt: str, out: Path, precision: str, **options: Any) -> None:
     r"""Turn a checkpoint into a bundle of validated graphs that runs without PyTorch.
@@ -98,15 +112,18 @@ def export(ckpt: str, out: Path, precision: str, **options: Any) -> None:
     sizes = options["sizes"] or (None if options["size"] is None else (options["size"], options["size"]))
     limits = ExportLimits(options["max_batch"], options["max_references"], sizes)
     export_options = ExportOptions(
-        **{name: options[name] for name in ("vae", "tokenizer", "validate", "bf16_text_encoder")}
+        **{name: options[name] for name in ("vae", "tokenizer", "validate", "bf16_text_encoder", "loras")}
     )
     engine, capabilities = options["engine"], options["capabilities"]
     if capabilities and engine != "tensorrt-rtx":
         raise InputError(f"--compute-capability is for --engine tensorrt-rtx, and {engine} was given")
+    if options["refittable"] and engine not in PLAN_ENGINES:
+        raise InputError(f"--refittable is for plans, of --engine {' or '.join(PLAN_ENGINES)}; {engine} was given")
     if engine in PLAN_ENGINES:
         from export.build_plans import check_request
 
-        check_request(engine, precision, capabilities or None)  # now, since an export takes long
+        # now, since an export takes long
+        check_request(engine, precision, capabilities or None, refittable=options["refittable"])
     with progress("export") as advance:
         try:
             result = export_bundle(ckpt, out, precision, limits, options=export_options, on_progress=advance)
@@ -115,15 +132,16 @@ def export(ckpt: str, out: Path, precision: str, **options: Any) -> None:
     console(stderr=True).print(exported_table(result))
     echo(out)
     if engine in PLAN_ENGINES:
-        build_plans(out, engine, capabilities or None, "auto")
+        build_plans(out, engine, capabilities or None, "auto", refittable=options["refittable"])
 
 
 @click.command()
 @click.option("--bundle", type=PATH, required=True, help="as `mige-rt export` writes; the plans are added to it")
 @click.option("--engine", type=click.Choice(PLAN_ENGINES), required=True)
 @_CAPABILITIES
+@_REFITTABLE
 @click.option("--device", default="auto", show_default=True, help="cuda, cuda:1: the GPU to build for")
-def build(bundle: Path, engine: PlanEngine, capabilities: tuple[str, ...], device: str) -> None:
+def build(bundle: Path, engine: PlanEngine, capabilities: tuple[str, ...], refittable: bool, device: str) -> None:
     r"""Build, or build anew, a bundle's plans for TensorRT or TensorRT for RTX.
 
     \b
@@ -133,7 +151,7 @@ def build(bundle: Path, engine: PlanEngine, capabilities: tuple[str, ...], devic
     TensorRT builds for this machine's GPU and measures on it, which takes minutes. TensorRT for RTX builds in seconds,
     without a GPU too, and compiles the rest when the plans are first run.
     """
-    echo(build_plans(bundle, engine, capabilities or None, device))
+    echo(build_plans(bundle, engine, capabilities or None, device, refittable=refittable))
 
 
 @click.command()

@@ -13,9 +13,20 @@ import click
 
 from engines.interface import Attention
 from engines.plans import PLAN_ENGINES
-from mige_rt.cli.shared import PATH, Scale, Size, StepRange, is_verbose, model_options, open_pipeline, progress
+from mige_rt.cli.shared import (
+    PATH,
+    LoraType,
+    Scale,
+    Size,
+    StepRange,
+    is_verbose,
+    model_options,
+    open_pipeline,
+    progress,
+)
 from mige_rt.config import Precision, SchedulerName
 from mige_rt.errors import InputError
+from mige_rt.lora import Lora
 from mige_rt.terminal import echo, report, report_cause
 
 if TYPE_CHECKING:
@@ -63,6 +74,7 @@ class RunOptions:
     compile: bool
     attention: Attention
     build: bool
+    loras: tuple[Lora, ...]
 
     def check(self) -> None:
         """Raises InputError when options exclude each other."""
@@ -188,6 +200,13 @@ class RunOptions:
     help="PyTorch's implementation of it on CUDA (engine pytorch); auto: the fastest, measured",
 )
 @click.option("--build", is_flag=True, help="build plans for this machine if the bundle has none")
+@click.option(
+    "--lora",
+    "loras",
+    type=LoraType(),
+    multiple=True,
+    help="merge a LoRA of mige-rt train-lora into the weights (engine pytorch); may be repeated",
+)
 def run(**values: Any) -> None:
     r"""Make an image, or edit one.
 
@@ -360,6 +379,7 @@ def _open(options: RunOptions) -> "MigePipeline":
         compile=options.compile,
         attention=options.attention,
         build_missing=options.build,
+        loras=options.loras,
     )
 
 
@@ -373,6 +393,8 @@ def _make_images(pipe: "MigePipeline", job: _Job, params: "SamplingParams", opti
         "edit_scope": options.edit_scope,
     }
     metadata |= {"engine": pipe.engine.name, "device": pipe.engine.device, "precision": pipe.engine.precision}
+    if options.loras:
+        metadata["lora"] = ", ".join(map(str, options.loras))
     sizes = ("width", "height")  # each image's own stands under `size`
     metadata |= {k: str(v) for k, v in asdict(resolved).items() if v is not None and k not in sizes}
     warnings: set[str] = set()

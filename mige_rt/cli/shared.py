@@ -16,6 +16,7 @@ from engines.plans import NoPlanError, PlanEngine
 from mige_rt.cli.limits import given_limits
 from mige_rt.config import Precision
 from mige_rt.errors import InputError
+from mige_rt.lora import Lora, require_pytorch
 from mige_rt.terminal import console, printable, report
 
 if TYPE_CHECKING:
@@ -104,6 +105,19 @@ def progress(description: str) -> Generator[Callable[[str, int, int], None], Non
         yield advance
 
 
+class LoraType(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
+    """A LoRA and its scale, as FILE or FILE:0.8."""
+
+    name = "FILE[:SCALE]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Lora:
+        """See `click.ParamType.convert`."""
+        try:
+            return Lora.parse(str(value))
+        except InputError as error:
+            self.fail(str(error), param, ctx)
+
+
 class Scale(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
     """A finite number."""
 
@@ -159,6 +173,7 @@ def open_pipeline(  # noqa: PLR0913, the options of from_pretrained
     compile: bool = False,
     attention: Attention = "auto",
     build_missing: bool = False,
+    loras: Sequence[Lora] = (),
 ) -> "MigePipeline":
     """`MigePipeline.from_pretrained` for a command: says on stderr what was chosen.
 
@@ -171,12 +186,17 @@ def open_pipeline(  # noqa: PLR0913, the options of from_pretrained
         compile: The same.
         attention: The same.
         build_missing: Where a plan is missing for this machine, build it.
+        loras: What is merged into the weights; then `auto` is the engine pytorch.
     """
     from mige_rt.bundle import DEFAULT_MODEL
     from mige_rt.pipeline import MigePipeline
 
     if model is None:
         report("using the small default model; --model names another")
+    is_chosen = engine != "auto"
+    if loras:
+        engine = engine if is_chosen else "pytorch"
+        require_pytorch(engine)
     options: dict[str, Any] = {
         "engine": engine,
         "device": device,
@@ -194,7 +214,9 @@ def open_pipeline(  # noqa: PLR0913, the options of from_pretrained
         report(f"building plans for {error.machine}")
         build_plans(error.bundle, error.machine.engine, None, device)
         pipe = MigePipeline.from_pretrained(error.bundle, **options)
-    if engine == "auto":
+    for lora in loras:
+        pipe.load_lora_weights(lora.path, scale=lora.scale)
+    if not is_chosen:
         chosen = pipe.engine
         report(f"engine {chosen.name} on {chosen.device} in {chosen.precision}")
     return pipe
@@ -219,12 +241,15 @@ def command_line() -> str:
     return shlex.join(words)
 
 
-def build_plans(bundle: Path, engine: PlanEngine, capabilities: Sequence[str] | None, device: str) -> Path:
+def build_plans(
+    bundle: Path, engine: PlanEngine, capabilities: Sequence[str] | None, device: str, *, refittable: bool = False
+) -> Path:
     """Build a bundle's plans with a progress bar; returns their folder."""
     from export.build_plans import build
+    from export.plan_job import PlanOptions
 
     with progress("build") as advance:
         try:
-            return build(bundle, engine, capabilities, advance, device)
+            return build(bundle, engine, capabilities, advance, device, options=PlanOptions(refittable=refittable))
         except RuntimeError as error:
             raise click.ClickException(str(error)) from error

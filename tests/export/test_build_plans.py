@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from engines.plans import SIDECAR, Machine, NoPlanError, check_plans, find_plans, read_plans
 from export import build_plans as tensorrt
-from export.build_plans import OPTIONS, PLAN_OPTIONS, PORTABLE, build, profile
+from export.build_plans import PLAN_OPTIONS, PORTABLE, build, profile
 from export.plan_job import PlanJob
 from export.plan_worker import BuildError, work
 from mige_rt.bundle import MANIFEST, OpenedModel, check_files, read_manifest
@@ -65,7 +65,7 @@ def test_all_six_graphs_become_plans(bundles: Bundles, tmp_path: Path, precision
     manifest = read_manifest(bundle)
     assert made.folder == folder and left(bundle) == [made.fingerprint]
     assert made.target.version == trt.__version__ and made.target.capabilities == ("8.9",)
-    assert made.precision == precision and made.options == OPTIONS
+    assert made.precision == precision and made.options == vars(PLAN_OPTIONS)
     assert sorted(path.name for path in folder.iterdir()) == sorted([SIDECAR, *(f"{graph}.plan" for graph in GRAPHS)])
     for graph, entry in made.graphs.items():
         assert entry.onnx == manifest.graphs[graph].onnx.sha256
@@ -159,6 +159,19 @@ def test_run_builds_what_is_missing_if_it_is_told_to(
     result = CliRunner().invoke(main, [*arguments, "--build"])
     assert "plans were built" in result.output and len(left(bundle)) == 1
     assert not (tmp_path / "out.png").exists()
+
+
+def test_refittable_plans_need_a_gpu(bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_gpu(engine: str, device: str) -> int:
+        raise NotAvailableError("no GPU")
+
+    monkeypatch.setattr(tensorrt, "find_device", no_gpu)
+    arguments = ["build", "--bundle", str(bundle), "--engine", "tensorrt-rtx", "--compute-capability", "8.9"]
+    result = CliRunner().invoke(main, [*arguments, "--refittable"])
+    assert result.exit_code == 2 and "refittable plans are built on a machine with an NVIDIA GPU" in result.output
+    assert left(bundle) == []
+    result = CliRunner().invoke(main, ["export", "--out", str(tmp_path / "out"), "--refittable"])
+    assert result.exit_code == 2 and "--refittable is for plans" in result.output and not (tmp_path / "out").exists()
 
 
 def test_int8_is_for_another_engine(bundle: Path) -> None:

@@ -17,6 +17,7 @@ from engines.interface import EngineOptions, to_numpy
 from engines.plans import PLAN_ENGINES, NoPlanError, PlanEngine
 from engines.tensorrt import TensorRTEngine
 from export.build_plans import build
+from export.plan_job import PlanOptions
 from mige_rt.bundle import DEFAULT_MODEL, open_model, read_config
 from mige_rt.errors import InputError
 from mige_rt.pipeline import MigePipeline
@@ -176,3 +177,11 @@ def test_a_plan_that_cannot_be_loaded_is_named(
     monkeypatch.setattr(module, "check_plans", lambda *_: None)
     with pytest.raises(InputError, match=f"could not be loaded .*mige-rt build --bundle {copy}"):
         TensorRTEngine.open(open_model(copy), EngineOptions(), name)
+
+
+def test_refittable_plans_say_so(bundle: Path, name: PlanEngine, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    plans = build(copied, name, options=PlanOptions(refittable=True))
+    trt = importlib.import_module(MODULES[name])
+    engine = trt.Runtime(trt.Logger()).deserialize_cuda_engine((plans / "conditioner.plan").read_bytes())
+    assert engine.refittable

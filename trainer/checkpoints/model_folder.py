@@ -113,7 +113,7 @@ class SafetensorsCheckpoint(Checkpoint):
         return {name: file.get_tensor(key) for name, (file, key) in places.items() if name in wanted}
 
     def close(self) -> None:
-        """Let go of the files, of which weights that are mapped hold theirs; what is asked for later opens it again."""
+        """See `Checkpoint.close`."""
         self._open_files.clear()
 
     def _open(self, path: Path) -> safe_open:

@@ -93,6 +93,9 @@ class Checkpoint(ABC):
             _require_real(graph, model.graph(graph))
         return model.eval()
 
+    def close(self) -> None:  # noqa: B027, for those that hold files
+        """Let go of the files, of which weights that are mapped hold theirs; what is asked for later opens it again."""
+
     def empty(self) -> Mige:
         """The checkpoint's model without weights, on the meta device."""
         return empty_model(self.config)

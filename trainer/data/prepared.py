@@ -75,6 +75,23 @@ class PreparedSample:
     images: tuple[int, ...]
     images_vit: tuple[int, ...]
 
+    @staticmethod
+    def of(
+        values: Mapping[str, Any], latents: NDArray[np.float16], vit: NDArray[np.float16] | None
+    ) -> "PreparedSample":
+        """The sample of the decoded files of a shard; vit is None where the prompt refers to no image."""
+        return PreparedSample(
+            id=values["id"],
+            task=values["task"],
+            prompt=values["prompt"],
+            latents=latents,
+            vit=np.empty(0, np.float16) if vit is None else vit,
+            target=values["target"],
+            source=values["source"],
+            images=tuple(values["images"]),
+            images_vit=tuple(values["images_vit"]),
+        )
+
     def draw(self, row: int, generator: np.random.Generator) -> NDArray[np.float32]:
         """Unscaled latents, [c,h,w], drawn from an image's posterior, as published: mean + deviation * noise."""
         mean, deviation = np.split(self.latents[row].astype(np.float32), 2)
@@ -134,17 +151,6 @@ def open_prepared(folder: Path) -> PreparedSet:
 
 def _sample(files: Mapping[str, Any]) -> PreparedSample:
     # Decoded here: webdataset's own decoders unpickle whatever file has a name for that.
-    values = json.loads(files["json"])
     latents = np.load(io.BytesIO(files["latents.npy"]), allow_pickle=False)
-    vit = np.load(io.BytesIO(files["vit.npy"]), allow_pickle=False) if "vit.npy" in files else np.empty(0, np.float16)
-    return PreparedSample(
-        id=values["id"],
-        task=values["task"],
-        prompt=values["prompt"],
-        latents=latents,
-        vit=vit,
-        target=values["target"],
-        source=values["source"],
-        images=tuple(values["images"]),
-        images_vit=tuple(values["images_vit"]),
-    )
+    vit = np.load(io.BytesIO(files["vit.npy"]), allow_pickle=False) if "vit.npy" in files else None
+    return PreparedSample.of(json.loads(files["json"]), latents, vit)

@@ -4,6 +4,8 @@ Shapes: N reference images, Q query tokens of an image, D text width, B prompts,
 p x p pixels of the ViT's input, c latent channels, rh x rw latents of a reference image.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -168,7 +170,6 @@ class TextEncoder(nn.Module):
         """
         mixed = self.mix(token_ids, image_tokens, slot_index)
         # T5's sums between layers take the type of its `wo`, which stays float32 where the rest is float16.
-        mixed = mixed.to(
-            next(weight.dtype for name, weight in self.t5.named_parameters() if name.endswith("wo.weight"))
-        )
+        wo: Any = self.t5.get_submodule("encoder.block.0.layer.1.DenseReluDense.wo")  # perhaps with a LoRA around it
+        mixed = mixed.to(wo.weight.dtype)
         return self.t5(inputs_embeds=mixed, attention_mask=text_mask).last_hidden_state

@@ -1,0 +1,234 @@
+"""Fine-tuning a model by LoRA on a few images, on one device."""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from diffusers.optimization import SchedulerType, get_scheduler
+from torch import Tensor, nn
+
+from engines.pytorch import torch_device
+from mige_rt.config import ModelConfig
+from mige_rt.errors import InputError
+from mige_rt.images import open_image
+from mige_rt.lora import LORA_FILE
+from mige_rt.scheduler import TRAIN_STEPS
+from mige_rt.tokenizer import Tokenize, load_tokenizer
+from trainer.checkpoints.model_folder import COMPONENTS
+from trainer.checkpoints.open_checkpoint import CheckpointLocation, open_checkpoint
+from trainer.checkpoints.weights import Checkpoint
+from trainer.data.batches import TrainingBatch, collate
+from trainer.data.encode import Encoders, encode_samples, load_encoders
+from trainer.data.manifest import ManifestSample
+from trainer.data.prepared import PreparedSample
+from trainer.loop import Float32Attention
+from trainer.lora import LoraOptions, adapted_layers, add_lora, lora_parameters, save_adapted
+from trainer.objective import sample_losses
+from trainer.stages.trained_part import TrainedPart
+
+ENCODED_AT_ONCE = 8  # images
+SHOWN_EVERY = 10  # steps
+SCHEDULERS = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]  # it needs rules
+MixedPrecision = Literal["no", "bf16"]
+OnProgress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuningOptions:
+    """How a LoRA is trained; the names are those of diffusers' training scripts.
+
+    Attributes:
+        max_train_steps: Optimiser steps.
+        train_batch_size: Samples in a batch.
+        gradient_accumulation_steps: Batches in a step.
+        learning_rate: AdamW's, after the warm-up.
+        lr_scheduler: How it goes on, one of diffusers' names.
+        lr_warmup_steps: Steps over which it rises.
+        max_grad_norm: Largest norm of the gradient.
+        mixed_precision: `bf16`: the model's weights are bfloat16, and the LoRA's float32.
+        device: cpu, cuda, cuda:1, or auto: cuda where there is a GPU.
+        seed: Of every random draw. On a CPU the same seed gives the same file.
+    """
+
+    max_train_steps: int = 500
+    train_batch_size: int = 4
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-4
+    lr_scheduler: str = "constant"
+    lr_warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+    mixed_precision: MixedPrecision = "no"
+    device: str = "auto"
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises InputError when one of them is impossible."""
+        for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps"):
+            if (value := getattr(self, name)) < 1:
+                raise InputError(f"{name} is {value}; 1 or more is expected")
+        for name in ("lr_warmup_steps", "seed"):
+            if (value := getattr(self, name)) < 0:
+                raise InputError(f"{name} is {value}; 0 or more is expected")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not 0 < (value := getattr(self, name)) < float("inf"):
+                raise InputError(f"{name} is {value}; a number above 0 is expected")
+        if self.lr_scheduler not in SCHEDULERS:
+            raise InputError(f"lr_scheduler is {self.lr_scheduler!r}; one of {', '.join(SCHEDULERS)} is expected")
+        if self.mixed_precision not in get_args(MixedPrecision):
+            raise InputError(f"mixed_precision is {self.mixed_precision!r}; no or bf16 is expected")
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """What a fine-tuning gave.
+
+    Attributes:
+        path: The LoRA's file.
+        layers: How many layers it adapts.
+        parameters: How many numbers were trained.
+        losses: Of each step.
+    """
+
+    path: Path
+    layers: int
+    parameters: int
+    losses: list[float]
+
+
+def train_lora(
+    model: CheckpointLocation,
+    samples: Sequence[ManifestSample],
+    out: Path,
+    lora: LoraOptions = LoraOptions(),  # noqa: B008, frozen
+    options: FineTuningOptions = FineTuningOptions(),
+    *,
+    on_progress: OnProgress | None = None,
+) -> FineTuned:
+    """Fine-tune a model by LoRA, and write the folder `out` with `lora_weights.safetensors`.
+
+    The samples' features are computed once and stay in memory: this is for some hundred samples, not for datasets.
+
+    Args:
+        model: A model folder, a bundle with unquantised weights, or the published checkpoint.
+        samples: At least one.
+        out: The folder; made where it is not there.
+        lora: Which layers are adapted.
+        options: How they are trained.
+        on_progress: Gets what is being done, how many steps are done, and how many there are.
+
+    Raises:
+        InputError: The model, an image or an option cannot be used, `out` holds a LoRA already, or the training does
+            not converge. Nothing is written then.
+    """
+    lora.check()
+    options.check()
+    device = torch_device(options.device)
+    path = out / LORA_FILE
+    if path.exists():
+        raise InputError(f"{path} exists already; give another folder, or remove it first")
+    checkpoint = open_checkpoint(model)
+    adapted_layers(checkpoint.empty(), lora.targets)  # for its errors, before anything takes long
+    tokenize = _tokenizer(checkpoint)
+    prepared = _prepare(load_encoders(model, device), samples)
+    dtype = torch.bfloat16 if options.mixed_precision == "bf16" else torch.float32
+    module = TrainedPart(checkpoint.load(COMPONENTS, dtype=dtype, device=device))
+    del module.image_encoder.vision.encoder, module.image_encoder.vision.embeddings  # whose features are there
+    prompts = {sample.prompt for sample in samples}
+    description = add_lora(module, checkpoint.config, lora, prompts.pop() if len(prompts) == 1 else None)
+    batches = _batches(prepared, checkpoint.config, tokenize, options)
+    losses = _train(module, batches, options, on_progress)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out} cannot be made ({error}); give another folder") from error
+    save_adapted(path, module, description)
+    parameters = sum(parameter.numel() for parameter in lora_parameters(module))
+    return FineTuned(path, len(description.norms), parameters, losses)
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Tokenize:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.json"
+        checkpoint.save_tokenizer(path)
+        return load_tokenizer(path)
+
+
+def _prepare(encoders: Encoders, samples: Sequence[ManifestSample]) -> list[PreparedSample]:
+    """The samples' features. Raises InputError when an image cannot be read."""
+    images = {path: open_image(path) for path in dict.fromkeys(path for sample in samples for path in sample.paths())}
+    opened = [(sample, {path: images[path] for path in sample.paths()}) for sample in samples]
+    files = encode_samples(encoders, opened, ENCODED_AT_ONCE)
+    return [PreparedSample.of(file["json"], file["latents.npy"], file.get("vit.npy")) for file in files]
+
+
+def _batches(
+    samples: Sequence[PreparedSample], config: ModelConfig, tokenize: Tokenize, options: FineTuningOptions
+) -> Iterator[TrainingBatch]:
+    """Batches without end: all samples in random order, again and again."""
+    generator = np.random.default_rng(options.seed)
+    order: list[int] = []
+    while True:
+        while len(order) < options.train_batch_size:
+            order += generator.permutation(len(samples)).tolist()
+        chosen, order = order[: options.train_batch_size], order[options.train_batch_size :]
+        yield collate([samples[i] for i in chosen], config, tokenize, generator)
+
+
+def _train(
+    module: TrainedPart,
+    batches: Iterator[TrainingBatch],
+    options: FineTuningOptions,
+    on_progress: OnProgress | None,
+) -> list[float]:
+    """Each step's loss. Raises InputError when one is not finite."""
+    torch.manual_seed(options.seed)
+    parameters = lora_parameters(module)
+    device = parameters[0].device
+    optimiser = torch.optim.AdamW(parameters, lr=options.learning_rate)
+    schedule = get_scheduler(
+        options.lr_scheduler,
+        optimiser,
+        num_warmup_steps=options.lr_warmup_steps,
+        num_training_steps=options.max_train_steps,
+    )
+    accumulated = options.gradient_accumulation_steps
+    losses: list[float] = []
+    for step in range(options.max_train_steps):
+        total = 0.0
+        for _ in range(accumulated):
+            with _precision(device, options.mixed_precision):
+                loss = _loss(module, next(batches).to(device)) / accumulated
+                loss.backward()
+            total += loss.item()
+        if not np.isfinite(total):
+            raise InputError(f"the loss is {total} at step {step + 1}; give a lower learning rate")
+        nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
+        losses.append(total)
+        if on_progress and (step + 1) % SHOWN_EVERY == 0:
+            on_progress(f"loss {np.mean(losses[-SHOWN_EVERY:]):.3f}", step + 1, options.max_train_steps)
+    return losses
+
+
+@contextmanager
+def _precision(device: torch.device, mixed_precision: MixedPrecision) -> Generator[None]:
+    """What a forward and a backward pass are computed in."""
+    if mixed_precision == "no":
+        yield
+    else:
+        with Float32Attention(), torch.autocast(device.type, torch.bfloat16):
+            yield
+
+
+def _loss(module: TrainedPart, batch: TrainingBatch) -> Tensor:
+    """The mean objective of a batch, each sample at a timestep of its own (paper, section 4.1)."""
+    batch = replace(batch, vit=batch.vit.to(module.image_encoder.query_tokens.dtype))
+    timestep = torch.randint(TRAIN_STEPS, (len(batch.target),), device=batch.target.device)
+    return sample_losses(module.config, module, batch, timestep).losses.mean()
