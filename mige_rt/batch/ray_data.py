@@ -8,12 +8,13 @@ from dataclasses import asdict
 from typing import Any
 
 import ray
-import ray.data
+from ray import data
 
 from mige_rt.batch.worker import BatchJob, BatchSettings, BatchWorker, Outcome
 from mige_rt.errors import InputError
 
-_ray: Any = ray  # whose types are partly unknown
+_ray: Any = ray  # the types of both are partly unknown
+_data: Any = data
 
 
 class _Actor:
@@ -46,7 +47,7 @@ def run_on_ray(
         InputError: There is no cluster at this address.
     """
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or else Ray warns of GPUs that nobody asked for
     try:
         _ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -62,10 +63,10 @@ def run_on_ray(
 def _outcomes(settings: BatchSettings, jobs: Sequence[BatchJob], workers: int | None) -> Iterator[Outcome]:
     gpus = int(_ray.cluster_resources().get("GPU", 0))
     actors = min(workers or gpus or len(_ray.nodes()), len(jobs))
-    context: Any = _ray.data.DataContext.get_current()
+    context: Any = _data.DataContext.get_current()
     context.enable_progress_bars = False
     context.max_errored_blocks = -1  # what ends an actor costs the jobs of one block
-    dataset: Any = _ray.data.from_items(
+    dataset: Any = _data.from_items(
         [{"job": json.dumps(asdict(job))} for job in jobs],
         override_num_blocks=min(len(jobs), max(4 * actors, len(jobs) // 16)),
     )
@@ -73,7 +74,7 @@ def _outcomes(settings: BatchSettings, jobs: Sequence[BatchJob], workers: int | 
         _Actor,
         fn_constructor_args=(settings,),
         batch_size=1,
-        compute=_ray.data.ActorPoolStrategy(size=actors),
+        compute=_data.ActorPoolStrategy(size=actors),
         num_gpus=1 if gpus else None,
         scheduling_strategy="SPREAD",  # an actor uses all the cores of its machine
     )

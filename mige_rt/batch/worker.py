@@ -4,6 +4,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mige_rt.batch.images import ImageJob, ImageSettings, is_finished, make_images, request_digest
 from mige_rt.errors import InputError
@@ -66,6 +67,22 @@ class BatchSettings:
     images: ImageSettings
     model: str
     open: Callable[[], MigePipeline]
+
+
+def open_model(model: str, name: str | None, **options: Any) -> MigePipeline:
+    """Open a model in another process, or on another machine.
+
+    Args:
+        model: Its path there, or its name on the hub.
+        name: What it is called in the images' metadata: as the user gave it. None: the default model's own name.
+        options: Of `MigePipeline.from_pretrained`.
+
+    Raises:
+        InputError: See there.
+    """
+    pipe = MigePipeline.from_pretrained(model, **options)
+    pipe.model_name = name or pipe.config.name
+    return pipe
 
 
 class BatchWorker:

@@ -7,14 +7,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mige_rt.batch.failures import Failure, check_failures_file, write_failures
 from mige_rt.batch.images import is_finished, model_identity, request_digest
 from mige_rt.batch.processes import run_in_processes
-from mige_rt.batch.worker import BatchJob, BatchSettings, BatchWorker, Outcome
+from mige_rt.batch.worker import BatchJob, BatchSettings, BatchWorker, Outcome, open_model
 from mige_rt.bundle import DEFAULT_MODEL
 from mige_rt.cli.limits import given_limits
+from mige_rt.cli.run import DEFAULT_OUT, RunOptions
 from mige_rt.cli.shared import is_verbose, requires
 from mige_rt.errors import InputError
 from mige_rt.image_output import (
@@ -25,13 +25,9 @@ from mige_rt.image_output import (
     output_paths,
     unused_paths,
 )
-from mige_rt.pipeline import MigePipeline
 from mige_rt.requests import RequestLine, RequestRecord, read_records
 from mige_rt.sampling_params import SamplingParams
-from mige_rt.terminal import console, echo, report, report_lines
-
-if TYPE_CHECKING:
-    from mige_rt.cli.run import RunOptions
+from mige_rt.terminal import console, echo, report, report_cause, report_lines
 
 PAUSE = 30.0  # seconds between two lines on what is done, where stderr is no terminal
 
@@ -58,7 +54,7 @@ class _Line:
         return len(self.paths) - len(self.finished)
 
 
-def run_batch(options: "RunOptions", batch: Path, params: SamplingParams, seed: int) -> bool:
+def run_batch(options: RunOptions, batch: Path, params: SamplingParams, seed: int) -> bool:
     """Make the images of every line; a line that cannot be used is reported and passed over.
 
     Args:
@@ -83,6 +79,7 @@ def run_batch(options: "RunOptions", batch: Path, params: SamplingParams, seed: 
     if len(todo) < len(lines):
         report(f"{len(lines) - len(todo):,} of {len(lines):,} requests are finished already, and stay as they are")
     by_number = {line.line.number: line for line in todo}
+    is_refused = False
     try:
         with _progress(sum(line.missing for line in todo)) as advance:
             for outcome in _outcomes(options, settings, [_job(options, line, seed) for line in todo]):
@@ -91,19 +88,23 @@ def run_batch(options: "RunOptions", batch: Path, params: SamplingParams, seed: 
                 if outcome.error:
                     failures.append(Failure(line=outcome.number, id=line.line.id, reason=outcome.error))
                 advance(len(outcome.paths), line.missing)
-    finally:
-        if options.failures is not None:
+    except InputError:  # the model cannot be opened
+        is_refused = True
+        raise
+    finally:  # also after Ctrl-C
+        if options.failures is not None and not is_refused:
             write_failures(options.failures, failures)
     return not failures
 
 
-def _settings(options: "RunOptions", batch: Path, params: SamplingParams) -> BatchSettings:
+def _settings(options: RunOptions, batch: Path, params: SamplingParams) -> BatchSettings:
     """What all lines share. Workers elsewhere open the model by the same arguments, and do not say so."""
     model = options.model or DEFAULT_MODEL
     on_ray = options.ray is not None
-    open_model = partial(
-        MigePipeline.from_pretrained,
-        os.path.abspath(model) if on_ray and os.path.exists(model) else model,
+    open_there = partial(
+        open_model,
+        os.path.abspath(model) if on_ray and os.path.exists(model) else str(model),
+        options.model,
         engine=options.engine,
         device=options.device,
         precision=options.precision,
@@ -116,17 +117,17 @@ def _settings(options: "RunOptions", batch: Path, params: SamplingParams) -> Bat
         folder=batch.parent.absolute() if on_ray else batch.parent,
         images=options.image_settings(params),
         model=model_identity(options.model, options.engine, options.device, options.precision),
-        open=open_model if on_ray or options.workers not in (None, 1) else options.open_pipeline,
+        open=open_there if on_ray or options.workers not in (None, 1) else options.open_pipeline,
     )
 
 
-def _plan(options: "RunOptions", batch: Path, settings: BatchSettings, seed: int) -> tuple[list[_Line], list[Failure]]:
+def _plan(options: RunOptions, batch: Path, settings: BatchSettings, seed: int) -> tuple[list[_Line], list[Failure]]:
     """Every line that can be used, and those that cannot.
 
     Raises:
         InputError: A line would write over a file that must not be replaced.
     """
-    out = options.out or Path("out.png")
+    out = options.out or DEFAULT_OUT
     check_name(out)  # a folder that cannot be written is no line's fault
     lines: list[_Line] = []
     failures: list[Failure] = []
@@ -140,6 +141,8 @@ def _plan(options: "RunOptions", batch: Path, settings: BatchSettings, seed: int
         except OutputExistsError as error:
             raise InputError(f"{batch} line {line.number}: {error}") from error
         except InputError as error:
+            if is_verbose():
+                report_cause(error)
             failures.append(Failure(line=line.number, id=line.id, reason=str(error)))
         else:
             taken.update(planned.paths)
@@ -149,7 +152,7 @@ def _plan(options: "RunOptions", batch: Path, settings: BatchSettings, seed: int
 
 
 def _plan_line(
-    options: "RunOptions",
+    options: RunOptions,
     settings: BatchSettings,
     line: RequestLine,
     record: RequestRecord,
@@ -170,7 +173,7 @@ def _plan_line(
         OutputExistsError: A file is there that this request has not made, and it may not be replaced.
         InputError: A file can never be replaced.
     """
-    out = numbered(options.out or Path("out.png"), line.id)
+    out = numbered(options.out or DEFAULT_OUT, line.id)
     paths = output_paths(out, options.num_images)
     existing = [path for path in paths if os.path.lexists(path)]
     finished: list[Path] = []
@@ -186,11 +189,11 @@ def _plan_line(
     return _Line(line=line, record=record, paths=paths, finished=finished)
 
 
-def _line_seed(options: "RunOptions", line: RequestLine, seed: int) -> int:
+def _line_seed(options: RunOptions, line: RequestLine, seed: int) -> int:
     return seed + (line.number - 1) * options.num_images
 
 
-def _job(options: "RunOptions", line: _Line, seed: int) -> BatchJob:
+def _job(options: RunOptions, line: _Line, seed: int) -> BatchJob:
     paths = [path.absolute() for path in line.paths] if options.ray is not None else line.paths
     return BatchJob(
         number=line.line.number,
@@ -201,7 +204,7 @@ def _job(options: "RunOptions", line: _Line, seed: int) -> BatchJob:
     )
 
 
-def _outcomes(options: "RunOptions", settings: BatchSettings, jobs: Sequence[BatchJob]) -> Iterator[Outcome]:
+def _outcomes(options: RunOptions, settings: BatchSettings, jobs: Sequence[BatchJob]) -> Iterator[Outcome]:
     """Make the jobs where the options say."""
     if not jobs:
         return iter(())
@@ -231,7 +234,7 @@ def _report_outcome(batch: Path, outcome: Outcome) -> None:
         report(f"{batch} line {outcome.number}: {outcome.error}")
 
 
-def _check_inputs_stay(options: "RunOptions", batch: Path, lines: Sequence[_Line]) -> None:
+def _check_inputs_stay(options: RunOptions, batch: Path, lines: Sequence[_Line]) -> None:
     """Raises InputError when --overwrite would replace the request file, or an image that another line reads."""
     readers: dict[str, set[int]] = {}
     for line in lines:

@@ -71,7 +71,7 @@ class RunOptions:
             raise InputError("give either --prompt or --batch")
         if self.batch is not None and (self.images or self.source):
             raise InputError("--image and --source stand in the lines of the --batch file; leave them out here")
-        if self.batch is None and not self.workers is self.ray is self.failures is None:
+        if self.batch is None and any(value is not None for value in (self.workers, self.ray, self.failures)):
             raise InputError("--workers, --ray and --failures are for a --batch, and none was given")
         if self.build and (self.ray is not None or (self.workers or 1) > 1):
             raise InputError("--build is for one process; build the plans first with: mige-rt build")

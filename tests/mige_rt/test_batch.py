@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -87,7 +88,8 @@ def test_a_changed_request_is_not_taken_for_finished(folder: Path, change: dict[
     record = RequestRecord("make it blue", source="scene.png", seed=1)
     settings = ImageSettings(params=SamplingParams(num_inference_steps=2))
     Image.new("RGB", (64, 64)).save(folder / "other.png")
-    changed = RequestRecord(**{"prompt": "make it blue", "source": "scene.png", "seed": 1} | change)
+    fields: dict[str, Any] = {"prompt": "make it blue", "source": "scene.png", "seed": 1}
+    changed = RequestRecord(**(fields | change))
     digests = [request_digest(each, folder, None, settings, "model") for each in (record, record, changed)]
     assert digests[0] == digests[1] != digests[2]
 
@@ -171,7 +173,7 @@ def test_a_worker_that_ends_costs_its_line_alone(folder: Path) -> None:
 def test_a_model_that_cannot_be_opened_is_no_lines_fault(folder: Path) -> None:
     result = run("--model", "nowhere", "--workers", "2")
     assert result.exit_code == 2 and "nowhere is no model folder" in result.stderr
-    assert images(folder) == {}
+    assert images(folder) == {} and not Path("failures.jsonl").exists()
 
 
 @pytest.mark.parametrize(
