@@ -44,15 +44,15 @@ def run_on_ray(
         The outcome of each job, in the order in which they end.
 
     Raises:
-        InputError: There is no cluster at this address.
+        InputError: No cluster answers at this address, or starts here within Ray's 30 seconds.
     """
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or else Ray warns of GPUs that nobody asked for
     try:
         _ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray raises Exception itself where a node does not start in time
         raise InputError(
-            f"there is no Ray cluster at {address!r} ({error}); start one with `ray start --head`, or give --ray local"
+            f"no Ray cluster answers at {address!r} ({error}); start one with `ray start --head`, or give --ray local"
         ) from error
     try:
         yield from _outcomes(settings, jobs, workers)

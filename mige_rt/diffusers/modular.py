@@ -181,6 +181,6 @@ class MigeBlocks(SequentialPipelineBlocks):
     block_names = ["encode", "denoise", "decode"]  # noqa: RUF012
 
     @property
-    def description(self) -> str:
+    def description(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]  # theirs has the type of ''
         """See `ModularPipelineBlocks`."""
         return "MIGE: images from instructions with images in them."

@@ -88,8 +88,8 @@ def test_a_changed_request_is_not_taken_for_finished(folder: Path, change: dict[
     record = RequestRecord("make it blue", source="scene.png", seed=1)
     settings = ImageSettings(params=SamplingParams(num_inference_steps=2))
     Image.new("RGB", (64, 64)).save(folder / "other.png")
-    fields: dict[str, Any] = {"prompt": "make it blue", "source": "scene.png", "seed": 1}
-    changed = RequestRecord(**(fields | change))
+    fields: dict[str, Any] = {"prompt": "make it blue", "source": "scene.png", "seed": 1, **change}
+    changed = RequestRecord(**fields)
     digests = [request_digest(each, folder, None, settings, "model") for each in (record, record, changed)]
     assert digests[0] == digests[1] != digests[2]
 
@@ -212,8 +212,12 @@ def test_a_foreign_file_is_not_finished(tmp_path: Path) -> None:
     assert Outcome(number=1).error == ""
 
 
+@pytest.mark.long
 def test_ray_makes_the_same_bytes(folder: Path) -> None:
-    """A cluster of this machine alone, in a process of its own, since Ray starts others that outlive a failed test."""
+    """A cluster of this machine alone, in a process of its own, since Ray starts others that outlive a failed test.
+
+    Ray gives it 30 seconds to start, which a loaded machine may take.
+    """
     assert run("--seed", "1").exit_code == 1
     alone = images(folder)
     for path in folder.glob("made*"):

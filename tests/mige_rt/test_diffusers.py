@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -181,8 +181,9 @@ def test_an_engine_of_torch_tensors(scene: Image.Image) -> None:
 def test_modular_blocks_make_the_same_image(library_pipe: MigePipeline, scene: Image.Image, tmp_path: Path) -> None:
     blocks = MigeBlocks()
     assert {component.name for component in blocks.expected_components} == {"mige", "scheduler"}
-    modular = blocks.init_pipeline()
+    modular: Any = blocks.init_pipeline()
     assert isinstance(modular, ModularPipeline)
+    modular = cast("Any", modular)
     modular.load_components()
     arguments: dict[str, Any] = {"source": scene, "num_inference_steps": 4}
     images = modular(prompt=EDIT, generator=generator(), output="images", **arguments)
