@@ -26,6 +26,7 @@ TOKENIZER_FILE = "tokenizer/tokenizer.json"
 CONFIG = "config.json"
 MANIFEST = "manifest.json"
 REPORT = "report.json"
+SIGNATURE = "manifest.sig"  # the manifest's signature in base64, see `mige_rt.signing`
 ALWAYS_HASHED = 64 << 20  # bytes in a bundle up to which every opening checks the hashes: a fraction of a second
 MOST_IMAGES = 63  # at once, and that prompts refer to: diffusers' VAE branches at 64
 LARGEST_LATENT = 4096  # side of an image's latents

@@ -74,18 +74,47 @@ def denoising_step(denoiser: Denoiser) -> Step:
     """One step of the loop as a function of arrays, all of which lie on the engine's device."""
 
     def step(inputs: LoopInputs, latents: Array, data_before: Array, coefficients: Array) -> tuple[Array, Array]:
-        xp, branches = array_namespace(latents), inputs.weights.shape[0]
-        scheduler = _by_name(coefficients)
-        prediction = denoiser(
-            latents=xp.concat([latents] * branches),
-            source=inputs.source,
-            timestep=xp.broadcast_to(scheduler.timestep, (inputs.source.shape[0],)),
-            cross_kv=inputs.cross_kv,
-            text_mask=inputs.text_mask,
-        )  # [R,c,h,w]
+        prediction = predict(denoiser, inputs, latents, _by_name(coefficients).timestep)
         return solver_step(prediction, inputs.weights, latents, data_before, coefficients)
 
     return step
+
+
+def predict(denoiser: Denoiser, inputs: LoopInputs, latents: Array, timestep: Array) -> Array:
+    """What the model predicts for every branch of guidance.
+
+    Args:
+        denoiser: The graph.
+        inputs: What the images are conditioned on.
+        latents: float32 [B,c,h,w]
+        timestep: float32 []
+
+    Returns:
+        float32 [R,c,h,w]
+    """
+    xp = array_namespace(latents)
+    return denoiser(
+        latents=xp.concat([latents] * inputs.weights.shape[0]),
+        source=inputs.source,
+        timestep=xp.broadcast_to(timestep, (inputs.source.shape[0],)),
+        cross_kv=inputs.cross_kv,
+        text_mask=inputs.text_mask,
+    )
+
+
+def guide(prediction: Array, weights: Array) -> Array:
+    """The weighted sum of the branches' predictions.
+
+    Args:
+        prediction: float32 [R,c,h,w]
+        weights: Of the branches, float32 [branches,1,1,1,1].
+
+    Returns:
+        float32 [B,c,h,w]
+    """
+    xp, branches = array_namespace(prediction), weights.shape[0]
+    shape = (branches, prediction.shape[0] // branches, *prediction.shape[1:])
+    return xp.sum(weights * xp.reshape(prediction, shape), axis=0)
 
 
 def solver_step(
@@ -103,9 +132,8 @@ def solver_step(
     Returns:
         The latents and the predicted data, float32 [B,c,h,w] each.
     """
-    xp, scheduler = array_namespace(latents), _by_name(coefficients)
-    guided = xp.sum(weights * xp.reshape(prediction, (weights.shape[0], *latents.shape)), axis=0)  # [B,c,h,w]
-    data = scheduler.data_from_latents * latents + scheduler.data_from_prediction * guided
+    scheduler = _by_name(coefficients)
+    data = scheduler.data_from_latents * latents + scheduler.data_from_prediction * guide(prediction, weights)
     return _advance(latents, data, data_before, scheduler), data
 
 

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
 from PIL import Image, PngImagePlugin
 
@@ -157,6 +158,22 @@ def save_image(image: Image.Image, path: str | Path, info: Mapping[str, str], *,
         if isinstance(error, InputError):
             raise
         raise _cannot_write(path, error) from error
+
+
+def read_settings(path: Path) -> dict[str, str]:
+    """The `info` that `save_image` has put into a file; empty where there is none, or no image."""
+    try:
+        with Image.open(path, formats=sorted(set(FORMATS.values()))) as image:
+            if image.format == "PNG":
+                info: object = image.info
+            else:
+                info = json.loads(image.getexif().get(_EXIF_DESCRIPTION, "{}"))
+    except Exception:  # damaged files make the format readers raise nearly anything
+        return {}
+    if not isinstance(info, dict):
+        return {}
+    settings = cast("dict[object, object]", info)
+    return {key: str(value) for key, value in settings.items() if isinstance(key, str) and isinstance(value, str)}
 
 
 def _cannot_write(path: Path, error: OSError | ValueError) -> InputError:

@@ -93,6 +93,7 @@ class MigePipeline:
         config: The model's sizes and defaults.
         engine: What runs the model's graphs: its `name`, `device`, `precision` and `limits`.
         model_name: What the model is called in an image's metadata.
+        folder: The bundle or the model folder that it was opened from; None where it was assembled from parts.
         max_batch_size: How many images are made at once at most.
     """
 
@@ -126,6 +127,7 @@ class MigePipeline:
         self._loras: list[Lora] = []
         self._lock = threading.RLock()  # re-entrant: a callback may use the pipeline
         self.memory = memory
+        self.folder: Path | None = None
         self.runner = GraphRunner(engine, config, low_memory=low_memory)
         self.condition_encoder = ConditionEncoder(config, tokenize, self.runner)
         self._is_parallel = cfg_parallel
@@ -210,7 +212,7 @@ class MigePipeline:
             trust=trust,
         )
         name = model.config.name if model.folder == DEFAULT_MODEL else str(name_or_path)
-        return cls(
+        pipe = cls(
             model.config,
             tokenize,
             open_engine(model, engine, options),
@@ -220,6 +222,8 @@ class MigePipeline:
             cfg_parallel=cfg_parallel,
             memory=memory,
         )
+        pipe.folder = model.folder
+        return pipe
 
     @_in_turn
     def __call__(  # noqa: PLR0913, diffusers' way to sample
@@ -233,7 +237,7 @@ class MigePipeline:
         num_inference_steps: int | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
-        generator: "np.random.Generator | Generator | None" = None,
+        generator: "np.random.Generator | Generator | Sequence[Generator] | None" = None,
         width: int | None = None,
         height: int | None = None,
         fit: Fit | None = None,
@@ -262,7 +266,8 @@ class MigePipeline:
             num_images_per_prompt: How many images of each prompt. Default: 1.
             seed: 0 or more. The i-th image of a prompt gets the prompt's seed plus i; with one seed for a batch, the
                 next prompt goes on from there. Default: drawn, see the output's `seeds`.
-            generator: Instead of `seed`: the seed of each image is drawn from it (NumPy's or PyTorch's).
+            generator: Instead of `seed`: the seed of each image is drawn from it (NumPy's or PyTorch's), or from a list
+                with one for each image.
             width: Of the images in pixels, a multiple of `config.multiple`. Default: the trained size, `config.size`.
             height: The same.
             fit: How images of another shape are fitted: `crop` cuts them, `pad` puts them on black, `aspect` makes the
@@ -287,18 +292,20 @@ class MigePipeline:
             InputError: An argument cannot be used; the message says what was given, what is expected and what to do.
             NotFiniteError: The model overflowed; an InputError, too.
         """
-        batch = _Batch.of(prompt, images, source)
-        if fit not in (None, *get_args(Fit)) or edit_scope not in get_args(EditScope):
-            raise InputError(
-                f"fit is {fit!r} and edit_scope {edit_scope!r}; fit is one of {', '.join(get_args(Fit))}, edit_scope "
-                f"one of {', '.join(get_args(EditScope))}"
-            )
-        if num_images_per_prompt < 1:
-            raise InputError(f"num_images_per_prompt is {num_images_per_prompt}; 1 or more is expected")
         if self._is_parallel and seed is None and generator is None:
             raise InputError("with cfg_parallel all processes start from one noise, and no seed was given; give one")
-        seeds = _seeds(seed, generator, len(batch.prompts), num_images_per_prompt)
-        requests = [resolve(request, edit_scope) for request in batch.requests(task)]
+        requests = resolve_call(
+            prompt,
+            images,
+            source,
+            seed=seed,
+            generator=generator,
+            num_images_per_prompt=num_images_per_prompt,
+            task=task,
+            edit_scope=edit_scope,
+        )
+        if fit not in (None, *get_args(Fit)):
+            raise InputError(f"fit is {fit!r}; it is one of {', '.join(get_args(Fit))}")
         params = SamplingParams(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
@@ -313,15 +320,19 @@ class MigePipeline:
         images_of: list[list[Image.Image]] = [[] for _ in requests]
         at_once = max(1, self.max_batch_size // len(requests))  # images of each prompt
         for first in range(0, num_images_per_prompt, at_once):
-            numbers = range(first, min(first + at_once, num_images_per_prompt))
-            chunk = [
-                replace(request, seed=seeds[i][number]) for i, request in enumerate(requests) for number in numbers
-            ]
-            made = self.generate(chunk, params, callback_on_step_end=callback_on_step_end, on_warning=on_warning)
+            chunk = [of_prompt[first : first + at_once] for of_prompt in requests]
+            made = self.generate(
+                [request for part in chunk for request in part],
+                params,
+                callback_on_step_end=callback_on_step_end,
+                on_warning=on_warning,
+            )
+            count = len(chunk[0])
             for i in range(len(requests)):
-                images_of[i] += made[i * len(numbers) : (i + 1) * len(numbers)]
+                images_of[i] += made[i * count : (i + 1) * count]
         return MigePipelineOutput(
-            [image for images in images_of for image in images], [seed for row in seeds for seed in row]
+            [image for images in images_of for image in images],
+            [request.seed for of_prompt in requests for request in of_prompt],
         )
 
     @_in_turn
@@ -421,6 +432,11 @@ class MigePipeline:
         pixels = self.runner.run("vae_decoder", latents=latents / self.config.vae.scale)
         return [to_image(image) for image in to_numpy(pixels)]
 
+    @property
+    def loras(self) -> tuple[Lora, ...]:
+        """The LoRAs that are merged into the weights."""
+        return tuple(self._loras)
+
     @_in_turn
     def load_lora_weights(self, path: str | Path, *, scale: float = 1.0) -> None:
         """Merge a LoRA into the weights, beside those that were loaded before (engine pytorch).
@@ -462,6 +478,44 @@ class MigePipeline:
         self.condition_encoder.clear_cache()
         if self._cuda_graphs is not None:
             self._cuda_graphs.clear()
+
+
+def resolve_call(  # noqa: PLR0913, the arguments of a call
+    prompt: object,
+    images: object,
+    source: object,
+    *,
+    seed: object = None,
+    generator: object = None,
+    num_images_per_prompt: int = 1,
+    task: Task | None = None,
+    edit_scope: EditScope = "local",
+) -> list[list[ResolvedRequest]]:
+    """The requests that the arguments of `MigePipeline.__call__` come to: for each prompt one for each image.
+
+    Args:
+        prompt: See there.
+        images: See there.
+        source: See there.
+        seed: See there.
+        generator: See there.
+        num_images_per_prompt: See there.
+        task: See there.
+        edit_scope: See there.
+
+    Raises:
+        InputError: They do not fit together, or one cannot be used.
+    """
+    batch = _Batch.of(prompt, images, source)
+    if edit_scope not in get_args(EditScope):
+        raise InputError(f"edit_scope is {edit_scope!r}; it is one of {', '.join(get_args(EditScope))}")
+    if num_images_per_prompt < 1:
+        raise InputError(f"num_images_per_prompt is {num_images_per_prompt}; 1 or more is expected")
+    seeds = _seeds(seed, generator, len(batch.prompts), num_images_per_prompt)
+    requests = [resolve(request, edit_scope) for request in batch.requests(task)]
+    return [
+        [replace(request, seed=image_seed) for image_seed in row] for request, row in zip(requests, seeds, strict=True)
+    ]
 
 
 def _sizes(requests: Sequence[ResolvedRequest], plan: SamplingPlan, config: ModelConfig) -> dict[str, int]:
@@ -533,7 +587,15 @@ def _seeds(seed: object, generator: object, prompts: int, images: int) -> list[l
     if generator is not None:
         if seed is not None:
             raise InputError("both seed and generator were given; give one of them")
-        return [[_draw_seed(generator) for _ in range(images)] for _ in range(prompts)]
+        if isinstance(generator, Sequence):
+            generators = list(cast("Sequence[object]", generator))
+        else:
+            generators = [generator] * (prompts * images)
+        if len(generators) != prompts * images:
+            raise InputError(
+                f"{len(generators)} generators were given for {prompts * images} images; give one, or one for each"
+            )
+        return [[_draw_seed(each) for each in generators[i * images : (i + 1) * images]] for i in range(prompts)]
     if seed is None:
         seed = secrets.randbelow(2**31)
     if isinstance(seed, Integral):

@@ -7,7 +7,7 @@ evaluation manifests.
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -278,22 +278,57 @@ def _utf8(line: str, path: Path, number: int) -> str:
     return line
 
 
+@dataclass(frozen=True)
+class RequestLine:
+    """A line of a request file.
+
+    Attributes:
+        number: Counted from 1.
+        text: What it says.
+        id: The record's, or the line's number where it has none; empty where there is no record.
+        record: What was read, or why the line cannot be used.
+    """
+
+    number: int
+    text: str
+    id: str
+    record: RequestRecord | InputError
+
+
+def read_records(path: Path) -> Iterator[RequestLine]:
+    """Every line of a request file with its id, which no other line has.
+
+    Raises:
+        InputError: The file cannot be read, see `read_lines`. A line that cannot be used carries its error.
+    """
+    ids: set[str] = set()
+    for number, text in read_lines(path):
+        try:
+            record = parse_request(text)
+            line_id = record.id or str(number)
+            if line_id in ids:
+                raise InputError(f"the id {line_id!r} stands in an earlier line; give each its own")
+        except InputError as error:
+            yield RequestLine(number, text, "", error)
+        else:
+            ids.add(line_id)
+            yield RequestLine(number, text, line_id, record)
+
+
 def read_requests(path: Path) -> dict[str, ResolvedRequest]:
-    """Every request of a file by its id, or the number of its line where it has none; that is the default seed, too.
+    """Every request of a file by its id; the number of its line is the default seed.
 
     Raises:
         InputError: Names the first line that cannot be used.
     """
     requests: dict[str, ResolvedRequest] = {}
-    for number, text in read_lines(path):
+    for line in read_records(path):
         try:
-            record = parse_request(text)
-            name = record.id or str(number)
-            if name in requests:
-                raise InputError(f"the id {name!r} stands in an earlier line; give each its own")
-            requests[name] = resolve(record.open(path.parent, number))
+            if isinstance(line.record, InputError):
+                raise line.record
+            requests[line.id] = resolve(line.record.open(path.parent, line.number))
         except InputError as error:
-            raise InputError(f"{path} line {number}: {error}") from error
+            raise InputError(f"{path} line {line.number}: {error}") from error
     return requests
 
 

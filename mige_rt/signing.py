@@ -14,10 +14,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
 from mige_rt.atomic import atomic_file
-from mige_rt.bundle import MANIFEST, check_files, read_manifest
+from mige_rt.bundle import MANIFEST, SIGNATURE, check_files, read_manifest
 from mige_rt.errors import InputError
 
-SIGNATURE = "manifest.sig"  # the signature in base64, beside the manifest
 LARGEST = 10_000  # bytes of a key or a signature
 
 

@@ -12,6 +12,7 @@ from mige_rt.cli.bench import bench
 from mige_rt.cli.bundles import build, convert, export, info
 from mige_rt.cli.compare import compare
 from mige_rt.cli.data import convert_data, prepare
+from mige_rt.cli.hub import pull, push
 from mige_rt.cli.limits import limit_options
 from mige_rt.cli.run import run
 from mige_rt.cli.serve import serve
@@ -75,19 +76,7 @@ def main() -> None:
 
 for command in (run, serve, compare):
     limit_options(command)
-for command in (
-    run,
-    serve,
-    convert,
-    export,
-    build,
-    info,
-    sign,
-    verify,
-    bench,
-    compare,
-    convert_data,
-    prepare,
-    train_lora,
-):
+for command in (run, serve, convert, export, build, info, push, pull, sign, verify):
+    main.add_command(verbose_option(command))
+for command in (bench, compare, convert_data, prepare, train_lora):
     main.add_command(verbose_option(command))

@@ -1,11 +1,10 @@
 """`mige-rt run`."""
 
-import os
 import secrets
 import sys
-from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -13,31 +12,18 @@ import click
 
 from engines.interface import Attention
 from engines.plans import PLAN_ENGINES
-from mige_rt.cli.shared import (
-    PATH,
-    LoraType,
-    Scale,
-    Size,
-    StepRange,
-    is_verbose,
-    model_options,
-    open_pipeline,
-    progress,
-)
+from mige_rt.cli.shared import PATH, LoraType, Scale, Size, StepRange, model_options, open_pipeline, progress
 from mige_rt.config import Precision, SchedulerName
 from mige_rt.errors import InputError
 from mige_rt.lora import Lora
-from mige_rt.terminal import echo, report, report_cause
+from mige_rt.terminal import echo, report
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
+    from mige_rt.batch.images import ImageSettings
     from mige_rt.instruction import EditScope, Task
-    from mige_rt.pipeline import CallbackOnStepEnd, MigePipeline
-    from mige_rt.requests import RequestRecord, ResolvedRequest
+    from mige_rt.pipeline import MigePipeline
     from mige_rt.sampling_params import SamplingParams
 
-AT_ONCE = 4  # images of --num-images made together
 DEFAULT_OUT = Path("out.png")
 
 
@@ -52,6 +38,9 @@ class RunOptions:
     overwrite: bool
     max_pixels: int | None
     batch: Path | None
+    workers: int | None
+    ray: str | None
+    failures: Path | None
     num_images: int
     seed: int | None
     steps: int | None
@@ -84,6 +73,10 @@ class RunOptions:
             raise InputError("give either --prompt or --batch")
         if self.batch is not None and (self.images or self.source):
             raise InputError("--image and --source stand in the lines of the --batch file; leave them out here")
+        if self.batch is None and any(value is not None for value in (self.workers, self.ray, self.failures)):
+            raise InputError("--workers, --ray and --failures are for a --batch, and none was given")
+        if self.build and (self.ray is not None or (self.workers or 1) > 1):
+            raise InputError("--build is for one process; build the plans first with: mige-rt build")
         if self.size is not None and (self.width is not None or self.height is not None):
             raise InputError("give either --size or --width and --height")
 
@@ -106,6 +99,33 @@ class RunOptions:
         params.approximations()  # now, since opening the model takes longer
         return params
 
+    def image_settings(self, params: "SamplingParams") -> "ImageSettings":
+        """How images are made and written."""
+        from mige_rt.batch.images import ImageSettings
+
+        return ImageSettings(
+            params=params,
+            edit_scope=self.edit_scope,
+            task=self.task,
+            max_pixels=self.max_pixels,
+            overwrite=self.overwrite,
+            count_on=self.out is None and not self.overwrite,
+        )
+
+    def open_pipeline(self) -> "MigePipeline":
+        """Open the model in this process, and say on stderr what was chosen."""
+        return open_pipeline(
+            self.model,
+            engine=self.engine,
+            device=self.device,
+            precision=self.precision,
+            low_memory=self.low_vram,
+            compile=self.compile,
+            attention=self.attention,
+            build_missing=self.build,
+            loras=self.loras,
+        )
+
 
 @click.command()
 @click.option("--prompt", help="what to make; <imagehere> stands for an image, in the order of --image")
@@ -118,6 +138,17 @@ class RunOptions:
 )
 @click.option("--overwrite", is_flag=True, help="replace existing files")
 @click.option("--batch", type=PATH, help="JSON lines with prompt, images, source, task, seed, id; out-ID.png each")
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 1024),
+    help="processes that make a batch, a model each  [default: 1; with --ray an actor for each GPU or machine]",
+)
+@click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="make a batch on a Ray cluster: auto, HOST:PORT, ray://HOST:PORT, or local for one on this machine",
+)
+@click.option("--failures", type=PATH, help="JSON lines to write: what of a batch was not made, and why")
 @click.option(
     "--num-images",
     "--num-images-per-prompt",
@@ -217,7 +248,8 @@ def run(**values: Any) -> None:
           --image scene.png --image dog.png
 
     Transparent parts of an image are put on white; of an animated one the first frame is taken. The written paths go
-    to stdout, everything else to stderr. One bad line of a batch does not stop the others: the exit code is then 1.
+    to stdout, everything else to stderr. One bad line of a batch does not stop the others: the exit code is then 1. Run
+    again, a batch goes on: images of requests that have not changed stay.
     """
     options = RunOptions(**values)
     options.check()
@@ -228,175 +260,30 @@ def run(**values: Any) -> None:
         report(f"seed {seed}")
     if options.prompt is not None:
         _run_prompt(options, options.prompt, params, seed)
-    elif options.batch is not None and not _run_batch(options, options.batch, params, seed):
-        sys.exit(1)
+    elif options.batch is not None:
+        from mige_rt.cli.batch import run_batch
 
-
-@dataclass(frozen=True)
-class _Job:
-    """What one prompt comes to before the model is opened: the request of its first image, and the files to write."""
-
-    prompt: str  # the user's own, which the images' metadata repeats, not the rewritten one
-    request: "ResolvedRequest"
-    paths: list[Path]
-
-
-@dataclass(frozen=True)
-class _Line:
-    """A line of a request file, and the files to write; or why it cannot be used."""
-
-    number: int
-    record: "RequestRecord | InputError"
-    paths: list[Path]
+        if not run_batch(options, options.batch, params, seed):
+            sys.exit(1)
 
 
 def _run_prompt(options: RunOptions, prompt: str, params: "SamplingParams", seed: int) -> None:
-    from mige_rt.image_output import check_existing, check_name
+    from mige_rt.batch.images import ImageJob, make_images
+    from mige_rt.image_output import check_existing, check_name, output_paths, unused_paths
     from mige_rt.requests import RequestRecord
 
+    settings = options.image_settings(params)
     out = options.out or DEFAULT_OUT
     check_name(out)
-    paths = _output_paths(options, out, set())
+    paths = unused_paths(out, options.num_images) if settings.count_on else output_paths(out, options.num_images)
     for path in paths:
         check_existing(path, overwrite=options.overwrite)
     source = None if options.source is None else str(options.source)
     record = RequestRecord(prompt, tuple(map(str, options.images)), source)
-    job = _resolve_job(options, record, Path(), seed, paths)  # first, since it costs less than opening the model
-    _make_images(_open(options), job, params, options)
-
-
-def _run_batch(options: RunOptions, batch: Path, params: "SamplingParams", seed: int) -> bool:
-    """Make every line's images; a line that cannot be used is reported and passed over. Returns whether none was."""
-    failures: list[int] = []
-    pipe: MigePipeline | None = None
-
-    def fail(number: int, error: InputError) -> None:
-        failures.append(number)
-        if is_verbose():
-            report_cause(error)
-        report(f"{batch} line {number}: {error}")
-
-    for line in _read_batch(options, batch):
-        try:
-            if isinstance(line.record, InputError):
-                raise line.record
-            first_seed = seed + (line.number - 1) * options.num_images
-            job = _resolve_job(options, line.record, batch.parent, first_seed, line.paths)
-        except InputError as error:
-            fail(line.number, error)
-            continue
-        pipe = pipe or _open(options)  # a model that cannot be opened is no line's fault
-        try:
-            _make_images(pipe, job, params, options)
-        except InputError as error:
-            fail(line.number, error)
-    return not failures
-
-
-def _read_batch(options: RunOptions, batch: Path) -> list[_Line]:
-    """Every line of a request file. Raises InputError when one would write over a file that must not be replaced."""
-    from mige_rt.image_output import OutputExistsError, check_existing, check_name, numbered
-    from mige_rt.requests import parse_request, read_lines
-
-    out = options.out or DEFAULT_OUT
-    check_name(out)  # a folder that cannot be written is no line's fault
-    lines: list[_Line] = []
-    names: set[str] = set()
-    taken: set[Path] = set()
-    for number, text in read_lines(batch):
-        try:
-            record = parse_request(text)
-            name = record.id or str(number)
-            if name in names:
-                raise InputError(f"the id {name!r} stands in an earlier line; its images would be overwritten")
-            names.add(name)
-            paths = _output_paths(options, numbered(out, name), taken)
-            for path in paths:
-                check_existing(path, overwrite=options.overwrite)
-        except OutputExistsError as error:
-            raise InputError(f"{batch} line {number}: {error}") from error
-        except InputError as error:
-            lines.append(_Line(number, error, []))
-        else:
-            taken.update(paths)
-            lines.append(_Line(number, record, paths))
-    _check_inputs_stay(batch, lines)
-    return lines
-
-
-def _check_inputs_stay(batch: Path, lines: Sequence[_Line]) -> None:
-    """Raises InputError when --overwrite would replace the request file, or an image that another line reads."""
-    readers: dict[str, set[int]] = {}
-    for line in lines:
-        if not isinstance(line.record, InputError):
-            for path in line.record.paths(batch.parent):
-                with suppress(ValueError):  # a zero byte in the name, of which opening it will speak
-                    readers.setdefault(os.path.realpath(path), set()).add(line.number)
-    for line in lines:
-        for path in line.paths:
-            target = os.path.realpath(path)
-            if target == os.path.realpath(batch):
-                raise InputError(f"line {line.number} of {batch} would overwrite the file itself; write elsewhere")
-            if others := readers.get(target, set()) - {line.number}:
-                raise InputError(
-                    f"{batch} line {line.number} would overwrite {path}, which line {min(others)} reads; "
-                    "write elsewhere"
-                )
-
-
-def _output_paths(options: RunOptions, out: Path, taken: Collection[Path]) -> list[Path]:
-    """The files of one prompt's images, named after `out`; taken: those of other prompts."""
-    from mige_rt.image_output import output_paths, unused_paths
-
-    if options.out is None and not options.overwrite:
-        return unused_paths(out, options.num_images, taken)
-    return output_paths(out, options.num_images)
-
-
-def _resolve_job(options: RunOptions, record: "RequestRecord", folder: Path, seed: int, paths: list[Path]) -> _Job:
-    """Read a record's images.
-
-    Args:
-        options: The command's.
-        record: What to make.
-        folder: That the record's paths are relative to.
-        seed: Where the record has none.
-        paths: The files to write.
-    """
-    from mige_rt.requests import resolve
-
-    request = record.open(folder, seed, options.task, max_pixels=options.max_pixels)
-    return _Job(record.prompt, resolve(request, options.edit_scope), paths)
-
-
-def _open(options: RunOptions) -> "MigePipeline":
-    return open_pipeline(
-        options.model,
-        engine=options.engine,
-        device=options.device,
-        precision=options.precision,
-        low_memory=options.low_vram,
-        compile=options.compile,
-        attention=options.attention,
-        build_missing=options.build,
-        loras=options.loras,
-    )
-
-
-def _make_images(pipe: "MigePipeline", job: _Job, params: "SamplingParams", options: RunOptions) -> None:
-    """Make and write a job's images, AT_ONCE at a time, and print their paths."""
-    resolved = params.with_defaults(pipe.config, job.request.task)
-    metadata = {
-        "prompt": job.prompt,
-        "model": pipe.model_name,
-        "task": job.request.task,
-        "edit_scope": options.edit_scope,
-    }
-    metadata |= {"engine": pipe.engine.name, "device": pipe.engine.device, "precision": pipe.engine.precision}
-    if options.loras:
-        metadata["lora"] = ", ".join(map(str, options.loras))
-    sizes = ("width", "height")  # each image's own stands under `size`
-    metadata |= {k: str(v) for k, v in asdict(resolved).items() if v is not None and k not in sizes}
+    request = settings.resolve(record, Path(), seed)  # first, since it costs less than opening the model
+    job = ImageJob(prompt=prompt, request=request, paths=tuple(paths))
+    pipe = options.open_pipeline()
+    steps = params.with_defaults(pipe.config, request.task).num_inference_steps
     warnings: set[str] = set()
 
     def warn(sentence: str) -> None:
@@ -404,35 +291,17 @@ def _make_images(pipe: "MigePipeline", job: _Job, params: "SamplingParams", opti
             warnings.add(sentence)
             report(f"warning: {sentence}")
 
-    at_once = min(AT_ONCE, pipe.max_batch_size)
-    for first in range(0, len(job.paths), at_once):
-        paths = job.paths[first : first + at_once]
-        requests = [replace(job.request, seed=job.request.seed + first + i) for i in range(len(paths))]
-        with progress("steps") as advance:
-            on_step_end = _show_steps(advance, resolved.num_inference_steps)
-            images = pipe.generate(requests, params, callback_on_step_end=on_step_end, on_warning=warn)
-        for request, path, image in zip(requests, paths, images, strict=True):
-            settings = {"seed": str(request.seed), "size": f"{image.width}x{image.height}"}
-            echo(_save(image, path, metadata | settings, options))
+    with ExitStack() as bar:  # of each group of images that are made together
+        advance: Callable[[str, int, int], None] | None = None
 
+        def show_step(pipe: "MigePipeline", step: int, timestep: float, values: dict[str, Any]) -> None:
+            nonlocal advance
+            if advance is None:
+                advance = bar.enter_context(progress("steps"))
+            advance("steps", step + 1, steps)
+            if step + 1 == steps:
+                bar.close()
+                advance = None
 
-def _save(image: "Image", path: Path, metadata: dict[str, str], options: RunOptions) -> Path:
-    """Write an image; returns where: a default name counts on where another run has just taken it."""
-    from mige_rt.image_output import OutputExistsError, save_image, unused_paths
-
-    while True:
-        try:
-            save_image(image, path, metadata, overwrite=options.overwrite)
-        except OutputExistsError:
-            if options.out is not None:
-                raise
-            (path,) = unused_paths(path, 1)
-        else:
-            return path
-
-
-def _show_steps(advance: Callable[[str, int, int], None], steps: int) -> "CallbackOnStepEnd":
-    def on_step_end(pipe: "MigePipeline", step: int, timestep: float, values: dict[str, Any]) -> None:
-        advance("steps", step + 1, steps)
-
-    return on_step_end
+        for path in make_images(pipe, job, settings, callback_on_step_end=show_step, on_warning=warn):
+            echo(path)

@@ -163,6 +163,19 @@ class Size(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
             self.fail(str(error), param, ctx)
 
 
+def engine_for(engine: str, loras: Sequence[Lora]) -> str:
+    """The engine that a user's choice comes to: with LoRAs, `auto` is the engine pytorch.
+
+    Raises:
+        NotAvailableError: Another engine was chosen, and there are LoRAs.
+    """
+    if not loras:
+        return engine
+    engine = "pytorch" if engine == "auto" else engine
+    require_pytorch(engine)
+    return engine
+
+
 def open_pipeline(  # noqa: PLR0913, the options of from_pretrained
     model: str | Path | None,
     *,
@@ -194,9 +207,7 @@ def open_pipeline(  # noqa: PLR0913, the options of from_pretrained
     if model is None:
         report("using the small default model; --model names another")
     is_chosen = engine != "auto"
-    if loras:
-        engine = engine if is_chosen else "pytorch"
-        require_pytorch(engine)
+    engine = engine_for(engine, loras)
     options: dict[str, Any] = {
         "engine": engine,
         "device": device,
