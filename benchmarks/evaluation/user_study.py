@@ -14,6 +14,7 @@ from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlencode
 
 import jinja2
 from fastapi import FastAPI, Form, HTTPException
@@ -22,6 +23,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from benchmarks.evaluation.preference import Choice, Vote, read_votes
 from benchmarks.evaluation.results import Results, check_benchmark
 from benchmarks.evaluation.sample import AnyImageFile, Benchmark, BenchmarkSample, ImageFile
+from mige_rt.atomic import atomic_file
 from mige_rt.errors import InputError
 
 Side = Literal["left", "right"]
@@ -74,7 +76,9 @@ class Study:
         self.systems = systems
         self._votes = votes
         self._lock = threading.Lock()
-        self._done = {(vote.voter, vote.pair) for vote in (read_votes([votes]) if votes.exists() else [])}
+        _remove_cut_line(votes)
+        before = read_votes([votes]) if votes.is_file() and votes.stat().st_size else []
+        self._done = {(vote.voter, vote.pair) for vote in before}
 
     def next_pair(self, voter: str) -> Pair | None:
         """The first pair, in an order of the voter's own, that the voter has not judged."""
@@ -131,15 +135,17 @@ def create_app(study: Study) -> FastAPI:
     @app.post("/vote")
     def vote(voter: Voter, pair: Annotated[str, Form()], choice: Annotated[Choice, Form()]) -> RedirectResponse:
         study.vote(voter, _known(study, pair).name, choice)
-        return RedirectResponse(app.url_path_for("page") + f"?{_query(voter)}", status_code=303)
+        return RedirectResponse(app.url_path_for("page") + "?" + urlencode({"voter": voter}), status_code=303)
 
     return app
 
 
-def _query(voter: str) -> str:
-    from urllib.parse import urlencode
-
-    return urlencode({"voter": voter})
+def _remove_cut_line(votes: Path) -> None:
+    """Remove what a killed server has left of a vote, so that the next one has a line of its own."""
+    content = votes.read_bytes() if votes.is_file() else b""
+    if content and not content.endswith(b"\n"):
+        with atomic_file(votes) as file:
+            file.write_bytes(content[: content.rfind(b"\n") + 1])
 
 
 def _known(study: Study, pair: str) -> Pair:
