@@ -102,9 +102,9 @@ def _context(judgement: Judgement) -> dict[str, Any]:
         "judged": judged,
         "against": judgement.against,
         "table_number": number,
-        "table": _table(rows),
+        "table": markdown_table(rows),
         "counts": _count_table(judged.rows),
-        "parity": _table(
+        "parity": markdown_table(
             [_cells(row.name, row.metrics, max(row.counts.values(), default=0)) for row in judgement.parity]
         ),
         "verdicts": [_verdict(row) for row in judgement.parity],
@@ -131,11 +131,6 @@ def _paper_cells(name: str, values: Mapping[str, float]) -> dict[str, str]:
 
 def _header(metric: str) -> str:
     return f"{metric} {'↑' if higher_is_better(metric) else '↓'}"
-
-
-def _table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows as a pipe table, without columns that our own images do not have at all."""
-    return markdown_table(rows)
 
 
 def _count_table(rows: Sequence[TableRow]) -> str:
