@@ -70,6 +70,9 @@ def check_command(words: list[str], complete: bool) -> bool:
         case ["mige-rt", name, *arguments]:
             assert name in mige_rt.commands, f"there is no command mige-rt {name}"
             command = mige_rt.commands[name]
+            if isinstance(command, click.Group) and arguments and not arguments[0].startswith("-"):
+                assert arguments[0] in command.commands, f"there is no command mige-rt {name} {arguments[0]}"
+                command, (name, *arguments) = command.commands[arguments[0]], arguments
         case ["python", "-m", name, *arguments]:
             spec = importlib.util.find_spec(name)
             assert spec is not None, f"there is no module {name}"
@@ -90,7 +93,9 @@ def check_command(words: list[str], complete: bool) -> bool:
 
 
 def options(command: click.Command) -> set[str]:
-    return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    names = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    groups = command.commands.values() if isinstance(command, click.Group) else ()
+    return names.union(*map(options, groups))
 
 
 @pytest.mark.parametrize("page", NAMES)
@@ -109,6 +114,8 @@ def test_the_check_of_commands_finds_mistakes() -> None:
         check_command(["mige-rt", "run", "--prompts", "a cat"], complete=True)
     with pytest.raises(AssertionError, match="no command mige-rt draw"):
         check_command(["mige-rt", "draw"], complete=False)
+    with pytest.raises(AssertionError, match="no command mige-rt eval draw"):
+        check_command(["mige-rt", "eval", "draw"], complete=False)
     with pytest.raises(click.MissingParameter):
         check_command(["mige-rt", "export"], complete=True)
 
@@ -131,7 +138,7 @@ def test_options_named_in_the_text_exist() -> None:
         "trainer.synthetic.manifest",
         "benchmarks.gpu_stay.__main__",
     )
-    commands = (mige_rt, *mige_rt.commands.values(), *(import_module(name).main for name in modules))
+    commands = (mige_rt, *(import_module(name).main for name in modules))
     known = {"--help", "--version", "--salt", "--backend", "--write", "--strict"}  # the last four of other programs
     known |= {name for command in commands for name in options(command)}
     for page in PAGES:

@@ -12,6 +12,8 @@ from mige_rt.cli.bench import bench
 from mige_rt.cli.bundles import build, convert, export, info
 from mige_rt.cli.compare import compare
 from mige_rt.cli.data import convert_data, prepare
+from mige_rt.cli.eval import COMMANDS as EVAL_COMMANDS
+from mige_rt.cli.eval import evaluate
 from mige_rt.cli.hub import pull, push
 from mige_rt.cli.limits import limit_options
 from mige_rt.cli.run import run
@@ -80,3 +82,6 @@ for command in (run, serve, convert, export, build, info, push, pull, sign, veri
     main.add_command(verbose_option(command))
 for command in (bench, compare, convert_data, prepare, train_lora):
     main.add_command(verbose_option(command))
+for command in EVAL_COMMANDS:
+    verbose_option(command)
+main.add_command(evaluate)

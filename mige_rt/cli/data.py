@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mige_rt.cli.shared import PATH, progress, requires
+from mige_rt.cli.shared import PATH, Part, progress, requires
 from mige_rt.errors import InputError
 from mige_rt.terminal import echo, report
 
@@ -19,18 +19,6 @@ _FILTERS = click.option(
     show_default=True,
     help="leave out what the paper does: much wider than high, or a score too low",
 )
-
-
-class _Part(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
-    name = "I/N"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value  # pyright: ignore[reportUnknownVariableType]  # the default
-        numbers = [int(n) for n in str(value).split("/") if n.isascii() and n.isdigit() and len(n) < 7]
-        if len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]:
-            self.fail(f"{value!r} is no part; give its number and how many there are, as 2/6", param, ctx)
-        return numbers[0], numbers[1]
 
 
 @click.command("convert-data")
@@ -108,7 +96,7 @@ def convert_data(layout: str, data: Path, out: Path, scores: tuple[str, ...], **
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="images encoded at once")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="of the order of the samples")
 @click.option(
-    "--part", type=_Part(), default=(1, 1), help="one part alone, as 2/6 on the second of six machines  [default: all]"
+    "--part", type=Part(), default=(1, 1), help="one part alone, as 2/6 on the second of six machines  [default: all]"
 )
 @_FILTERS
 def prepare(manifest: Path, out: Path, model: str, **options: Any) -> None:

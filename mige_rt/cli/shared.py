@@ -176,6 +176,21 @@ def engine_for(engine: str, loras: Sequence[Lora]) -> str:
     return engine
 
 
+class Part(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
+    """A part and how many there are, as 2/6."""
+
+    name = "I/N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """See `click.ParamType.convert`."""
+        if isinstance(value, tuple):
+            return value  # pyright: ignore[reportUnknownVariableType]  # the default
+        numbers = [int(n) for n in str(value).split("/") if n.isascii() and n.isdigit() and len(n) < 7]
+        if len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]:
+            self.fail(f"{value!r} is no part; give its number and how many there are, as 2/6", param, ctx)
+        return numbers[0], numbers[1]
+
+
 def open_pipeline(  # noqa: PLR0913, the options of from_pretrained
     model: str | Path | None,
     *,
@@ -236,7 +251,10 @@ def open_pipeline(  # noqa: PLR0913, the options of from_pretrained
 def command_line() -> str:
     """The running command with the options that were given, as one would type it again."""
     context = click.get_current_context()
-    words = ["mige-rt", str(context.info_name)]
+    names, parent = [str(context.info_name)], context.parent
+    while parent is not None and parent.parent is not None:  # groups of commands, the outermost one left out
+        names, parent = [str(parent.info_name), *names], parent.parent
+    words = ["mige-rt", *names]
     for param in context.command.params:
         name = str(param.name)
         if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE or name not in context.params:

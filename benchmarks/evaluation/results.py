@@ -1,0 +1,113 @@
+"""A results folder: `results.json`, what made the images, and `images/SAMPLE-SEED.png`."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evaluation.sample import Benchmark
+from export.formatting import json_text
+from mige_rt.atomic import atomic_file
+from mige_rt.errors import InputError
+from mige_rt.validation import validate
+
+FILE, IMAGES = "results.json", "images"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunId:
+    """What images depend on.
+
+    Attributes:
+        layout: Of the benchmark.
+        fingerprint: Of the benchmark, see `Benchmark.fingerprint`.
+        model: Its name.
+        engine: Its name, as in `--engine`.
+        device: The engine's.
+        precision: The engine's.
+        params: Sampling parameters by task.
+    """
+
+    layout: str
+    fingerprint: str
+    model: str
+    engine: str
+    device: str
+    precision: str
+    params: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """In reports."""
+        return f"{self.model}, {self.engine} on {self.device} in {self.precision}"
+
+
+@dataclass(frozen=True)
+class Results:
+    """A results folder that was opened."""
+
+    folder: Path
+    id: RunId
+
+    def image(self, name: str) -> Path:
+        """The path of an image, by its name in `Benchmark.image_names`."""
+        return self.folder / IMAGES / name
+
+
+def open_results(folder: Path) -> Results:
+    """Read results.json.
+
+    Raises:
+        InputError: There is none, or it cannot be used.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        raise InputError(f"{folder} has no {FILE}; give a folder that `mige-rt eval generate` has made")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON ({error}); generate again into another folder") from error
+    return Results(folder, validate(RunId, content, str(path)))
+
+
+def start_results(folder: Path, run: RunId) -> Results:
+    """Begin a results folder, or go on with one.
+
+    Raises:
+        InputError: It holds other images, with what differs; or it cannot be written.
+    """
+    if (folder / FILE).is_file():
+        results = open_results(folder)
+        before, now = asdict(results.id), json.loads(json_text(asdict(run)))
+        different = [name for name in now if before[name] != now[name]]
+        if different:
+            name = different[0]
+            raise InputError(
+                f"{folder} holds images of another run: its {name} is {_shown(before, name)}, and not "
+                f"{_shown(now, name)}; give another folder"
+            )
+        return results
+    try:
+        (folder / IMAGES).mkdir(parents=True, exist_ok=True)
+        with atomic_file(folder / FILE) as file:
+            file.write_text(json_text(asdict(run)), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error.strerror}); give a folder of your own") from error
+    return Results(folder, run)
+
+
+def check_benchmark(results: Results, benchmark: Benchmark) -> None:
+    """Raises InputError where the results are of another benchmark, or of another version of it."""
+    if results.id.layout != benchmark.layout:
+        raise InputError(f"{results.folder} holds images of {results.id.layout}; give that one by --benchmark")
+    if results.id.fingerprint != benchmark.fingerprint():
+        raise InputError(
+            f"{results.folder} holds images of a {benchmark.title} with other prompts, captions or seeds; give the "
+            "folder that it was generated from"
+        )
+
+
+def _shown(values: Mapping[str, Any], name: str) -> str:
+    text = str(values[name])
+    return repr(text if len(text) <= 80 else f"{text[:77]}...")
