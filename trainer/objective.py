@@ -4,6 +4,9 @@ Improved DDPM (Nichol & Dhariwal, 2021). B samples, c latent channels; timesteps
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +26,7 @@ _VARIANCE[0] = _VARIANCE[1]  # there it is 0, whose logarithm does not exist
 _LOG_VARIANCE = np.log(_VARIANCE)
 _LOG_BETAS = np.log(BETAS)
 
+DROP = 0.05  # chance to drop the text, the same to drop the source, the same to drop both (paper, section 4.1)
 NOISY_FROM = 700  # timesteps from which on next to nothing of the data is left
 
 _HALF_BIN = 1 / 255  # half the distance of two of the 256 values that a datum in [-1, 1] is taken to have
@@ -32,6 +36,46 @@ _LAST_BIN = 0.999  # data beyond it count as the first or the last value, whose 
 def add_noise(latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
     """The latents at int64 timestep [B], from scaled latents and standard normal noise, all [B,c,h,w]."""
     return _at(ALPHAS, timestep) * latents + _at(SIGMAS, timestep) * noise
+
+
+@dataclass(frozen=True, eq=False)
+class SampleLosses:
+    """The losses of a batch of K*B draws of noise.
+
+    Attributes:
+        losses: float32 [K*B].
+        timestep: int64 [K*B].
+        whole: bool [K*B], whether neither text nor source was dropped.
+    """
+
+    losses: Tensor
+    timestep: Tensor
+    whole: Tensor
+
+
+def sample_losses(
+    config: ModelConfig, module: Callable[..., Tensor], batch: Any, timestep: Tensor, weight: Tensor | None = None
+) -> SampleLosses:
+    """Draw noise and which conditions are dropped, and compute the losses.
+
+    Args:
+        config: The model's sizes.
+        module: A `TrainedPart`, as the processes share it.
+        batch: B samples, with `target` and `source` [B,c,h,w].
+        timestep: int64 [K*B], K draws of each sample, draw by draw.
+        weight: [B,1,h,w]: how much the prediction's error counts where.
+    """
+    number, device = len(timestep), timestep.device
+    draws = number // len(batch.target)
+    target, source = batch.target.repeat(draws, 1, 1, 1), batch.source.repeat(draws, 1, 1, 1)
+    noise, draw = torch.randn_like(target), torch.rand(number, device=device)
+    # both between DROP and 2 * DROP
+    without_text, without_source = draw < 2 * DROP, (draw > DROP) & (draw < 3 * DROP)
+    source = source * ~without_source[:, None, None, None]
+    output = module(batch, add_noise(target, noise, timestep), source, timestep, ~without_text)
+    weight = None if weight is None else weight.repeat(draws, 1, 1, 1)
+    losses = objective(config, output, target, noise, timestep, weight)
+    return SampleLosses(losses, timestep, ~without_text & ~without_source)
 
 
 def objective(

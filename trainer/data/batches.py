@@ -1,7 +1,7 @@
 """Prepared samples as a batch of tensors."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -40,6 +40,11 @@ class TrainingBatch:
     token_ids: Tensor
     slot_index: Tensor
     text_mask: Tensor
+
+    def to(self, device: torch.device) -> "TrainingBatch":
+        """The same on a device."""
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
 
 def collate(

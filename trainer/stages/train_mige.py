@@ -18,7 +18,7 @@ from mige_rt.scheduler import TRAIN_STEPS
 from mige_rt.tokenizer import load_tokenizer
 from trainer.contact_sheet import grid
 from trainer.loop import STATE_FILE, Task, train
-from trainer.objective import NOISY_FROM, add_noise, objective
+from trainer.objective import NOISY_FROM, sample_losses
 from trainer.preview import answer
 from trainer.settings import LadderSettings, StageSettings
 from trainer.stages.features import KIND_NAMES, Batch, FeatureMaker
@@ -31,7 +31,6 @@ from trainer.stages.trained_part import TrainedPart
 from trainer.synthetic.concepts import Concept
 from trainer.synthetic.tasks import make_sample
 
-DROP = 0.05  # chance to drop the text, the same to drop the source, the same to drop both
 START_SAMPLES = 96  # that the cross-attention's start is found from
 WATCH_EVERY, PREVIEW_EVERY = 100, 500  # steps
 SHOWN = 6  # samples of each rung in a preview
@@ -59,24 +58,16 @@ class Loss:
     def __call__(self, module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The mean loss, and that of each kind of task, of samples whose conditions were not dropped."""
         draws = self.ladder.draws
-        target, source = batch.target.repeat(draws, 1, 1, 1), batch.source.repeat(draws, 1, 1, 1)
-        number, device = len(target), target.device
-        timestep, noise = _timesteps(number, self.ladder.noisy, device), torch.randn_like(target)
-        draw = torch.rand(number, device=device)
-        # both between DROP and 2 * DROP
-        without_text, without_source = draw < 2 * DROP, (draw > DROP) & (draw < 3 * DROP)
-        source = source * ~without_source[:, None, None, None]
-        output = module(batch, add_noise(target, noise, timestep), source, timestep, ~without_text)
-        weight = 1 + (self.ladder.asked - 1) * batch.asked.repeat(draws, 1, 1, 1)
-        losses = objective(self.config, output, target, noise, timestep, weight)
-        whole = (~without_text & ~without_source).cpu().numpy()
-        each, kinds = losses.detach().cpu().numpy(), np.tile(batch.kinds, draws)
+        timestep = _timesteps(draws * len(batch.target), self.ladder.noisy, batch.target.device)
+        drawn = sample_losses(self.config, module, batch, timestep, 1 + (self.ladder.asked - 1) * batch.asked)
+        each, whole = drawn.losses.detach().cpu().numpy(), drawn.whole.cpu().numpy()
+        kinds = np.tile(batch.kinds, draws)
         metrics = {}
         for index, kind in enumerate(KIND_NAMES):
             of_kind = each[(kinds == index) & whole]
             if len(of_kind):
                 metrics[kind] = float(of_kind.mean())
-        return losses.mean(), metrics
+        return drawn.losses.mean(), metrics
 
 
 def train_mige(
