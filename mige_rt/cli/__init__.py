@@ -19,6 +19,7 @@ from mige_rt.cli.shared import is_verbose, verbose_option
 from mige_rt.cli.signing import sign, verify
 from mige_rt.errors import InputError
 from mige_rt.terminal import message, report_cause
+from trainer.run.command import train
 
 
 class _Commands(click.Group):
@@ -74,5 +75,5 @@ def main() -> None:
 
 for command in (run, serve, compare):
     limit_options(command)
-for command in (run, serve, convert, export, build, info, sign, verify, bench, compare, convert_data, prepare):
+for command in (run, serve, convert, export, build, info, sign, verify, bench, compare, convert_data, prepare, train):
     main.add_command(verbose_option(command))

@@ -20,13 +20,13 @@ PROCESSES = 2
 
 def launch(function: Callable[..., None], port: int, *arguments: Any) -> list[int | None]:
     """Run a function in two processes; returns their exit codes."""
-    context = get_context("forkserver")  # its processes are forked from one that has imported all this
-    context.set_forkserver_preload([__name__])
+    context = get_context("forkserver")  # its processes are forked from one that has done the imports
+    context.set_forkserver_preload(["trainer.run.train"])
     processes = [context.Process(target=_as_rank, args=(rank, port, function, arguments)) for rank in range(PROCESSES)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=300)
+        process.join(timeout=500)
     for process in processes:
         if process.is_alive():
             process.kill()

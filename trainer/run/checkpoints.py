@@ -31,6 +31,7 @@ METADATA_FILE = ".metadata"
 LATEST = "latest"
 # What PyTorch's description of a checkpoint is made of.
 _PICKLED = {
+    "pathlib": ("PosixPath", "WindowsPath"),
     "torch": ("Size",),
     "torch.serialization": ("_get_layout",),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
@@ -150,11 +151,10 @@ class Checkpoints:
             InputError: The checkpoint is damaged, or has other tensors.
         """
         try:
-            dcp.load(tensors, storage_reader=_DataReader(saved.folder))
+            dcp.load(tensors, storage_reader=DataReader(saved.folder))
         except (CheckpointException, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            reason = " ".join(str(error).split())[:500]
             raise InputError(
-                f"{saved.folder} cannot be read ({reason}); give another checkpoint, such as the one before"
+                f"{saved.folder} cannot be read ({_cause(error)}); give another checkpoint, such as the one before"
             ) from error
 
     def _on_main(self, action: Callable[[], T]) -> T:
@@ -174,9 +174,8 @@ class Checkpoints:
 
     def _unwritten(self, folder: Path, error: Exception) -> InputError:
         last = next(reversed(saved_runs(self._out)), None)
-        reason = " ".join(str(error).split())[-300:]
         return InputError(
-            f"{folder} could not be written ({reason}); make room, and go on with --resume-from-checkpoint {LATEST}: "
+            f"{folder} could not be written ({_cause(error)}); make room, and go on with --resume-from-checkpoint {LATEST}: "
             + (f"{last.folder} is whole" if last else "there is no checkpoint yet")
         )
 
@@ -196,7 +195,14 @@ class Checkpoints:
                 shutil.rmtree(old.folder, ignore_errors=True)
 
 
-class _DataReader(FileSystemReader):
+def _cause(error: BaseException) -> str:
+    """What the first process that failed says, in one line."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error, _ = next(iter(error.failures.values()))
+    return " ".join(str(error).split())
+
+
+class DataReader(FileSystemReader):
     """PyTorch's reader, but a checkpoint is data: nothing pickled in its description is run."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:

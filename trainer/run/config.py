@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -62,16 +62,10 @@ class LogSettings:
     Attributes:
         every: Steps between two lines of metrics.jsonl.
         tensorboard: Write the same for TensorBoard.
-        samples_every: Steps between two grids of sample images; None: no images are made.
-        samples: Prepared sets whose first samples the grids answer.
-        samples_shown: How many of each.
     """
 
     every: PositiveInt
     tensorboard: bool
-    samples_every: PositiveInt | None = None
-    samples: tuple[str, ...] | None = None
-    samples_shown: PositiveInt | None = None
 
 
 @dataclass(frozen=True)
@@ -193,10 +187,12 @@ def load_run_config(path: Path) -> RunConfig:
     _check_start(config.start, path)
     if len(set(config.trained)) < len(config.trained):
         raise InputError(f"{path}: trained names a component twice: {', '.join(config.trained)}")
-    log = config.log
-    if log.samples_every is not None and not (log.samples and log.samples_shown):
-        raise InputError(f"{path}: log.samples_every needs log.samples, prepared sets, and log.samples_shown")
     return config
+
+
+def with_total_limit(config: RunConfig, total_limit: int) -> RunConfig:
+    """The same, but keep this many of the latest checkpoints."""
+    return replace(config, checkpoints=replace(config.checkpoints, total_limit=total_limit))
 
 
 def _check_start(start: Start, path: Path) -> None:

@@ -61,12 +61,6 @@ class RunLog:
                 self._board.add_scalar(name, mean, step)
             self._board.flush()
 
-    def add_image(self, name: str, pixels: object, step: int) -> None:
-        """Show an image [height,width,3] of bytes in TensorBoard."""
-        if self._board is not None:
-            self._board.add_image(name, pixels, step, dataformats="HWC")
-            self._board.flush()
-
 
 class RunProgress:
     """Samples a second and the time that is left, of the main process: a bar, or lines where there is no terminal."""
