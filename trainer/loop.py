@@ -271,9 +271,7 @@ def optimisation_steps(
         yield StepResult(step + 1, loss, norm, metrics, batches, skipped)
 
 
-def _gradients(
-    trained: Trained, task: Task, batches: Sequence[Any]
-) -> tuple[list[float], list[Mapping[str, float]]]:
+def _gradients(trained: Trained, task: Task, batches: Sequence[Any]) -> tuple[list[float], list[Mapping[str, float]]]:
     """Add up the gradients of the mean loss; processes exchange them at the last batch alone."""
     accelerator = trained.accelerator
     losses, metrics = [], []

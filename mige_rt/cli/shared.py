@@ -1,4 +1,4 @@
-"""What several commands share: option types, progress, opening a model, building plans, packages that are missing."""
+"""What several commands share: option types, progress, opening a model, building plans."""
 
 import math
 import shlex
@@ -16,7 +16,6 @@ from engines.plans import NoPlanError, PlanEngine
 from mige_rt.cli.limits import given_limits
 from mige_rt.config import Precision
 from mige_rt.errors import InputError
-from mige_rt.errors import requires as requires  # for the commands
 from mige_rt.terminal import console, printable, report
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,12 +148,13 @@ class PretrainedCheckpoint(Checkpoint):
         if not (folder / "config.json").is_file():
             raise InputError(f"no T5 in {folder}: a folder in Hugging Face's layout, with config.json, is expected")
         try:
-            t5, report = T5EncoderModel.from_pretrained(
+            loaded: Any = T5EncoderModel.from_pretrained(
                 folder, local_files_only=True, output_loading_info=True, dtype="auto"
             )
         except Exception as error:  # transformers and what it calls raise many kinds
             reason = str(error).partition("\n")[0]
             raise InputError(f"the T5 in {folder} cannot be read ({reason}); download it again") from error
+        t5, report = loaded
         lacking = [name for name in report["missing_keys"] if not name.endswith("embed_tokens.weight")]
         unknown = [name for name in report["unexpected_keys"] if not name.startswith(LEFT_OUT_OF_T5)]
         if lacking or unknown:

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from mige_rt.atomic import atomic_folder
 from mige_rt.errors import InputError
@@ -124,16 +125,16 @@ class Checkpoints:
         """Write a checkpoint, and remove those beyond the limit.
 
         Args:
-            saved: What is written beside the tensors; its folder is a new one in the run's.
+            saved: What is written beside the tensors; its folder, in the run's, is replaced where it exists.
             tensors: Each process's, by names.
 
         Raises:
             InputError: The disk is full or cannot be written. Earlier checkpoints are left as they are.
         """
         with ExitStack() as stack:
-            temporary = self._on_main(lambda: stack.enter_context(atomic_folder(saved.folder)))
+            temporary = self._on_main(lambda: stack.enter_context(atomic_folder(saved.folder, replace=True)))
             try:
-                dcp.save(tensors, storage_writer=FileSystemWriter(temporary, single_file_per_rank=True))
+                save(tensors, storage_writer=FileSystemWriter(temporary, single_file_per_rank=True))
             except (CheckpointException, OSError) as error:
                 raise self._unwritten(saved.folder, error) from error
 
@@ -151,7 +152,7 @@ class Checkpoints:
             InputError: The checkpoint is damaged, or has other tensors.
         """
         try:
-            dcp.load(tensors, storage_reader=DataReader(saved.folder))
+            load(tensors, storage_reader=DataReader(saved.folder))
         except (CheckpointException, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
             raise InputError(
                 f"{saved.folder} cannot be read ({_cause(error)}); give another checkpoint, such as the one before"
@@ -172,11 +173,12 @@ class Checkpoints:
             raise InputError(message)
         return result
 
-    def _unwritten(self, folder: Path, error: Exception) -> InputError:
+    def _unwritten(self, folder: Path, error: BaseException) -> InputError:
         last = next(reversed(saved_runs(self._out)), None)
+        kept = f"{last.folder} is whole" if last else "there is no checkpoint yet"
         return InputError(
-            f"{folder} could not be written ({_cause(error)}); make room, and go on with --resume-from-checkpoint {LATEST}: "
-            + (f"{last.folder} is whole" if last else "there is no checkpoint yet")
+            f"{folder} could not be written ({_cause(error)}); make room, and go on with --resume-from-checkpoint "
+            f"{LATEST}: {kept}"
         )
 
     def _remove_halves(self) -> None:
@@ -206,6 +208,7 @@ class DataReader(FileSystemReader):
     """PyTorch's reader, but a checkpoint is data: nothing pickled in its description is run."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """See `FileSystemReader.read_metadata`. Raises UnpicklingError where it names anything else."""
         with (Path(self.path) / METADATA_FILE).open("rb") as file:
             metadata = _DataUnpickler(file).load()
         metadata.storage_meta.load_id = self.load_id

@@ -22,7 +22,9 @@ PATH = click.Path(path_type=Path)
 )
 @click.option("--max-steps", type=click.IntRange(1), help="stop after this step: 2 tries a config")
 @click.option("--checkpoints-total-limit", "total_limit", type=click.IntRange(1), help="instead of the config's")
-@click.option("--estimate", is_flag=True, help="print memory and time instead of training; needs no files but the config")
+@click.option(
+    "--estimate", is_flag=True, help="print memory and time instead of training; needs no files but the config"
+)
 @click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="of the estimate")
 @click.option(
     "--tflops", type=click.FloatRange(1), default=400.0, show_default=True, help="that a GPU reaches, of the estimate"
@@ -31,7 +33,7 @@ PATH = click.Path(path_type=Path)
     "--save-model",
     "model_out",
     type=PATH,
-    help="the model folder to make of the run's latest checkpoint (or of --resume-from-checkpoint), instead of training",
+    help="make this model folder of the latest checkpoint, or --resume-from-checkpoint's, instead of training",
 )
 def train(config_file: Path, out: Path | None, **options: Any) -> None:
     r"""Train MIGE on prepared data, with the published recipe.
@@ -50,8 +52,7 @@ def train(config_file: Path, out: Path | None, **options: Any) -> None:
         if options["estimate"]:
             from trainer.run.estimate import estimate
 
-            echo_lines = str(estimate(config, options["gpus"], options["tflops"] * 1e12))
-            for line in echo_lines.split("\n"):
+            for line in str(estimate(config, options["gpus"], options["tflops"] * 1e12)).split("\n"):
                 echo(line)
             return
         if out is None:
@@ -63,4 +64,3 @@ def train(config_file: Path, out: Path | None, **options: Any) -> None:
             return
         from trainer.run.train import RunOptions, train_run
     train_run(config, RunOptions(out, options["resume"], options["max_steps"]))
-    echo(out)

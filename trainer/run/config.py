@@ -26,7 +26,8 @@ class Start:
     """Where the weights come from: a MIGE checkpoint, or the models that the published run started from.
 
     Attributes:
-        model: A model folder, a bundle, or the published model.pth. If given, it is all that is.
+        model: A model folder, a bundle, the published model.pth, or tiny, the model that comes with mige-rt. If given,
+            it is all that is.
         pixart: PixArt-alpha's .pth, trained at the size of the run.
         blip2: BLIP-2's .pth, pretrained with Flan-T5-XXL.
         eva_clip: EVA-CLIP ViT-g's .pth.

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.data.batches import TrainingBatch
 from trainer.checkpoints.weights import empty_model
+from trainer.data.batches import TrainingBatch
 from trainer.run.config import RunConfig
 from trainer.run.module import LAYERS, make_trained_module, trained_parameters
 from trainer.stages.trained_part import TrainedPart
@@ -93,9 +93,9 @@ class Estimate:
             f"  fragments and CUDA: {(self.memory - sum(self.bytes_by_part.values())) / GIB:.1f} GiB\n"
             f"time: {self.operations / 1e15:.1f} PFLOP and {self.step_seconds:.2f} s a step of {config.batch} samples, "
             f"{config.batch / self.step_seconds:.0f} samples/s, {days:.1f} days for {config.steps} steps\n"
-            f"assumed: each GPU reaches {self.flops / 1e12:.0f} TFLOP/s, and waits neither for data nor for others; each "
-            f"prompt has {config.sizes.max_tokens} tokens and {IMAGES} images; gradients and activations are all there "
-            "at once; data are prepared; float32 weights, gradients, and optimiser"
+            f"assumed: each GPU reaches {self.flops / 1e12:.0f} TFLOP/s, and waits neither for data nor for others; "
+            f"each prompt has {config.sizes.max_tokens} tokens and {IMAGES} images; gradients and activations are "
+            "all there at once; data are prepared; float32 weights, gradients, and optimiser"
         )
 
 
@@ -195,7 +195,8 @@ class _Saved:
         self.saved: dict[int | None, int] = defaultdict(int)
         self.inputs: list[int] = []
         self._layer: int | None = None
-        self._known = {_storage(parameter): parameter for parameter in part.parameters()}  # alive: no number comes twice
+        # All stay alive, so that no number comes twice.
+        self._known: dict[int, Tensor] = {_storage(parameter): parameter for parameter in part.parameters()}
         for layer in part.modules():
             if isinstance(layer, LAYERS):
                 layer.register_forward_pre_hook(self._enter, with_kwargs=True)

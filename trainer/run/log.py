@@ -38,7 +38,9 @@ class RunLog:
             if self._lines is not None:
                 values = {"loss": repr(result.loss), "norm": repr(result.norm)}  # JSON has no NaN
                 self._lines.write_line({"step": result.step, "skipped": True, **values})
-                report(f"step {result.step} is skipped: its loss is {result.loss:g}, its gradient's norm {result.norm:g}")
+                report(
+                    f"step {result.step} is skipped: its loss is {result.loss:g}, its gradient's norm {result.norm:g}"
+                )
             return
         for metrics in result.metrics:
             for name, value in metrics.items():

@@ -1,6 +1,5 @@
 """What a run minimises, and how its loss is measured by task and by timestep."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import get_args
 
@@ -10,9 +9,7 @@ from torch import Tensor, nn
 from mige_rt.config import ModelConfig
 from mige_rt.instruction import Task as TaskName
 from mige_rt.scheduler import TRAIN_STEPS
-from mige_rt.tokenizer import Tokenize
-from trainer.data.batches import TrainingBatch, collate
-from trainer.data.mixing import MixedBatches
+from trainer.data.batches import TrainingBatch
 from trainer.objective import sample_losses
 
 RANGES = 4  # of timesteps, of equal length
@@ -44,21 +41,3 @@ class RunLoss:
             if len(of_range):
                 metrics[f"loss/t{index * width}-{(index + 1) * width - 1}"] = float(of_range.mean())
         return drawn.losses.mean(), metrics
-
-
-@dataclass(frozen=True)
-class RunBatches:
-    """A process's batches from a number of batches on; see `MixedBatches.batches`.
-
-    Attributes:
-        mixed: The sources.
-        tokenize: The model's tokenizer.
-    """
-
-    mixed: MixedBatches
-    tokenize: Tokenize
-
-    def __call__(self, first: int, rank: int, ranks: int) -> Iterator[TrainingBatch]:
-        """Collated, without end."""
-        for batch in self.mixed.batches(first, rank, ranks):
-            yield collate(batch.samples, self.mixed.config, self.tokenize, batch.generator)

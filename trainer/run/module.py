@@ -49,9 +49,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     """
     # Buffers are the same everywhere and do not change.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    accelerator = Accelerator(
-        mixed_precision="bf16" if config.precision == "bf16" else "no", kwargs_handlers=[ddp]
-    )
+    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no", kwargs_handlers=[ddp])
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         raise InputError(
             f"the processes were launched for {accelerator.distributed_type.value}; launch them without, and let the "

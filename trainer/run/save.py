@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from tokenizers import Tokenizer
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from mige_rt.errors import InputError
 from trainer.checkpoints.model_folder import save_model
@@ -44,7 +44,7 @@ def save_run(config: RunConfig, run: Path, checkpoint: str | None, out: Path) ->
     kind = "module" if config.ema is None else "average"
     tensors = {f"{kind}.{name}": parameter.detach() for name, parameter in trained_parameters(part).items()}
     tensors |= {f"module.{name}": buffer for name, buffer in part.named_buffers()}
-    dcp.load(tensors, storage_reader=DataReader(saved.folder))
+    load(tensors, storage_reader=DataReader(saved.folder))
     vision.embeddings, vision.encoder = embeddings, encoder
     tokenizer = Tokenizer.from_file(str(run / TOKENIZER_FILE))
     save_model(model, tokenizer, out, torch.float16, f"trained for {saved.step} steps from {start.source}")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mige_rt.bundle import DEFAULT_MODEL
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
 from trainer.checkpoints.open_checkpoint import CheckpointLocation, open_checkpoint
@@ -22,7 +23,7 @@ def open_start(start: Start, sizes: ModelConfig, seed: int) -> Checkpoint:
         InputError: A file is missing or cannot be used.
     """
     if start.model is not None:
-        path = Path(start.model)
+        path = DEFAULT_MODEL if start.model == "tiny" else Path(start.model)
         if not path.exists():
             raise InputError(f"start.model is {start.model}, which is not there; give a MIGE checkpoint")
         return open_checkpoint(CheckpointLocation(path))

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from mige_rt.atomic import atomic_file
 from mige_rt.config import ModelConfig
@@ -32,10 +32,11 @@ from trainer.loop import (
     rate_at,
 )
 from trainer.run.average import WeightAverage
+from trainer.run.batches import RunBatches
 from trainer.run.checkpoints import LATEST, Checkpoints, SavedRun, saved_runs
 from trainer.run.config import RunConfig
 from trainer.run.log import RunLog, RunProgress
-from trainer.run.loss import RunBatches, RunLoss
+from trainer.run.loss import RunLoss
 from trainer.run.module import make_accelerator, make_trained_module, share, trained_parameters
 from trainer.run.start import open_start
 
@@ -89,7 +90,6 @@ def train_run(config: RunConfig, options: RunOptions) -> None:
         ):
             run.after_step(result, settings.rate * rate_at(result.step - 1, settings))
             progress.update(result)
-        run.end()
 
 
 class Run:
@@ -128,7 +128,6 @@ class Run:
             self._checkpoints.load(saved, self._tensors())
             self.step, self._hours_before = saved.step, saved.hours
             self.guard = LossGuard(**saved.guard)
-        self._saved_at = self.step
         self._log = RunLog(self.out, config, accelerator, self.step)
         self.progress = RunProgress(config, self.step, self.last_step, accelerator.is_main_process)
         self._started = time.monotonic()
@@ -154,11 +153,6 @@ class Run:
         if is_saved:
             self._save()
 
-    def end(self) -> None:
-        """Write what the last step has left."""
-        if self.step > self._saved_at:
-            self._save()
-
     def _save(self) -> None:
         losses = self._losses or [float("inf")]
         saved = SavedRun(
@@ -171,7 +165,6 @@ class Run:
         )
         self._checkpoints.save(saved, self._tensors())
         self._losses.clear()
-        self._saved_at = self.step
 
     def _hours(self) -> float:
         return self._hours_before + (time.monotonic() - self._started) / 3600
@@ -198,7 +191,7 @@ class Run:
 
     def _reject(self, result: StepResult) -> None:
         self._rejected.append(result)
-        if len(self._rejected) < MOST_REJECTED:
+        if self.guard.rejected < MOST_REJECTED:
             return
         steps = [
             {"step": one.step, "loss": repr(one.loss), "norm": repr(one.norm), "ids": ids}
