@@ -20,6 +20,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "docs/training/data.md",
     ROOT / "docs/training/lora.md",
+    ROOT / "docs/training/run.md",
 ]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
@@ -77,11 +78,16 @@ def check_command(words: list[str], complete: bool) -> bool:
             spec = importlib.util.find_spec(name)
             assert spec is not None, f"there is no module {name}"
             command = import_module(f"{name}.__main__" if spec.submodule_search_locations else name).main
+        case ["accelerate", "launch", *launched] if "-m" in launched:
+            return check_command(["python", *launched[launched.index("-m") :]], complete)
         case ["python", script, *_] if script.endswith(".py"):
             assert (ROOT / script).is_file(), f"there is no script {script}"
             return True
         case _:
             return False
+    if isinstance(command, click.Group) and arguments and arguments[0] in command.commands:
+        name, *arguments = arguments
+        command = command.commands[name]
     try:
         command.make_context(name, list(arguments)).close()
     except click.exceptions.Exit:

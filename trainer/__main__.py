@@ -1,96 +1,131 @@
-"""`python -m trainer STAGE --config FILE --assets DIR --state DIR`: the stages that make a model, in order."""
+"""`python -m trainer STAGE --config FILE --assets DIR --state DIR`: the stages that make the default model, in order.
 
+`python -m trainer train --config FILE --out DIR` is `mige-rt train`, as `accelerate launch -m trainer` starts it.
+"""
+
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
 from mige_rt.errors import InputError
+from trainer.run.command import train
 
 CONFIGS = Path(__file__).parent / "configs"
+STAGES = ("vae", "vit", "looks", "qformer", "mige", "save", "rungs", "curve", "preview")
 STAGES_WITH_START = ("looks", "qformer", "mige", "save", "rungs")  # those that can go on from an existing model
 
 
-@click.command(help=__doc__)
-@click.argument(
-    "stage", type=click.Choice(["vae", "vit", "looks", "qformer", "mige", "save", "rungs", "curve", "preview"])
-)
-@click.option(
-    "--config",
-    type=click.Path(path_type=Path),
-    default=CONFIGS / "tiny.toml",
-    show_default="the default model's",
-)
-@click.option(
-    "--assets",
-    type=click.Path(path_type=Path),
-    metavar="ASSETS",
-    required=True,
-    help="folder of emoji images made by python -m trainer.synthetic.fetch",
-)
-@click.option(
-    "--state", type=click.Path(path_type=Path), required=True, help="folder for states, logs, previews; resumed from"
-)
-@click.option(
-    "--start",
-    type=click.Path(path_type=Path),
-    help=f"model folder or bundle to go on from, for the stages {', '.join(STAGES_WITH_START)}; vae and vit are not "
-    "needed then",
-)
-def main(stage: str, config: Path, assets: Path, state: Path, start: Path | None) -> None:
-    """Run one stage; bad input ends with exit code 2."""
+class _Commands(click.Group):
+    """Bad input ends with exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            raise click.UsageError(str(error)) from error
+
+
+@click.group(cls=_Commands, help=__doc__)
+def main() -> None:
+    """Run a stage, or a run."""
+
+
+def _stage_command(stage: str) -> Callable[..., None]:
+    @main.command(stage, help=f"The stage {stage}.")
+    @click.option(
+        "--config",
+        type=click.Path(path_type=Path),
+        default=CONFIGS / "tiny.toml",
+        show_default="the default model's",
+    )
+    @click.option(
+        "--assets",
+        type=click.Path(path_type=Path),
+        metavar="ASSETS",
+        required=True,
+        help="folder of emoji images made by python -m trainer.synthetic.fetch",
+    )
+    @click.option(
+        "--state",
+        type=click.Path(path_type=Path),
+        required=True,
+        help="folder for states, logs, previews; resumed from",
+    )
+    @click.option(
+        "--start",
+        type=click.Path(path_type=Path),
+        help=f"model folder or bundle to go on from, for the stages {', '.join(STAGES_WITH_START)}; vae and vit are "
+        "not needed then",
+    )
+    def command(config: Path, assets: Path, state: Path, start: Path | None) -> None:
+        run_stage(stage, config, assets, state, start)
+
+    return command
+
+
+for _stage in STAGES:
+    _stage_command(_stage)
+main.add_command(train)
+
+
+def run_stage(stage: str, config: Path, assets: Path, state: Path, start: Path | None) -> None:
+    """Run one stage.
+
+    Raises:
+        InputError: What was given cannot be used.
+    """
     from trainer.settings import load_settings
     from trainer.synthetic.concepts import load_concepts
 
-    try:
-        if start is not None and stage not in STAGES_WITH_START:
-            raise InputError(
-                f"--start means nothing to the stage {stage}, only to {', '.join(STAGES_WITH_START)}; leave it out"
-            )
-        settings = load_settings(config)
-        model, all_concepts = settings.config(), load_concepts(assets)
-        concepts = [concept for concept in all_concepts if not concept.held_out]
-        if stage == "vae":
-            from trainer.stages.train_vae import train_vae
+    if start is not None and stage not in STAGES_WITH_START:
+        raise InputError(
+            f"--start means nothing to the stage {stage}, only to {', '.join(STAGES_WITH_START)}; leave it out"
+        )
+    settings = load_settings(config)
+    model, all_concepts = settings.config(), load_concepts(assets)
+    concepts = [concept for concept in all_concepts if not concept.held_out]
+    if stage == "vae":
+        from trainer.stages.train_vae import train_vae
 
-            train_vae(model, settings.stage("vae"), concepts, state)
-        elif stage == "vit":
-            from trainer.stages.train_vit import train_vit
+        train_vae(model, settings.stage("vae"), concepts, state)
+    elif stage == "vit":
+        from trainer.stages.train_vit import train_vit
 
-            train_vit(model, settings.stage("vit"), concepts, state)
-        elif stage == "looks":
-            from trainer.stages.train_looks import train_looks
+        train_vit(model, settings.stage("vit"), concepts, state)
+    elif stage == "looks":
+        from trainer.stages.train_looks import train_looks
 
-            train_looks(model, settings.stage("looks"), all_concepts, state, start)
-        elif stage == "qformer":
-            from trainer.stages.train_qformer import train_qformer
+        train_looks(model, settings.stage("looks"), all_concepts, state, start)
+    elif stage == "qformer":
+        from trainer.stages.train_qformer import train_qformer
 
-            train_qformer(model, settings.stage("qformer"), all_concepts, state, start)
-        elif stage == "mige":
-            from trainer.stages.train_mige import train_mige
+        train_qformer(model, settings.stage("qformer"), all_concepts, state, start)
+    elif stage == "mige":
+        from trainer.stages.train_mige import train_mige
 
-            train_mige(model, settings.stage("mige"), settings.ladder(), all_concepts, state, start)
-        elif stage == "save":
-            from trainer.stages.save_model import save
+        train_mige(model, settings.stage("mige"), settings.ladder(), all_concepts, state, start)
+    elif stage == "save":
+        from trainer.stages.save_model import save
 
-            click.echo(save(model, state, start))
-        elif stage == "rungs":
-            from rich.console import Console
+        click.echo(save(model, state, start))
+    elif stage == "rungs":
+        from rich.console import Console
 
-            from trainer.stages.measure_rungs import measure_rungs
+        from trainer.stages.measure_rungs import measure_rungs
 
-            Console().print(measure_rungs(all_concepts, start or state / "model"))
-        elif stage == "curve":
-            from trainer.curve import plot_curve
+        Console().print(measure_rungs(all_concepts, start or state / "model"))
+    elif stage == "curve":
+        from trainer.curve import plot_curve
 
-            click.echo(plot_curve(state / "mige" / "log.jsonl", state / "curve.png"))
-        else:
-            from rich.console import Console
+        click.echo(plot_curve(state / "mige" / "log.jsonl", state / "curve.png"))
+    else:
+        from rich.console import Console
 
-            from trainer.preview import preview
+        from trainer.preview import preview
 
-            Console().print(preview(concepts, state))
-    except InputError as error:
-        raise click.UsageError(str(error)) from error
+        Console().print(preview(concepts, state))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,17 @@
-"""The training loop that every stage shares: optimiser, schedule, moving average, log, and a state to resume from."""
+"""The training loop that every stage and every run shares, and what the stages do at each of its steps.
+
+`optimisation_steps` is the loop: data, learning rate, gradients, clipping, the optimiser. `train` runs a stage of the
+default model: moving average, log, and a state to resume from. `trainer.run` does the same for runs at scale.
+"""
 
 import json
+import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +21,8 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.overrides import TorchFunctionMode
 
@@ -68,13 +77,22 @@ class Task:
 
 
 class TrainingLog:
-    """The lines of a stage's log.jsonl: means of metrics over LOG_EVERY steps."""
+    """The lines of a log such as a stage's log.jsonl: means of metrics over some steps."""
 
-    def __init__(self, path: Path, first_step: int) -> None:
-        """Opens the log, without the lines after `first_step`, which a resumed run writes again."""
+    def __init__(self, path: Path, first_step: int, digits: int | None = 5) -> None:
+        """Opens the log, without the lines after `first_step`, which a resumed run writes again.
+
+        Args:
+            path: The log.
+            first_step: Steps that were done.
+            digits: Behind the point, of each mean; None: all.
+        """
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step), encoding="utf-8")
-        self.path = path
+        whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave a part of one
+        with atomic_file(path) as temporary:
+            text = "".join(line for line in whole if json.loads(line)["step"] <= first_step)
+            temporary.write_text(text, encoding="utf-8")
+        self.path, self._digits = path, digits
         self._values: dict[str, list[float]] = defaultdict(list)
 
     def add(self, metrics: Mapping[str, float]) -> None:
@@ -88,11 +106,17 @@ class TrainingLog:
         Returns:
             The means that were written.
         """
-        means = {name: round(sum(values) / len(values), 5) for name, values in self._values.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "samples": samples, "hours": round(hours, 4), **means}) + "\n")
+        means = {name: sum(values) / len(values) for name, values in self._values.items()}
+        if self._digits is not None:
+            means = {name: round(mean, self._digits) for name, mean in means.items()}
+        self.write_line({"step": step, "samples": samples, "hours": round(hours, 4), **means})
         self._values.clear()
         return means
+
+    def write_line(self, values: Mapping[str, Any]) -> None:
+        """Append a line of its own, with the step that it is about."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
 
 
 @dataclass
@@ -128,6 +152,160 @@ class TrainingState:
             torch.save(content, temporary)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What the loop trains, as `accelerate` has prepared it.
+
+    Attributes:
+        accelerator: Of the processes.
+        module: Called by the task's loss.
+        parameters: Those that are trained.
+        optimiser: Of these.
+    """
+
+    accelerator: Accelerator
+    module: nn.Module
+    parameters: Sequence[nn.Parameter]
+    optimiser: torch.optim.Optimizer
+
+
+@dataclass
+class LossGuard:
+    """Decides whether a step's gradient is applied: not where the loss or the gradient is not finite, or spikes.
+
+    Attributes:
+        spike: How many times the mean loss of the steps before counts as a spike; None: only what is not finite.
+        mean: Moving average of the losses of the steps that were applied.
+        applied: How many those are; spikes are looked for after WARM of them.
+        rejected: Steps in a row that were not applied.
+    """
+
+    spike: float | None
+    mean: float = 0.0
+    applied: int = 0
+    rejected: int = 0
+
+    WARM = 100
+    DECAY = 0.99
+
+    def accepts(self, loss: float, norm: float) -> bool:
+        """Judge a step by its loss and the norm of its gradient, both of all processes, and count it."""
+        spikes = self.spike is not None and self.applied >= self.WARM and loss > self.spike * self.mean
+        if spikes or not (math.isfinite(loss) and math.isfinite(norm)):
+            self.rejected += 1
+            return False
+        self.rejected = 0
+        decay = min(self.DECAY, self.applied / (self.applied + 1))  # the mean of all, at first
+        self.mean = decay * self.mean + (1 - decay) * loss
+        self.applied += 1
+        return True
+
+
+@dataclass(frozen=True, eq=False)
+class StepResult:
+    """What came of one step.
+
+    Attributes:
+        step: Number of steps so far, this one included.
+        loss: The mean loss; of all processes where there is a guard, otherwise of this one.
+        norm: Of the gradient before clipping, of all processes.
+        metrics: Of each of this process's batches.
+        batches: This process's.
+        skipped: The guard rejected the step.
+    """
+
+    step: int
+    loss: float
+    norm: float
+    metrics: Sequence[Mapping[str, float]]
+    batches: Sequence[Any]
+    skipped: bool
+
+
+def make_optimiser(parameters: Iterable[nn.Parameter], settings: StageSettings) -> torch.optim.AdamW:
+    """AdamW as the settings say."""
+    return torch.optim.AdamW(
+        parameters, lr=settings.rate, eps=settings.epsilon, weight_decay=settings.weight_decay, fused=True
+    )
+
+
+def optimisation_steps(
+    trained: Trained,
+    task: Task,
+    settings: StageSettings,
+    first_step: int,
+    *,
+    accumulation: int = 1,
+    guard: LossGuard | None = None,
+) -> Iterator[StepResult]:
+    """Train from `first_step` to the settings' last one.
+
+    Args:
+        trained: What is trained.
+        task: The loss and the batches; a step takes `accumulation` of them.
+        settings: How to optimise.
+        first_step: Number of steps that were done before.
+        accumulation: Batches of each process whose gradients are averaged.
+        guard: Decides which steps are applied; None: all.
+
+    Yields:
+        What came of each step, after the parameters have changed.
+    """
+    accelerator, optimiser = trained.accelerator, trained.optimiser
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    stream = task.batches(first_step * accumulation, rank, ranks)
+    for step in range(first_step, settings.steps):
+        torch.manual_seed(settings.seed * 10**9 + step * ranks + rank)  # resumed runs draw the same
+        for group in optimiser.param_groups:
+            group["lr"] = settings.rate * rate_at(step, settings)
+        batches = list(islice(stream, accumulation))
+        losses, metrics = _gradients(trained, task, batches)
+        norm = float(_whole(accelerator.clip_grad_norm_(trained.parameters, settings.clip)))
+        loss = sum(losses) / accumulation
+        if guard is not None:
+            loss = float(accelerator.reduce(torch.tensor(loss, device=accelerator.device), "mean"))  # pyright: ignore[reportArgumentType]
+        skipped = guard is not None and not guard.accepts(loss, norm)
+        if not skipped:
+            optimiser.step()
+        optimiser.zero_grad()
+        yield StepResult(step + 1, loss, norm, metrics, batches, skipped)
+
+
+def _gradients(trained: Trained, task: Task, batches: Sequence[Any]) -> tuple[list[float], list[Mapping[str, float]]]:
+    """Add up the gradients of the mean loss; processes exchange them at the last batch alone."""
+    accelerator = trained.accelerator
+    losses, metrics = [], []
+    for number, batch in enumerate(batches, 1):
+        with _no_exchange(trained) if number < len(batches) else nullcontext():
+            loss, measured = task.loss(trained.module, send_to_device(batch, accelerator.device))
+            accelerator.backward(loss / len(batches) if len(batches) > 1 else loss)
+        losses.append(loss.item())
+        metrics.append(measured)
+    return losses, metrics
+
+
+@contextmanager
+def _no_exchange(trained: Trained) -> Generator[None, None, None]:
+    """Gradients of backward passes in this block stay with their process."""
+    module = trained.module
+    if not isinstance(module, FSDPModule):
+        with trained.accelerator.no_sync(module):
+            yield
+        return
+    module.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        module.set_requires_gradient_sync(True)
+
+
+def _whole(norm: Tensor | None) -> Tensor | float:
+    """A norm of which each process has a part, where parameters are sharded, as all have it."""
+    if norm is None:
+        return 0.0
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
 def train(module: nn.Module, task: Task, settings: StageSettings, folder: Path) -> nn.Module:
     """Train the parameters of a module that require gradients, on the device that `accelerate` finds.
 
@@ -143,36 +321,26 @@ def train(module: nn.Module, task: Task, settings: StageSettings, folder: Path) 
     accelerator = Accelerator()
     folder.mkdir(parents=True, exist_ok=True)
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(
-        parameters, lr=settings.rate, eps=settings.epsilon, weight_decay=settings.weight_decay, fused=True
-    )
+    optimiser = make_optimiser(parameters, settings)
     module.to(accelerator.device)
     average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
     state = TrainingState(folder / STATE_FILE, module, average, optimiser)
     state.load(accelerator.device)
     first_step, hours_before = state.step, state.hours
     prepared, optimiser = accelerator.prepare(module, optimiser)
-    rank, ranks, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    ranks, is_main = accelerator.num_processes, accelerator.is_main_process
     log = TrainingLog(folder / "log.jsonl", first_step) if is_main else None
-    stream = task.batches(first_step, rank, ranks)
+    trained = Trained(accelerator, prepared, parameters, optimiser)
     started = saved = time.monotonic()
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
     with Float32Attention(), Progress(*columns, disable=not is_main) as progress:
         bar = progress.add_task(task.name, total=settings.steps, completed=first_step)
-        for step in range(first_step, settings.steps):
-            torch.manual_seed(settings.seed * 10**9 + step * ranks + rank)  # resumed runs draw the same
-            for group in optimiser.param_groups:
-                group["lr"] = settings.rate * rate_at(step, settings)
-            loss, metrics = task.loss(prepared, send_to_device(next(stream), accelerator.device))
-            accelerator.backward(loss)
-            norm = accelerator.clip_grad_norm_(parameters, settings.clip)
-            optimiser.step()
-            optimiser.zero_grad()
+        for result in optimisation_steps(trained, task, settings, first_step):
             average.update_parameters(module)
             if log is None:
                 continue
-            state.step, state.hours = step + 1, hours_before + (time.monotonic() - started) / 3600
-            log.add({"loss": loss.item(), "norm": float(norm or 0), **metrics})
+            state.step, state.hours = result.step, hours_before + (time.monotonic() - started) / 3600
+            log.add({"loss": result.loss, "norm": result.norm, **result.metrics[0]})
             if task.watch is not None and state.step % task.watch_every == 0:
                 log.add(task.watch(average.module, state.step))
             if state.step % LOG_EVERY == 0:

@@ -23,6 +23,7 @@ from mige_rt.cli.signing import sign, verify
 from mige_rt.cli.train_lora import train_lora
 from mige_rt.errors import InputError
 from mige_rt.terminal import message, report_cause
+from trainer.run.command import train
 
 
 class _Commands(click.Group):
@@ -80,7 +81,7 @@ for command in (run, serve, compare):
     limit_options(command)
 for command in (run, serve, convert, export, build, info, push, pull, sign, verify):
     main.add_command(verbose_option(command))
-for command in (bench, compare, convert_data, prepare, train_lora):
+for command in (bench, compare, convert_data, prepare, train, train_lora):
     main.add_command(verbose_option(command))
 for command in EVAL_COMMANDS:
     verbose_option(command)

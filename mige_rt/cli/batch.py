@@ -15,8 +15,8 @@ from mige_rt.batch.worker import BatchJob, BatchSettings, BatchWorker, Outcome, 
 from mige_rt.bundle import DEFAULT_MODEL
 from mige_rt.cli.limits import given_limits
 from mige_rt.cli.run import DEFAULT_OUT, RunOptions
-from mige_rt.cli.shared import engine_for, is_verbose, requires
-from mige_rt.errors import InputError
+from mige_rt.cli.shared import engine_for, is_verbose
+from mige_rt.errors import InputError, requires
 from mige_rt.image_output import (
     OutputExistsError,
     check_existing,

@@ -7,8 +7,9 @@ from typing import Any, cast, get_args
 import click
 
 from engines.factory import ENGINES
-from mige_rt.cli.shared import INTERRUPTED, PATH, Scale, Size, command_line, progress, requires
+from mige_rt.cli.shared import INTERRUPTED, PATH, Scale, Size, command_line, progress
 from mige_rt.config import Precision
+from mige_rt.errors import requires
 from mige_rt.terminal import echo, report
 
 

@@ -6,9 +6,9 @@ from typing import Any, get_args
 import click
 
 from engines.plans import PLAN_ENGINES, PlanEngine
-from mige_rt.cli.shared import PATH, LoraType, build_plans, progress, requires
+from mige_rt.cli.shared import PATH, LoraType, build_plans, progress
 from mige_rt.config import Precision
-from mige_rt.errors import InputError
+from mige_rt.errors import InputError, requires
 from mige_rt.terminal import console, echo, echo_json
 
 

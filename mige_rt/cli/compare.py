@@ -7,8 +7,9 @@ from typing import Any, get_args
 import click
 
 from engines.factory import ENGINES
-from mige_rt.cli.shared import INTERRUPTED, PATH, command_line, open_pipeline, progress, requires
+from mige_rt.cli.shared import INTERRUPTED, PATH, command_line, open_pipeline, progress
 from mige_rt.config import Precision
+from mige_rt.errors import requires
 from mige_rt.terminal import echo, report_lines
 
 _PRECISION = click.Choice(["auto", *get_args(Precision)])

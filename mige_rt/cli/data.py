@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from mige_rt.cli.shared import PATH, Part, progress, requires
-from mige_rt.errors import InputError
+from mige_rt.cli.shared import PATH, Part, progress
+from mige_rt.errors import InputError, requires
 from mige_rt.terminal import echo, report
 
 LAYOUTS = ("instructpix2pix", "magicbrush", "ultraedit", "seed-data-edit", "hq-edit", "gier", "subjects200k")

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mige_rt.cli.limits import limit_options
-from mige_rt.cli.shared import PATH, Part, Scale, command_line, model_options, open_pipeline, progress, requires
-from mige_rt.errors import InputError
+from mige_rt.cli.shared import PATH, Part, Scale, command_line, model_options, open_pipeline, progress
+from mige_rt.errors import InputError, requires
 from mige_rt.terminal import echo, report, report_lines
 
 if TYPE_CHECKING:

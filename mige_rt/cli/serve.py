@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from mige_rt.cli.limits import given_limits
-from mige_rt.cli.shared import model_options, requires
-from mige_rt.errors import InputError
+from mige_rt.cli.shared import model_options
+from mige_rt.errors import InputError, requires
 from mige_rt.terminal import report
 
 

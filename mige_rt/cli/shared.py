@@ -1,4 +1,4 @@
-"""What several commands share: option types, progress, opening a model, building plans, packages that are missing."""
+"""What several commands share: option types, progress, opening a model, building plans."""
 
 import math
 import shlex
@@ -67,25 +67,6 @@ def is_verbose() -> bool:
     """Whether the running command was given --verbose."""
     context = click.get_current_context(silent=True)
     return context is not None and bool(context.meta.get(_VERBOSE))
-
-
-@contextmanager
-def requires(extra: str, purpose: str) -> Generator[None, None, None]:
-    """Imports in this block are of packages that come with an extra.
-
-    Args:
-        extra: Its name in pyproject.toml.
-        purpose: What needs them, as in "exporting".
-
-    Raises:
-        InputError: One of them is not here; with the command that installs it.
-    """
-    try:
-        yield
-    except ImportError as error:
-        raise InputError(
-            f"{purpose} needs a package that is not here ({error}); install it with: pip install 'mige-rt[{extra}]'"
-        ) from error
 
 
 @contextmanager

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from mige_rt.cli.shared import PATH, requires
+from mige_rt.cli.shared import PATH
+from mige_rt.errors import requires
 
 
 @click.command()

@@ -5,8 +5,8 @@ from typing import Any
 
 import click
 
-from mige_rt.cli.shared import PATH, progress, requires
-from mige_rt.errors import InputError
+from mige_rt.cli.shared import PATH, progress
+from mige_rt.errors import InputError, requires
 from mige_rt.terminal import echo, report
 
 MEAN_OVER = 50  # steps, of the losses that are printed

@@ -165,14 +165,20 @@ def convert(
         write_model_folder(folder, content, on_progress)
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The state dict of a published `model.pth`, memory-mapped; nothing pickled in it is ever run.
+def read_checkpoint(path: Path, entry: str | None = "state_dict", name: str = "MIGE's model.pth") -> dict[str, Tensor]:
+    """The state dict of a published file, memory-mapped; nothing pickled in it is ever run.
+
+    Args:
+        path: the file.
+        entry: where the state dict is in the file's dict; None: it is the file's dict.
+        name: what is expected, for errors.
 
     Raises:
         InputError: the file is truncated, is no torch checkpoint, holds Python objects other than tensors, or has no
             state dict.
     """
-    expected = 'MIGE\'s model.pth, {"state_dict": {key: tensor}} written by torch.save, is expected'
+    content_expected = "{key: tensor}" if entry is None else f'{{"{entry}": {{key: tensor}}}}'
+    expected = f"{name}, {content_expected} written by torch.save, is expected"
     if not zipfile.is_zipfile(path):
         size = path.stat().st_size
         raise InputError(
@@ -192,7 +198,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise InputError(
             f"{path} cannot be read as a torch checkpoint ({reason}): {expected}; download it again"
         ) from error
-    state = content.get("state_dict") if isinstance(content, dict) else None
+    state = content if entry is None else content.get(entry) if isinstance(content, dict) else None
     if not isinstance(state, dict):
         held = (
             f"the entries {', '.join(map(str, [*content][:NAMES_SHOWN]))}"

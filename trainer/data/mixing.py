@@ -34,6 +34,8 @@ class Source:
     path: str | tuple[str, ...]
     ratio: float | None = None
 
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  # where it stands in a list; read by pydantic
+
 
 @dataclass(frozen=True, eq=False)
 class MixedSamples:

@@ -1,0 +1,51 @@
+"""The weights of a run's checkpoint as a model folder, which `mige-rt run --model` opens."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from mige_rt.errors import InputError
+from trainer.checkpoints.model_folder import save_model
+from trainer.run.checkpoints import LATEST, DataReader, SavedRun, saved_runs
+from trainer.run.config import RunConfig
+from trainer.run.module import make_trained_module, trained_parameters
+from trainer.run.start import open_start
+from trainer.run.train import TOKENIZER_FILE
+
+
+def save_run(config: RunConfig, run: Path, checkpoint: str | None, out: Path) -> Path:
+    """Write a model folder, in one process: the moving average of what was trained, if one was kept.
+
+    Args:
+        config: The run's.
+        run: Its folder.
+        checkpoint: One of its checkpoints; None or `latest`: the latest one.
+        out: The folder to make.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: There is no such checkpoint, or `out` exists or cannot be written.
+    """
+    if checkpoint in (None, LATEST):
+        saved = next(reversed(saved_runs(run)), None) if run.is_dir() else None
+        if saved is None:
+            raise InputError(f"{run} has no checkpoint; train first")
+    else:
+        saved = SavedRun.read(Path(checkpoint))
+    start = open_start(config.start, config.sizes, config.seed)
+    model = start.load(dtype=torch.float32)
+    vision = model.image_encoder.vision
+    embeddings, encoder = vision.embeddings, vision.encoder
+    part = make_trained_module(model, config)
+    kind = "module" if config.ema is None else "average"
+    tensors = {f"{kind}.{name}": parameter.detach() for name, parameter in trained_parameters(part).items()}
+    tensors |= {f"module.{name}": buffer for name, buffer in part.named_buffers()}
+    load(tensors, storage_reader=DataReader(saved.folder))
+    vision.embeddings, vision.encoder = embeddings, encoder
+    tokenizer = Tokenizer.from_file(str(run / TOKENIZER_FILE))
+    save_model(model, tokenizer, out, torch.float16, f"trained for {saved.step} steps from {start.source}")
+    return out

@@ -1,0 +1,278 @@
+"""A run from its config to its last checkpoint."""
+
+import json
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from mige_rt.atomic import atomic_file
+from mige_rt.config import ModelConfig
+from mige_rt.errors import InputError
+from mige_rt.terminal import report
+from mige_rt.tokenizer import load_tokenizer
+from trainer.checkpoints.model_folder import COMPONENTS
+from trainer.checkpoints.weights import Checkpoint
+from trainer.data.mixing import MixedBatches
+from trainer.loop import (
+    Float32Attention,
+    LossGuard,
+    StepResult,
+    Task,
+    Trained,
+    make_optimiser,
+    optimisation_steps,
+    rate_at,
+)
+from trainer.run.average import WeightAverage
+from trainer.run.batches import RunBatches
+from trainer.run.checkpoints import LATEST, Checkpoints, SavedRun, saved_runs
+from trainer.run.config import RunConfig
+from trainer.run.log import RunLog, RunProgress
+from trainer.run.loss import RunLoss
+from trainer.run.module import make_accelerator, make_trained_module, share, trained_parameters
+from trainer.run.start import open_start
+
+TOKENIZER_FILE = "tokenizer.json"
+REJECTED_FILE = "rejected.json"
+MOST_REJECTED = 10  # steps in a row
+# What a resumed run may have otherwise: it does not change what the steps compute, but for rounding.
+FREE = ("start", "steps", "checkpoints", "log", "distributed", "reshard", "activation_checkpointing", "compile")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a run is, and what of it is done.
+
+    Attributes:
+        out: The run's folder.
+        resume: A checkpoint to go on from, or `latest`; None: begin a new run.
+        max_steps: Steps of the whole run after which to stop, where that is before its end.
+    """
+
+    out: Path
+    resume: str | None = None
+    max_steps: int | None = None
+
+
+def train_run(config: RunConfig, options: RunOptions) -> None:
+    """Train, in as many processes as were launched, all of which call this.
+
+    Args:
+        config: The run's.
+        options: Where, and from where on.
+
+    Raises:
+        InputError: The config does not fit the processes, the data, the start, or the checkpoint; the disk is full; or
+            MOST_REJECTED steps in a row had to be skipped.
+    """
+    accelerator = make_accelerator(config)
+    accumulation = config.accumulation(accelerator.num_processes)
+    mixed = MixedBatches(config.sources, config.micro_batch, config.seed)
+    start = open_start(config.start, config.sizes, config.seed)
+    check_sizes(config.sizes, start.config, "start")
+    check_sizes(config.sizes, mixed.config, "sources")
+    run = Run(config, options, accelerator, start)
+    task = Task("train", RunLoss(config.sizes), RunBatches(mixed, run.tokenize))
+    settings = replace(config.optimisation(accelerator.num_processes), steps=run.last_step)
+    # Its backward pass in bfloat16 is slow on the CPU, and compilers do not know it.
+    slow_attention = accelerator.device.type == "cpu" and config.precision == "bf16"
+    with Float32Attention() if slow_attention else nullcontext(), run.progress as progress:
+        for result in optimisation_steps(
+            run.trained, task, settings, run.step, accumulation=accumulation, guard=run.guard
+        ):
+            run.after_step(result, settings.rate * rate_at(result.step - 1, settings))
+            progress.update(result)
+
+
+class Run:
+    """What a run consists of, on one of its processes, and what is done after each step."""
+
+    def __init__(self, config: RunConfig, options: RunOptions, accelerator: Accelerator, start: Checkpoint) -> None:
+        """Make the module and its optimiser, and read the checkpoint.
+
+        Raises:
+            InputError: The folder holds another run, or the checkpoint does not fit.
+        """
+        self.config, self.accelerator, self.out = config, accelerator, options.out
+        self.last_step = min(config.steps, options.max_steps or config.steps)
+        open_folder(options, accelerator)
+        self._checkpoints = Checkpoints(self.out, accelerator, config.checkpoints.total_limit)
+        saved = None if options.resume is None else self._checkpoints.find(options.resume)
+        if saved is not None:
+            check_resumable(saved, self._fixed())
+        if accelerator.is_main_process:
+            with atomic_file(self.out / TOKENIZER_FILE) as temporary:
+                start.save_tokenizer(temporary)
+        accelerator.wait_for_everyone()
+        self.tokenize = load_tokenizer(self.out / TOKENIZER_FILE)
+        model = start.load(COMPONENTS, dtype=torch.float32)
+        self.part = make_trained_module(model, config)
+        module = share(self.part, accelerator, config)
+        self.parameters = trained_parameters(self.part)
+        optimiser = make_optimiser(self.parameters.values(), config.optimisation(accelerator.num_processes))
+        self.trained = Trained(accelerator, module, [*self.parameters.values()], optimiser)
+        self.average = None if config.ema is None else WeightAverage(self.parameters, config.ema)
+        self.guard = LossGuard(config.spike)
+        self.step, self._hours_before = 0, 0.0
+        self._rejected: list[StepResult] = []
+        self._losses: list[float] = []  # since the last checkpoint
+        if saved is not None:
+            self._checkpoints.load(saved, self._tensors())
+            self.step, self._hours_before = saved.step, saved.hours
+            self.guard = LossGuard(**saved.guard)
+        self._log = RunLog(self.out, config, accelerator, self.step)
+        self.progress = RunProgress(config, self.step, self.last_step, accelerator.is_main_process)
+        self._started = time.monotonic()
+
+    def after_step(self, result: StepResult, rate: float) -> None:
+        """Average the weights, write the log, and a checkpoint where it is time.
+
+        Raises:
+            InputError: Too many steps in a row were skipped, or the checkpoint cannot be written.
+        """
+        self.step = result.step
+        self._log.add(result, rate)
+        if result.skipped:
+            self._reject(result)
+        else:
+            self._rejected.clear()
+            self._losses.append(result.loss)
+            if self.average is not None:
+                self.average.update()
+        is_saved = self.step % self.config.checkpoints.every == 0 or self.step == self.last_step
+        if is_saved or self.step % self.config.log.every == 0:  # so that no line has steps of two runs
+            self._log.write(self.step, self._hours())
+        if is_saved:
+            self._save()
+
+    def _save(self) -> None:
+        losses = self._losses or [float("inf")]
+        saved = SavedRun(
+            folder=self.out / f"checkpoint-{self.step}",
+            step=self.step,
+            hours=self._hours(),
+            loss=sum(losses) / len(losses),
+            guard=asdict(self.guard),
+            config=self._fixed(),
+        )
+        self._checkpoints.save(saved, self._tensors())
+        self._losses.clear()
+
+    def _hours(self) -> float:
+        return self._hours_before + (time.monotonic() - self._started) / 3600
+
+    def _fixed(self) -> dict[str, Any]:
+        """The values that a resumed run must have as well."""
+        values = {name: value for name, value in self.config.to_json().items() if name not in FREE}
+        # As JSON gives them back.
+        return json.loads(json.dumps({**values, "processes": self.accelerator.num_processes}))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that training changes, by names that do not depend on how processes share it."""
+        optimiser = self.trained.optimiser
+        if not optimiser.state:
+            _make_state(optimiser)
+        tensors = {f"module.{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        tensors |= {f"module.{name}": buffer for name, buffer in self.part.named_buffers()}
+        if self.average is not None:
+            tensors |= {f"average.{name}": weight for name, weight in self.average.weights.items()}
+        for name, parameter in self.parameters.items():
+            state = optimiser.state[parameter]
+            tensors |= {f"optimiser.{name}.{key}": state[key] for key in ("step", "exp_avg", "exp_avg_sq")}
+        return tensors
+
+    def _reject(self, result: StepResult) -> None:
+        self._rejected.append(result)
+        if self.guard.rejected < MOST_REJECTED:
+            return
+        steps = [
+            {"step": one.step, "loss": repr(one.loss), "norm": repr(one.norm), "ids": ids}
+            for one in self._rejected
+            if (ids := gather_object([name for batch in one.batches for name in batch.ids]))
+        ]
+        path = self.out / REJECTED_FILE
+        if self.accelerator.is_main_process:
+            with atomic_file(path) as temporary:
+                temporary.write_text(json.dumps(steps, indent=1) + "\n", encoding="utf-8")
+        raise InputError(
+            f"{MOST_REJECTED} steps in a row had a loss or a gradient that was not finite or spiked, up to step "
+            f"{self.step}; {path} has the ids of their samples: look at those, or lower base_rate, and go on with "
+            f"--resume-from-checkpoint {LATEST}"
+        )
+
+
+def open_folder(options: RunOptions, accelerator: Accelerator) -> None:
+    """Make the run's folder.
+
+    Raises:
+        InputError: It cannot be made, or holds a run that is not to be resumed.
+    """
+    try:
+        options.out.mkdir(exist_ok=True)
+        begun = bool(saved_runs(options.out))
+    except OSError as error:
+        raise InputError(
+            f"{options.out} cannot be written ({error}): give a path in an existing folder of your own"
+        ) from error
+    if begun and options.resume is None:
+        raise InputError(
+            f"{options.out} holds the checkpoints of a run: go on with --resume-from-checkpoint {LATEST}, or give "
+            "another folder"
+        )
+    if options.resume == LATEST and not begun and accelerator.is_main_process:
+        report(f"{options.out} has no checkpoint yet; the run begins")
+
+
+def check_sizes(expected: ModelConfig, given: ModelConfig, what: str) -> None:
+    """The sizes of the config's model must be those of what it is trained from.
+
+    Raises:
+        InputError: They are not; with the fields that differ.
+    """
+    given = replace(given, name=expected.name, defaults=expected.defaults)
+    if unlike := differing(given.to_json(), expected.to_json(), what, f"model {expected.name}"):
+        raise InputError(f"{what} is not for the config's model: {'; '.join(unlike)}; change either")
+
+
+def check_resumable(saved: SavedRun, config: Mapping[str, Any]) -> None:
+    """A checkpoint's config must be the run's, in all that changes what the steps compute.
+
+    Raises:
+        InputError: It is not; with the fields that differ.
+    """
+    if unlike := list(differing(saved.config, config, "the checkpoint", "the config")):
+        raise InputError(
+            f"{saved.folder} is of another config: {'; '.join(unlike)}; change it back, or begin another run"
+        )
+
+
+def differing(first: Any, second: Any, first_name: str, second_name: str, field: str = "") -> list[str]:
+    """The fields in which plain data differs, each with both values."""
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return [
+            line
+            for name in dict.fromkeys((*first, *second))
+            for line in differing(
+                first.get(name), second.get(name), first_name, second_name, f"{field}.{name}" if field else name
+            )
+        ]
+    return [] if first == second else [f"{field} is {first!r} in {first_name} and {second!r} in {second_name}"]
+
+
+def _make_state(optimiser: torch.optim.Optimizer) -> None:
+    """Have an optimiser make its state, which it does at its first step: one that changes nothing."""
+    for group in optimiser.param_groups:
+        rate, group["lr"] = group["lr"], 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+        optimiser.step()
+        group["lr"] = rate
+    optimiser.zero_grad()
