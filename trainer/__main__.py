@@ -91,6 +91,10 @@ def main(stage: str, config: Path, assets: Path, state: Path, start: Path | None
             Console().print(preview(concepts, state))
     except InputError as error:
         raise click.UsageError(str(error)) from error
+    except OSError as error:  # the training goes on from the last state that was written whole
+        raise click.UsageError(
+            f"a file cannot be read or written ({error}): make room on the disk, or give another path"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The training loop that every stage shares: optimiser, schedule, moving average, log, and a state to resume from."""
 
 import json
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.overrides import TorchFunctionMode
@@ -73,7 +75,10 @@ class TrainingLog:
     def __init__(self, path: Path, first_step: int) -> None:
         """Opens the log, without the lines after `first_step`, which a resumed run writes again."""
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step), encoding="utf-8")
+        whole = [line for line in lines if line.endswith("\n")]  # a full disk may have cut the last one
+        with atomic_file(path) as temporary:
+            earlier = "".join(line for line in whole if json.loads(line)["step"] <= first_step)
+            temporary.write_text(earlier, encoding="utf-8")
         self.path = path
         self._values: dict[str, list[float]] = defaultdict(list)
 
@@ -124,8 +129,19 @@ class TrainingState:
             "step": self.step,
             "hours": self.hours,
         }
-        with atomic_file(self.path) as temporary:
-            torch.save(content, temporary)
+        # Given a file and not its name, torch.save raises what the system says, and not an error of its own.
+        with atomic_file(self.path) as temporary, temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def save_trained(module: nn.Module, folder: Path) -> Path:
+    """Write what a stage has trained as trained.safetensors, whole or not at all; returns the file."""
+    path = folder / "trained.safetensors"
+    with atomic_file(path) as temporary:
+        save_model(module, str(temporary))
+    return path
 
 
 def train(module: nn.Module, task: Task, settings: StageSettings, folder: Path) -> nn.Module:
