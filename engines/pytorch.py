@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engines.attention import attention_order
 from engines.device import parse_device
+from engines.float8 import CAPABILITY, from_float8, to_float8
 from engines.interface import Array, EngineOptions
 from mige_rt.bundle import OpenedModel
 from mige_rt.config import QUANTISED, Precision
@@ -22,10 +23,15 @@ from mige_rt.lora import Lora
 from trainer.checkpoints.merged import MergedCheckpoint
 from trainer.checkpoints.model_folder import SafetensorsCheckpoint
 from trainer.checkpoints.weights import Checkpoint
-from trainer.model.dit import attention_bias
+from trainer.model.dit import attention_bias, block_layers
 from trainer.model.mige import Mige
 
-_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8": torch.bfloat16,  # around the products of float8, whose results CUDA gives in no other type
+}
 
 MAX_CUDA_GRAPHS = 4  # each of which holds the activations of one shape
 COMPILED_SHAPES = 64  # of a block; beyond its limit, which is 8, torch.compile silently goes on without compiling
@@ -37,6 +43,8 @@ def graph_dtype(graph: GraphName, precision: str) -> torch.dtype:
     T5's residual and the inputs of its `wo` pass what float16 holds, 65,504, on some prompts (transformers keeps `wo`
     in float32 for it, and clamps the residual): in fp16, T5 is bfloat16.
     """
+    if precision == "fp8" and graph in ("vae_encoder", "vae_decoder"):
+        return torch.float16  # as in fp16: a finer rounding at the same cost
     return torch.bfloat16 if (graph, precision) == ("text_encoder", "fp16") else _DTYPES[precision]
 
 
@@ -62,7 +70,7 @@ class PyTorchEngine:
         Args:
             model: On the device and of the precision already.
             device: cpu, cuda or cuda:N.
-            precision: Not int8.
+            precision: Not int8 or int8-sq; fp8: the products in the denoiser's blocks, see `engines.float8`.
             checkpoint: Where graphs that are released are loaded from again, and LoRAs are merged into; without one,
                 nothing is released.
             compile: Put the denoiser's blocks and the encoders' layers through `torch.compile`.
@@ -97,6 +105,10 @@ class PyTorchEngine:
         if precision not in _DTYPES:
             raise NotAvailableError(
                 f"the pytorch engine has no precision {precision!r}; expected one of {', '.join(_DTYPES)}"
+            )
+        if precision == "fp8" and device != "cpu" and torch.cuda.get_device_capability(device) < CAPABILITY:
+            raise NotAvailableError(
+                "this GPU has no fp8, which begins with compute capability 8.9 (Ada Lovelace): use fp16"
             )
         if model.manifest is not None and (quantised := model.manifest.precision) in QUANTISED:
             raise NotAvailableError(
@@ -153,6 +165,8 @@ class PyTorchEngine:
         if self._checkpoint is not None:
             leaving = set(graphs) - self._released
             self._released |= leaving
+            if "denoiser" in leaving:
+                from_float8(self.model.denoiser)
             hollow: dict[Tensor, Tensor] = {}
             held = {id(part) for graph in set(GRAPHS) - self._released for part in self.model.graph(graph).modules()}
             for part in (part for graph in leaving for part in self.model.graph(graph).modules()):
@@ -209,6 +223,8 @@ class PyTorchEngine:
         """What a graph's weights need once they are there."""
         if graph == "denoiser":
             self.model.denoiser.prepare()
+            if self.precision == "fp8":
+                to_float8(self.model.denoiser, block_layers(self.model.denoiser))
         if graph in ("vae_encoder", "vae_decoder") and self.device != "cpu":
             module: Any = self.model.graph(graph)  # nn.Module.to's annotations lack this form
             module.to(memory_format=torch.channels_last)  # the order that cuDNN's kernels take

@@ -15,17 +15,11 @@ from mige_rt.pipeline import MigePipeline
 from mige_rt.sampling_params import SamplingParams
 from mige_rt.tokenizer import Tokenize
 from trainer.checkpoints.weights import Checkpoint, empty_model
+from trainer.model.dit import block_layers
 
 STEPS = 8  # of each sample request: 48 calls of the denoiser, with two or three guidance branches each
 
 OnCall = Callable[[int], None]  # calls of the denoiser that are done
-
-
-def block_layers(denoiser: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that are quantised, by name: those of the blocks, which neither begin nor end the graph."""
-    names = (name for name, _ in denoiser.named_parameters() if name.startswith("blocks.") and name.endswith(".weight"))
-    parts = {name.removesuffix(".weight"): denoiser.get_submodule(name.removesuffix(".weight")) for name in names}
-    return {name: part for name, part in parts.items() if isinstance(part, nn.Linear)}
 
 
 def input_ranges(checkpoint: Checkpoint, tokenize: Tokenize, on_call: OnCall = lambda done: None) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 See `export.processes`.
 """
 
-import os
 import re
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from engines.trt_runtime import import_runtime, make_logger
 from export.memory import peak_bytes
 from export.plan_job import BuiltPlan, Kernel, PlanJob
 from export.processes import OnPhase, serve
+from mige_rt.atomic import atomic_file
 
 if TYPE_CHECKING:
     from tensorrt_rtx import IBuilderConfig
@@ -152,9 +152,8 @@ def _read_timings(config: "IBuilderConfig", path: Path) -> None:
 
 
 def _write_timings(config: "IBuilderConfig", path: Path) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_bytes(config.get_timing_cache().serialize())
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(config.get_timing_cache().serialize())
 
 
 def main() -> None:

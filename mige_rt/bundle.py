@@ -5,6 +5,7 @@ manifest.json, tokenizer/, onnx/ with six graphs and their weights, and engines/
 """
 
 import dataclasses
+import errno
 import json
 import re
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from typing import Annotated, Any, cast
 from annotated_types import Ge, Gt, Le, MaxLen
 
 from mige_rt.config import LONGEST_TEXT, ModelConfig, Precision, SchedulerName
-from mige_rt.errors import InputError
+from mige_rt.errors import InputError, reason
 from mige_rt.graphs import GRAPHS, AxisRange, GraphName, resolved_axes
 from mige_rt.known_files import is_known, sha256
 from mige_rt.validation import validate
@@ -353,6 +354,10 @@ def _read_json(path: Path, problem: str, expected: str) -> dict[str, Any]:
     try:
         content = load_json(path)
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EIO:
+            raise InputError(
+                f"{path} cannot be read ({reason(error)}); check the disk, or copy it elsewhere"
+            ) from error
         raise InputError(f"{problem} ({error}): {expected}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is not of a model: {expected}")

@@ -9,7 +9,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,15 +37,15 @@ def open_image(path: str | Path, *, max_pixels: int | None = None) -> Image.Imag
             large; the size is read from its header, and nothing of a larger one is decoded.
     """
     path = Path(path)
-    _check_file(path)
+    size = _check_file(path)
     try:
         file = path.open("rb")
     except PermissionError as error:
         raise _no_permission(path) from error
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({reason(error)}); check the disk, or copy it elsewhere") from error
+        raise _unreadable(path, error) from error
     with file:
-        return _read(file, str(path), max_pixels)
+        return _read(file, str(path), size, max_pixels)
 
 
 def decode_image(data: bytes, name: str, *, max_pixels: int | None = None) -> Image.Image:
@@ -59,16 +59,17 @@ def decode_image(data: bytes, name: str, *, max_pixels: int | None = None) -> Im
     Raises:
         InputError: It is no image, it is damaged or incomplete, or it is too large.
     """
-    return _read(BytesIO(data), name, max_pixels)
+    return _read(BytesIO(data), name, len(data), max_pixels)
 
 
-def _read(file: BinaryIO, name: str, max_pixels: int | None) -> Image.Image:
-    description = f"{name} ({file.seek(0, os.SEEK_END)} bytes)"
-    file.seek(0)
+def _read(file: BinaryIO, name: str, size: int, max_pixels: int | None) -> Image.Image:
+    description = f"{name} ({size} bytes)"
     with _own_limits():
         try:
             image = Image.open(file, formats=READABLE)
         except Exception as error:  # damaged files make the format readers raise nearly anything
+            if _is_system_error(error):
+                raise _unreadable(name, error) from error
             raise InputError(
                 f"{description} is not an image that can be read; give one of these formats: {', '.join(READABLE)}"
             ) from error
@@ -102,19 +103,32 @@ def normalize_image(image: Image.Image, name: str = "the image", *, max_pixels: 
     except InputError as error:
         raise InputError(f"{name} cannot be used: {error}") from error
     except Exception as error:  # damaged files make the decoders raise nearly anything
+        if _is_system_error(error):
+            raise _unreadable(name, error) from error
         raise InputError(f"{name} cannot be decoded: it is damaged or incomplete; save or download it again") from error
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: Path) -> int:
+    """The size of a regular file in bytes. Raises InputError where it is something else."""
     try:
-        mode = os.stat(path).st_mode
+        status = os.stat(path)
     except PermissionError as error:
         raise _no_permission(path) from error
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise InputError(f"there is no image file at {path}; check the path") from error
-    if not stat.S_ISREG(mode):  # a device or a pipe might never end
-        kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+    if not stat.S_ISREG(status.st_mode):  # a device or a pipe might never end
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
         raise InputError(f"there is no image file at {path}, it is {kind}; check the path")
+    return status.st_size
+
+
+def _is_system_error(error: Exception) -> TypeGuard[OSError]:
+    """Whether the system could not read a file. Pillow's own errors of damaged files have no number."""
+    return isinstance(error, OSError) and error.errno is not None
+
+
+def _unreadable(name: str | Path, error: OSError) -> InputError:
+    return InputError(f"{name} cannot be read ({reason(error)}); check the disk, or copy it elsewhere")
 
 
 def _no_permission(path: Path) -> InputError:

@@ -25,6 +25,10 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except InputError as error:
             raise click.UsageError(str(error)) from error
+        except OSError as error:  # the training goes on from the last state that was written whole
+            raise click.UsageError(
+                f"a file cannot be read or written ({error}): make room on the disk, or give another path"
+            ) from error
 
 
 @click.group(cls=_Commands, help=__doc__)

@@ -6,6 +6,7 @@ default model: moving average, log, and a state to resume from. `trainer.run` do
 
 import json
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -148,8 +150,19 @@ class TrainingState:
             "step": self.step,
             "hours": self.hours,
         }
-        with atomic_file(self.path) as temporary:
-            torch.save(content, temporary)
+        # Given a file and not its name, torch.save raises what the system says, and not an error of its own.
+        with atomic_file(self.path) as temporary, temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def save_trained(module: nn.Module, folder: Path) -> Path:
+    """Write what a stage has trained as trained.safetensors, whole or not at all; returns the file."""
+    path = folder / "trained.safetensors"
+    with atomic_file(path) as temporary:
+        save_model(module, str(temporary))
+    return path
 
 
 @dataclass(frozen=True)

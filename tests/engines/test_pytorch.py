@@ -17,6 +17,7 @@ from engines.factory import open_engine
 from engines.interface import EngineOptions
 from engines.pytorch import PyTorchEngine
 from export.inputs import random_feed
+from export.validate import TOLERANCES, measure
 from mige_rt.bundle import DEFAULT_MODEL, open_model
 from mige_rt.config import PRESETS
 from mige_rt.errors import InputError, NotAvailableError
@@ -28,7 +29,7 @@ from trainer.model import vae
 from trainer.model.mige import Mige
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp8"])
 def test_half_precision_gives_nearly_the_same_image(pipe: MigePipeline, scene: Image.Image, precision: str) -> None:
     half = MigePipeline.from_pretrained(engine="pytorch", precision=precision)  # type: ignore[arg-type]
     images = [
@@ -83,6 +84,21 @@ def test_every_weight_is_of_its_precision(
         engine._load(graph)
         types = {tensor.dtype for tensor in engine.model.graph(graph).state_dict().values()}
         assert types == {of_t5 if graph == "text_encoder" else of_others}, graph
+
+
+def test_fp8_is_close_and_can_be_released() -> None:
+    """The products in the denoiser's blocks alone are of float8."""
+    feed = random_feed("denoiser", PRESETS["tiny"], {"R": 2, "L": 40, "h": 16, "w": 16})
+    engine = on_the_cpu(precision="fp8", low_memory=True)
+    expected, ours = (e.run("denoiser", feed)["prediction"] for e in (on_the_cpu(), engine))  # type: ignore[arg-type]
+    error, _, _ = measure(ours, expected)  # type: ignore[arg-type]
+    assert 1e-3 < error < TOLERANCES["fp8"]
+    types = Counter(tensor.dtype for tensor in engine.model.denoiser.state_dict().values())
+    assert types[torch.float8_e4m3fn] == 6 * PRESETS["tiny"].dit.depth and types[torch.bfloat16] > 0
+    engine.release(["denoiser"])
+    assert all(tensor.is_meta for tensor in engine.model.denoiser.blocks.state_dict().values())
+    again = engine.run("denoiser", feed)["prediction"]  # type: ignore[arg-type]
+    assert np.array_equal(again, ours)  # type: ignore[arg-type]
 
 
 def test_t5_does_not_overflow_in_fp16() -> None:

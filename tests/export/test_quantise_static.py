@@ -33,6 +33,7 @@ from mige_rt.graphs import AxisRange
 from mige_rt.tokenizer import load_tokenizer
 from trainer.checkpoints.open_checkpoint import open_checkpoint
 from trainer.checkpoints.weights import Checkpoint, empty_model
+from trainer.model.dit import block_layers
 
 TINY = PRESETS["tiny"]
 PRECISIONS: tuple[Precision, ...] = ("fp8", "int8-sq")
@@ -81,7 +82,7 @@ def quantised(
 
 
 def test_calibration_measures_what_each_layer_is_given(ranges: dict[str, torch.Tensor]) -> None:
-    layers = calibrate.block_layers(empty_model(TINY).denoiser)
+    layers = block_layers(empty_model(TINY).denoiser)
     assert len(layers) == 6 * TINY.dit.depth and ranges.keys() == layers.keys()
     for name, layer in layers.items():
         assert ranges[name].shape == (layer.in_features,) and ranges[name].isfinite().all() and ranges[name].max() > 0

@@ -314,3 +314,10 @@ class Denoiser(nn.Module):
             float32 [R,c,h,w].
         """
         return self.predict(latents, source, timestep, cross_kv, text_mask)[:, : self.config.vae.channels]
+
+
+def block_layers(denoiser: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of the blocks, by name: those that fp8 and int8-sq quantise, which neither begin nor end it."""
+    names = (name for name, _ in denoiser.named_parameters() if name.startswith("blocks.") and name.endswith(".weight"))
+    parts = {name.removesuffix(".weight"): denoiser.get_submodule(name.removesuffix(".weight")) for name in names}
+    return {name: part for name, part in parts.items() if isinstance(part, nn.Linear)}

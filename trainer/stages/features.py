@@ -7,7 +7,6 @@ changes, in 255ths; token_ids and slot_index [S,L], padded (slots count from the
 [S]; kind [S], index in ALL_KINDS.
 """
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from mige_rt.atomic import atomic_folder
 from mige_rt.config import ModelConfig
+from mige_rt.errors import InputError
 from mige_rt.instruction import compose_prompt
 from mige_rt.preprocessing import vae_pixels, vit_pixels
 from mige_rt.prompt_tokens import tokenize_prompt
@@ -194,7 +195,7 @@ class RollingShards:
         if all(number in self._open for number in numbers):
             return [self._open[number] for number in numbers]
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.glob("shard-*"):
+        for path in self.folder.glob("shard-??????"):
             if int(path.name.removeprefix("shard-")) < numbers.start:
                 shutil.rmtree(path, ignore_errors=True)
         shards = {number: self._open.get(number) or self._opened(number) for number in numbers}
@@ -215,12 +216,11 @@ class RollingShards:
             make_sample(self.seed, index, self.concepts, config.size, self.shares, varied=self.varied)
             for index in indices
         ]
-        partial = path.with_name(f"partial-{path.name}-{os.getpid()}")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        for name, array in self.maker.shard(samples).items():
-            np.save(partial / f"{name}.npy", array)
+        shard = self.maker.shard(samples)
         try:
-            os.replace(partial, path)
-        except OSError:  # another process made the same shard meanwhile
-            shutil.rmtree(partial)
+            with atomic_folder(path) as folder:
+                for name, array in shard.items():
+                    np.save(folder / f"{name}.npy", array)
+        except (InputError, OSError):
+            if not path.is_dir():  # else another process has made the same shard meanwhile
+                raise

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from mige_rt.config import ModelConfig
-from trainer.loop import Task, train
+from trainer.loop import Task, save_trained, train
 from trainer.model.encoders import ImageEncoder
 from trainer.settings import StageSettings
 from trainer.stages.reading import code_size, fourier_code, patch_centres, ridge
@@ -128,5 +127,4 @@ def train_looks(
     stream = partial(batches, series, EVERY, settings)
     average = train(reader, Task("looks", loss, stream, watch, WATCH_EVERY), settings, folder)
     assert isinstance(average, PatchReaders)
-    save_model(average.vision, str(folder / "trained.safetensors"))
-    return folder / "trained.safetensors"
+    return save_trained(average.vision, folder)

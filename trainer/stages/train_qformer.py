@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from mige_rt.config import ModelConfig
-from trainer.loop import Task, train
+from trainer.loop import Task, save_trained, train
 from trainer.model.dit import MLP, CrossAttention, sincos_positions
 from trainer.model.encoders import ImageEncoder
 from trainer.settings import StageSettings
@@ -175,5 +174,4 @@ def train_qformer(
     stream = partial(batches, series, EVERY, settings)
     average = train(reader, Task("qformer", loss, stream, watch, WATCH_EVERY), settings, folder)
     assert isinstance(average, PatchReader)
-    save_model(average.encoder, str(folder / "trained.safetensors"))
-    return folder / "trained.safetensors"
+    return save_trained(average.encoder, folder)

@@ -12,6 +12,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
+from mige_rt.atomic import atomic_file, atomic_folder
 from mige_rt.config import ModelConfig
 from mige_rt.postprocessing import to_image
 from trainer.loop import Task, train
@@ -96,7 +97,8 @@ def train_vae(config: ModelConfig, settings: StageSettings, concepts: list[Conce
         columns = [
             np.concatenate([np.asarray(to_image(p.numpy())) for p in pair]) for pair in zip(pixels, made, strict=True)
         ]
-        Image.fromarray(np.concatenate(columns, axis=1)).save(folder / f"preview-{step:06d}.png")
+        with atomic_file(folder / f"preview-{step:06d}.png") as temporary:
+            Image.fromarray(np.concatenate(columns, axis=1)).save(temporary, format="PNG")
         return {}
 
     module = Autoencoder(make_vae(config.vae)).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -104,5 +106,6 @@ def train_vae(config: ModelConfig, settings: StageSettings, concepts: list[Conce
     assert isinstance(average, Autoencoder)
     stream = batches(2 * 10**6, 0, 1)
     normalise_latents(average.vae, torch.cat([next(stream) for _ in range(64)]))
-    average.vae.save_pretrained(folder / "trained")
+    with atomic_folder(folder / "trained", replace=True) as trained:
+        average.vae.save_pretrained(trained)
     return folder / "trained"

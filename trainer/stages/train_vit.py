@@ -8,12 +8,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from mige_rt.config import ModelConfig
 from mige_rt.preprocessing import vit_pixels
-from trainer.loop import Task, train
+from trainer.loop import Task, save_trained, train
 from trainer.model.mige import Mige
 from trainer.settings import StageSettings
 from trainer.synthetic.backgrounds import draw
@@ -100,5 +99,4 @@ def train_vit(config: ModelConfig, settings: StageSettings, concepts: list[Conce
     task = Task("vit", _loss, partial(_views, concepts, settings, config.vision.side))
     average = train(module, task, settings, folder)
     assert isinstance(average, ImageNameTowers)
-    save_model(average.encoder, str(folder / "trained.safetensors"))
-    return folder / "trained.safetensors"
+    return save_trained(average.encoder, folder)
