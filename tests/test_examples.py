@@ -61,12 +61,11 @@ def test_notebook(tmp_path: Path) -> None:
     run(script, folder=EXAMPLES)
 
 
-def test_the_fine_tuning_notebook_has_outputs_and_runs(tmp_path: Path) -> None:
+def test_the_fine_tuning_notebook_runs(tmp_path: Path) -> None:
     """In two steps instead of its own number."""
     notebook = nbformat.read(FINE_TUNING, as_version=4)
     nbformat.validate(notebook)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs) == 3
     code, replaced = re.subn(r"max_train_steps=\d+", "max_train_steps=2", "\n\n".join(cell.source for cell in cells))
     assert replaced == 1
     checks = "assert len(before) == len(half) == len(after) == 3\nassert before[0].tobytes() != after[0].tobytes()\n"

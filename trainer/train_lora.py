@@ -139,6 +139,7 @@ def train_lora(
     module = TrainedPart(checkpoint.load(COMPONENTS, dtype=dtype, device=device))
     del module.image_encoder.vision.encoder, module.image_encoder.vision.embeddings  # whose features are there
     prompts = {sample.prompt for sample in samples}
+    torch.manual_seed(options.seed)
     description = add_lora(module, checkpoint.config, lora, prompts.pop() if len(prompts) == 1 else None)
     batches = _batches(prepared, checkpoint.config, tokenize, options)
     losses = _train(module, batches, options, on_progress)
@@ -186,7 +187,6 @@ def _train(
     on_progress: OnProgress | None,
 ) -> list[float]:
     """Each step's loss. Raises InputError when one is not finite."""
-    torch.manual_seed(options.seed)
     parameters = lora_parameters(module)
     device = parameters[0].device
     optimiser = torch.optim.AdamW(parameters, lr=options.learning_rate)

@@ -137,12 +137,12 @@ def test_the_file_says_what_it_is_of(trained: Path) -> None:
 
 def test_training_lowers_the_error_and_repeats_itself(images: Path, tmp_path: Path) -> None:
     samples = instance_samples(images, "a <imagehere>")
-    options = FineTuningOptions(max_train_steps=12, train_batch_size=4, learning_rate=0.01, device="cpu")
+    options = FineTuningOptions(max_train_steps=10, train_batch_size=4, learning_rate=3e-3, device="cpu")
     tuned = train_lora(TINY, samples, tmp_path / "tuned", options=options)
     # The same batches, timesteps and noise, and next to no learning.
     idle = train_lora(TINY, samples, tmp_path / "idle", options=replace(options, learning_rate=1e-12))
     assert tuned.losses[0] == idle.losses[0]
-    assert np.mean(tuned.losses[6:]) < 0.98 * np.mean(idle.losses[6:])
+    assert np.mean(tuned.losses[5:]) < 0.98 * np.mean(idle.losses[5:])
     short = replace(options, max_train_steps=1, train_batch_size=1)
     files = [train_lora(TINY, samples, tmp_path / name, options=short).path for name in ("one", "two")]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -252,9 +252,6 @@ def test_an_exported_bundle_has_the_lora_merged(
     torch_pipe.unload_lora_weights()
     exported = MigePipeline.from_pretrained(out, engine="onnxruntime", device="cpu")
     assert np.abs(made(exported, scene) - expected).max() <= 1
-    # The bundle's weights are another model's: merged twice, a LoRA would count twice.
-    again = MigePipeline.from_pretrained(out, engine="pytorch", device="cpu")
-    assert "other weights: 30 of 30 layers differ" in refusal(lambda: again.load_lora_weights(trained))
 
 
 def test_a_lora_of_another_model_is_refused(

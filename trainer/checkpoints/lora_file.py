@@ -29,7 +29,7 @@ from mige_rt.validation import validate
 
 SCHEMA = 1
 METADATA_KEY = "mige_lora"
-NORM_TOLERANCE = 1e-4  # of the norm; rounding a layer to 16 bits changes it by a hundredth of that
+NORM_TOLERANCE = 2e-3  # of the norm: what rounding to bfloat16 may change it by at most, 2**-9
 MAX_RANK = 1024
 LAYERS_SHOWN = 3  # in an error
 
