@@ -46,8 +46,6 @@ class MigePipeline(DiffusionPipeline):
         scheduler: Any scheduler of diffusers for noise or v prediction.
     """
 
-    model_cpu_offload_seq = "mige"
-
     def __init__(self, mige: MigeModel, scheduler: SchedulerMixin) -> None:
         """Assemble a pipeline from components; `from_pretrained` opens them from a folder."""
         super().__init__()
