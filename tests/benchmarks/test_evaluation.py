@@ -451,7 +451,7 @@ def _tiny_detector(folder: Path) -> None:
         },
         d_model=32,
         encoder_layers=1,
-        decoder_layers=1,
+        decoder_layers=2,
         encoder_attention_heads=2,
         decoder_attention_heads=2,
         encoder_ffn_dim=16,
