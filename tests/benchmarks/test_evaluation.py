@@ -470,12 +470,20 @@ def _tiny_segmenter(folder: Path) -> None:
     from transformers import SamConfig, SamImageProcessorPil, SamModel
 
     vision = {"hidden_size": 16, "output_channels": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision |= {"image_size": 64, "patch_size": 16, "mlp_dim": 16, "window_size": 2, "global_attn_indexes": [0]}
+    vision |= {
+        "num_pos_feats": 8,
+        "image_size": 64,
+        "patch_size": 16,
+        "mlp_dim": 16,
+        "window_size": 2,
+        "global_attn_indexes": [0],
+    }
     prompt = {"hidden_size": 16, "image_size": 64, "patch_size": 16, "mask_input_channels": 4}
     decoder = {"hidden_size": 16, "mlp_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     decoder |= {"iou_head_hidden_dim": 16}
     torch.manual_seed(3)
-    SamModel(SamConfig(vision, prompt, decoder)).save_pretrained(folder)
+    config = SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
+    SamModel(config).save_pretrained(folder)
     SamImageProcessorPil(
         size={"longest_edge": 64},
         pad_size={"height": 64, "width": 64},
