@@ -71,7 +71,9 @@ def check_command(words: list[str], complete: bool) -> bool:
         case ["mige-rt", name, *arguments]:
             assert name in mige_rt.commands, f"there is no command mige-rt {name}"
             command = mige_rt.commands[name]
-            if isinstance(command, click.Group) and arguments and not arguments[0].startswith("-"):
+            if isinstance(command, click.Group) and not arguments:
+                return True
+            if isinstance(command, click.Group) and not arguments[0].startswith("-"):
                 assert arguments[0] in command.commands, f"there is no command mige-rt {name} {arguments[0]}"
                 command, (name, *arguments) = command.commands[arguments[0]], arguments
         case ["python", "-m", name, *arguments]:

@@ -301,7 +301,7 @@ class Encoders:
 
     def names(self, *, subjects: bool) -> dict[str, EncoderName]:
         """Every encoder by what it is for. subjects: the detector and the segmenter as well."""
-        found: dict[str, EncoderName] = {
+        names: dict[str, EncoderName] = {
             role: encoder.id
             for role, encoder in (
                 ("CLIP", self.clip),
@@ -312,8 +312,8 @@ class Encoders:
             if encoder is not None
         }
         if subjects and self.subjects is not None:
-            found |= dict(zip(("detector", "segmenter"), self.subjects.ids, strict=True))
-        return found
+            names |= dict(zip(("detector", "segmenter"), self.subjects.ids, strict=True))
+        return names
 
     @property
     def _device(self) -> str:

@@ -10,7 +10,7 @@ from benchmarks.evaluation.metrics import METRICS
 from benchmarks.evaluation.results import Results, check_benchmark
 from benchmarks.evaluation.sample import Benchmark, BenchmarkSample
 from benchmarks.evaluation.scores import Score, Scorer, ScoresFile
-from mige_rt.errors import InputError
+from mige_rt.errors import InputError, reason
 from trainer.evaluate.intervals import Estimate, estimate
 
 SCORES, AGAINST = "scores.jsonl", "against.jsonl"
@@ -101,7 +101,6 @@ def judge(
         check_benchmark(each, benchmark)
     encoders = Encoders(options)
     names = encoders.names(subjects=any(s.subject is not None and s.subject.mask is None for s in benchmark.samples))
-    out.mkdir(parents=True, exist_ok=True)
     judged = _judge_folder(benchmark, results, out / SCORES, encoders, names, on_progress)
     other = None
     if against is not None:
@@ -127,6 +126,10 @@ def _judge_folder(
     images = [(name, sample) for sample, _, name in benchmark.image_names() if results.image(name).is_file()]
     if not images:
         raise InputError(f"{results.folder} holds no image; make them by: mige-rt eval generate")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path.parent} cannot be made ({reason(error)}); give a folder of your own") from error
     header: dict[str, Any] = {
         "benchmark": benchmark.fingerprint(),
         "results": asdict(results.id),

@@ -111,7 +111,7 @@ def _context(judgement: Judgement) -> dict[str, Any]:
         "subjects": [row for row in judged.rows if row.subjects[0]],
         "encoders": judgement.encoders,
         "missing": judgement.missing,
-        "noted": [f"{name}: {'; '.join(said)}" for name, said in list(notes.items())[:LISTED]],
+        "noted": [f"{name}: {'; '.join(reasons)}" for name, reasons in list(notes.items())[:LISTED]],
         "noted_number": len(notes),
         "unreadable": list(judged.unreadable.items())[:LISTED],
         "confidence": f"{CONFIDENCE:.0%}",

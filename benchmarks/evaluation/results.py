@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.evaluation.sample import Benchmark
 from export.formatting import json_text
 from mige_rt.atomic import atomic_file
-from mige_rt.errors import InputError
+from mige_rt.errors import InputError, reason
 from mige_rt.validation import validate
 
 FILE, IMAGES = "results.json", "images"
@@ -93,7 +93,7 @@ def start_results(folder: Path, run: RunId) -> Results:
         with atomic_file(folder / FILE) as file:
             file.write_text(json_text(asdict(run)), encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror}); give a folder of your own") from error
+        raise InputError(f"{folder} cannot be written ({reason(error)}); give a folder of your own") from error
     return Results(folder, run)
 
 

@@ -69,12 +69,12 @@ class Scorer:
         truth = None if sample.truth is None else sample.truth.open()
         source = None if sample.source is None else sample.source.open()
         values = self._whole(image, sample, truth, source, notes)
-        found = self._subject(image, sample, values, notes)
+        extraction = self._subject(image, sample, values, notes)
         baseline: dict[str, float] = {}
         if source is not None and truth is not None and sample.truth != sample.source:
             baseline = self._whole(source, sample, truth, source, [])
             self._subject(source, sample, baseline, [])
-        return Score(name, sha256(content).hexdigest(), values, baseline, found, tuple(notes))
+        return Score(name, sha256(content).hexdigest(), values, baseline, extraction, tuple(notes))
 
     def _whole(
         self,
@@ -136,17 +136,18 @@ class Scorer:
             rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
             box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
             image = image if image.size == reference.size else image.resize(reference.size, Image.Resampling.BICUBIC)
-            image, reference, found = metrics.cut_out(image, mask, box), metrics.cut_out(reference, mask, box), True
+            image, reference = metrics.cut_out(image, mask, box), metrics.cut_out(reference, mask, box)
+            extraction: Extraction = "found"
         elif self._encoders.subjects is not None:
             match = self._encoders.subjects.find(image, sample.subject.words)
-            found = match is not None
+            extraction = "not found" if match is None else "found"
             image = image if match is None else metrics.cut_out(image, *match)
         else:
             return None
         for name, encoder in self._encoders.similarities.items():
             vectors = encoder.embed_images([image, reference])
             values[metrics.SUBJECT + name] = float(vectors[0] @ vectors[1])
-        return "found" if found else "not found"
+        return extraction
 
     def _embedded(self, name: str, image: AnyImageFile) -> NDArray[np.float32]:
         """The vector of an image that others are compared with."""
@@ -185,8 +186,8 @@ class ScoresFile:
                     score = validate(Score, content, str(path))
                     self.scores[score.image] = score
         with atomic_file(path) as file:
-            kept = [json.dumps(header), *(json.dumps(asdict(score)) for score in self.scores.values())]
-            file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            current = [json.dumps(header), *(json.dumps(asdict(score)) for score in self.scores.values())]
+            file.write_text("".join(f"{line}\n" for line in current), encoding="utf-8")
 
     def is_current(self, name: str, path: Path) -> bool:
         """Whether an image was measured, and is still the same."""

@@ -373,7 +373,12 @@ def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("encoders") / "tiny-dino"
     torch.manual_seed(1)
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    size: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     ViTModel(ViTConfig(**size, image_size=32, patch_size=8)).save_pretrained(folder)
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=mean, image_std=std).save_pretrained(folder)
@@ -402,7 +407,8 @@ def test_dino_is_the_class_token_of_the_resized_image(dino_folder: Path) -> None
 
     image = _noise(3)
     resized = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR), np.float32) / 255
-    pixels = (resized - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])
+    mean, std = (np.array(x, np.float32) for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    pixels = (resized - mean) / std
     with torch.inference_mode():
         tokens = ViTModel.from_pretrained(dino_folder)(
             torch.from_numpy(pixels).permute(2, 0, 1)[None]
@@ -451,7 +457,7 @@ def _tiny_detector(folder: Path) -> None:
         },
         d_model=32,
         encoder_layers=1,
-        decoder_layers=1,
+        decoder_layers=2,
         encoder_attention_heads=2,
         decoder_attention_heads=2,
         encoder_ffn_dim=16,
@@ -470,12 +476,20 @@ def _tiny_segmenter(folder: Path) -> None:
     from transformers import SamConfig, SamImageProcessorPil, SamModel
 
     vision = {"hidden_size": 16, "output_channels": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision |= {"image_size": 64, "patch_size": 16, "mlp_dim": 16, "window_size": 2, "global_attn_indexes": [0]}
+    vision |= {
+        "num_pos_feats": 8,
+        "image_size": 64,
+        "patch_size": 16,
+        "mlp_dim": 16,
+        "window_size": 2,
+        "global_attn_indexes": [0],
+    }
     prompt = {"hidden_size": 16, "image_size": 64, "patch_size": 16, "mask_input_channels": 4}
     decoder = {"hidden_size": 16, "mlp_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     decoder |= {"iou_head_hidden_dim": 16}
     torch.manual_seed(3)
-    SamModel(SamConfig(vision, prompt, decoder)).save_pretrained(folder)
+    config = SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
+    SamModel(config).save_pretrained(folder)
     SamImageProcessorPil(
         size={"longest_edge": 64},
         pad_size={"height": 64, "width": 64},
@@ -503,7 +517,7 @@ def test_what_is_missing_is_said_with_the_command_that_gets_it(tmp_path: Path, c
 
 def _same_images(folder: Path, benchmark: Benchmark, change: Callable[[Image.Image], Image.Image]) -> None:
     """A results folder, of a model of its name, whose images are the ground truth (or the first photo), changed."""
-    ids = {"layout": benchmark.layout, "fingerprint": benchmark.fingerprint()}
+    ids: dict[str, Any] = {"layout": benchmark.layout, "fingerprint": benchmark.fingerprint()}
     results = start_results(folder, RunId(**ids, model=folder.name, engine="e", device="cpu", precision="fp32"))
     for sample, _, name in benchmark.image_names():
         change((sample.truth or sample.images[0]).open()).save(results.image(name))

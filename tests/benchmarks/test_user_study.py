@@ -2,7 +2,9 @@
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +38,7 @@ def benchmark(concepts: list[Concept], tmp_path_factory: pytest.TempPathFactory)
 def systems(benchmark: Benchmark, tmp_path: Path) -> list[Results]:
     opened = []
     for system, color in zip(SYSTEMS, COLORS, strict=True):
-        ids = {"layout": benchmark.layout, "fingerprint": benchmark.fingerprint()}
+        ids: dict[str, Any] = {"layout": benchmark.layout, "fingerprint": benchmark.fingerprint()}
         run = RunId(**ids, model=system, engine="e", device="cpu", precision="fp32")
         opened.append(start_results(tmp_path / system, run))
         for _, _, name in benchmark.image_names():
@@ -99,14 +101,18 @@ def test_folders_without_a_common_image_are_refused(benchmark: Benchmark, system
         open_pairs(benchmark, systems)
 
 
-def _votes(results: list[tuple[str, str, Choice]]) -> list[Vote]:
+def _votes(results: Sequence[tuple[str, str, Choice]]) -> list[Vote]:
     return [Vote(f"{k}.png", "a", left, right, choice, "") for k, (left, right, choice) in enumerate(results)]
 
 
 def test_two_systems_differ_by_the_log_odds_of_a_win() -> None:
-    votes = _votes(
-        [("a", "b", "left")] * 20 + [("b", "a", "right")] * 9 + [("a", "b", "tie")] * 2 + [("a", "b", "right")] * 10
-    )
+    counts: dict[tuple[str, str, Choice], int] = {
+        ("a", "b", "left"): 20,
+        ("b", "a", "right"): 9,
+        ("a", "b", "tie"): 2,
+        ("a", "b", "right"): 10,
+    }
+    votes = _votes([result for result, times in counts.items() for _ in range(times)])
     first, second = preferences(votes)
     assert (first.system, first.wins, first.votes) == ("a", 30, 41)
     assert first.score.value - second.score.value == pytest.approx(np.log(30.5 / 11.5), abs=1e-3)
