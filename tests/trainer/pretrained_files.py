@@ -1,5 +1,6 @@
 """Made-up files in the layouts of the models that the published run started from."""
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from mige_rt.config import ModelConfig
 from trainer.checkpoints.published_names import published_shapes
 from trainer.model.vae import make_vae
 from trainer.run.config import Start
+from trainer.tokenizer import from_spiece
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference"
 VIT, T5, FUSION = "visual_encoder.", "t5_model.", "FFM."
@@ -71,5 +73,10 @@ def write_folders(folder: Path, config: ModelConfig) -> T5EncoderModel:
         )
     )
     t5.save_pretrained(folder / "t5")
-    shutil.copy(REFERENCE / "spiece.model", folder / "t5")
+    tokenizer = json.loads(from_spiece(REFERENCE / "spiece.model").to_str())
+    if len(tokenizer["model"]["vocab"]) <= text.vocabulary:
+        shutil.copy(REFERENCE / "spiece.model", folder / "t5")
+    else:  # the most frequent pieces alone
+        tokenizer["model"]["vocab"] = tokenizer["model"]["vocab"][: text.vocabulary]
+        (folder / "t5" / "tokenizer.json").write_text(json.dumps(tokenizer))
     return t5
