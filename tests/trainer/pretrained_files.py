@@ -1,6 +1,5 @@
 """Made-up files in the layouts of the models that the published run started from."""
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from mige_rt.config import ModelConfig
 from trainer.checkpoints.published_names import published_shapes
 from trainer.model.vae import make_vae
 from trainer.run.config import Start
-from trainer.tokenizer import from_spiece
+from trainer.tokenizer import from_spiece, train_tokenizer
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference"
 VIT, T5, FUSION = "visual_encoder.", "t5_model.", "FFM."
@@ -73,10 +72,10 @@ def write_folders(folder: Path, config: ModelConfig) -> T5EncoderModel:
         )
     )
     t5.save_pretrained(folder / "t5")
-    tokenizer = json.loads(from_spiece(REFERENCE / "spiece.model").to_str())
-    if len(tokenizer["model"]["vocab"]) <= text.vocabulary:
+    pieces = from_spiece(REFERENCE / "spiece.model").get_vocab_size()
+    if pieces <= text.vocabulary:
         shutil.copy(REFERENCE / "spiece.model", folder / "t5")
-    else:  # the most frequent pieces alone
-        tokenizer["model"]["vocab"] = tokenizer["model"]["vocab"][: text.vocabulary]
-        (folder / "t5" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    else:
+        prompts = ["make the <imagehere> blue", "a <imagehere> in the rain", "put <imagehere> into <imagehere>"]
+        train_tokenizer(prompts, text.vocabulary).save(str(folder / "t5" / "tokenizer.json"))
     return t5
