@@ -13,6 +13,7 @@ from mige_rt.config import ModelConfig
 from trainer.checkpoints.published_names import published_shapes
 from trainer.model.vae import make_vae
 from trainer.run.config import Start
+from trainer.tokenizer import from_spiece, train_tokenizer
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference"
 VIT, T5, FUSION = "visual_encoder.", "t5_model.", "FFM."
@@ -71,5 +72,10 @@ def write_folders(folder: Path, config: ModelConfig) -> T5EncoderModel:
         )
     )
     t5.save_pretrained(folder / "t5")
-    shutil.copy(REFERENCE / "spiece.model", folder / "t5")
+    pieces = from_spiece(REFERENCE / "spiece.model").get_vocab_size()
+    if pieces <= text.vocabulary:
+        shutil.copy(REFERENCE / "spiece.model", folder / "t5")
+    else:
+        prompts = ["make the <imagehere> blue", "a <imagehere> in the rain", "put <imagehere> into <imagehere>"]
+        train_tokenizer(prompts, text.vocabulary).save(str(folder / "t5" / "tokenizer.json"))
     return t5

@@ -118,6 +118,7 @@ class Run:
         module = share(self.part, accelerator, config)
         self.parameters = trained_parameters(self.part)
         optimiser = make_optimiser(self.parameters.values(), config.optimisation(accelerator.num_processes))
+        make_state(optimiser)
         self.trained = Trained(accelerator, module, [*self.parameters.values()], optimiser)
         self.average = None if config.ema is None else WeightAverage(self.parameters, config.ema)
         self.guard = LossGuard(config.spike)
@@ -178,8 +179,6 @@ class Run:
     def _tensors(self) -> dict[str, Tensor]:
         """All that training changes, by names that do not depend on how processes share it."""
         optimiser = self.trained.optimiser
-        if not optimiser.state:
-            _make_state(optimiser)
         tensors = {f"module.{name}": parameter.detach() for name, parameter in self.parameters.items()}
         tensors |= {f"module.{name}": buffer for name, buffer in self.part.named_buffers()}
         if self.average is not None:
@@ -267,12 +266,19 @@ def differing(first: Any, second: Any, first_name: str, second_name: str, field:
     return [] if first == second else [f"{field} is {first!r} in {first_name} and {second!r} in {second_name}"]
 
 
-def _make_state(optimiser: torch.optim.Optimizer) -> None:
-    """Have an optimiser make its state, which it does at its first step: one that changes nothing."""
+def make_state(optimiser: torch.optim.Optimizer) -> None:
+    """Have AdamW make its state now, for all parameters, as it would be at the first step of each.
+
+    By a step that changes nothing: its rate and its gradients are zero.
+    """
+    rates = [group["lr"] for group in optimiser.param_groups]
     for group in optimiser.param_groups:
-        rate, group["lr"] = group["lr"], 0.0
+        group["lr"] = 0.0
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
-        optimiser.step()
-        group["lr"] = rate
+    optimiser.step()
     optimiser.zero_grad()
+    for group, rate in zip(optimiser.param_groups, rates, strict=True):
+        group["lr"] = rate
+        for parameter in group["params"]:
+            optimiser.state[parameter]["step"].zero_()
