@@ -1,5 +1,6 @@
 """The training loop that every stage shares: optimiser, schedule, moving average, log, and a state to resume from."""
 
+import io
 import json
 import os
 import time
@@ -129,9 +130,10 @@ class TrainingState:
             "step": self.step,
             "hours": self.hours,
         }
-        # Given a file and not its name, torch.save raises what the system says, and not an error of its own.
+        buffer = io.BytesIO()  # since torch.save hides what the system says when it cannot write
+        torch.save(content, buffer)
         with atomic_file(self.path) as temporary, temporary.open("wb") as file:
-            torch.save(content, file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
 
