@@ -5,6 +5,7 @@ torchao itself quantises on GPUs alone, so that nothing of it can be tested with
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ class Float8Linear(nn.Module):
         """Map [...,in] to [...,out]."""
         rows = x.flatten(0, -2)
         scales = _row_scales(rows)
-        product = F.scaled_mm(
+        product: Any = F.scaled_mm(
             _to_float8(rows, scales),
             self.weight.t(),
             scales,
@@ -58,7 +59,8 @@ def to_float8(module: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
 
 def from_float8(module: nn.Module) -> None:
     """Put layers without weights in the place of a module's `Float8Linear`s, to be loaded again."""
-    for name, layer in list(module.named_modules()):
+    modules: Any = module.named_modules()  # pyright: ignore[reportUnknownVariableType]
+    for name, layer in list(modules):
         if isinstance(layer, Float8Linear):
             width_out, width_in = layer.weight.shape
             module.set_submodule(name, nn.Linear(width_in, width_out, device="meta"))

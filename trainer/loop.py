@@ -4,6 +4,7 @@
 default model: moving average, log, and a state to resume from. `trainer.run` does the same for runs at scale.
 """
 
+import io
 import json
 import math
 import os
@@ -150,9 +151,10 @@ class TrainingState:
             "step": self.step,
             "hours": self.hours,
         }
-        # Given a file and not its name, torch.save raises what the system says, and not an error of its own.
+        buffer = io.BytesIO()  # since torch.save hides what the system says when it cannot write
+        torch.save(content, buffer)
         with atomic_file(self.path) as temporary, temporary.open("wb") as file:
-            torch.save(content, file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
 

@@ -214,7 +214,7 @@ def start(name: str, folder: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, *COMMANDS[name].arguments]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not temporary(folder) and process.poll() is None:
-        time.sleep(0.001)
+        time.sleep(0.02)
     return process
 
 
