@@ -118,7 +118,7 @@ def random_background(rng: np.random.Generator, photos: Sequence[Path] = ()) -> 
 
 def random_pattern(rng: np.random.Generator, patterns: Sequence[str] = PATTERNS) -> Background:
     """One of some patterns in a color."""
-    pattern, colour = patterns[rng.integers(len(patterns))], list(COLOURS)[rng.integers(len(COLOURS))]
+    pattern, colour = patterns[int(rng.integers(len(patterns)))], list(COLOURS)[rng.integers(len(COLOURS))]
     return Background(pattern, colour, int(rng.integers(2**31)))
 
 
