@@ -65,7 +65,7 @@ class MigeModel:
         """
         self.engine_pipeline = pipe
         self.config: ModelConfig = pipe.config
-        self._options = dict(options or {"engine": pipe.engine.name})
+        self._options: dict[str, Any] = dict(options or {"engine": pipe.engine.name})
 
     @classmethod
     def from_pretrained(
@@ -147,7 +147,7 @@ class MigeModel:
         folder = self.engine_pipeline.folder
         if folder is None:
             raise InputError("this model was assembled from parts, which stay where they are; use from_pretrained")
-        options: dict[str, Any] = {**self._options} if precision is None else {**self._options, "precision": precision}
+        options = self._options if precision is None else {**self._options, "precision": precision}
         target = str(device) if device is not None else str(self.device)
         pipe = engine_pipeline.MigePipeline.from_pretrained(folder, device=target, **options)
         pipe.model_name = self.engine_pipeline.model_name
