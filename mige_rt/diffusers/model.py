@@ -147,7 +147,7 @@ class MigeModel:
         folder = self.engine_pipeline.folder
         if folder is None:
             raise InputError("this model was assembled from parts, which stay where they are; use from_pretrained")
-        options = self._options if precision is None else {**self._options, "precision": precision}
+        options: dict[str, Any] = {**self._options} | ({} if precision is None else {"precision": precision})
         target = str(device) if device is not None else str(self.device)
         pipe = engine_pipeline.MigePipeline.from_pretrained(folder, device=target, **options)
         pipe.model_name = self.engine_pipeline.model_name
