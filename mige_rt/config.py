@@ -201,16 +201,16 @@ PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
         name="tiny",
         vision=VisionConfig(side=64, patch=8, width=192, depth=4, heads=6, mlp=576),
-        qformer=QFormerConfig(width=192, depth=2, heads=6, mlp=576, queries=16, fusion_heads=6),
+        qformer=QFormerConfig(width=192, depth=2, heads=6, mlp=576, queries=32, fusion_heads=6),
         text=TextConfig(vocabulary=1024, width=192, head_width=32, mlp=512, depth=3, heads=6),
         dit=DiTConfig(width=192, depth=6, heads=6, mlp=768, trained_grid=8),
         vae=VAEConfig(channels=8, widths=(24, 48, 64), layers=1, groups=8, attention=False, scale=1.0),
         prediction="v_prediction",
         learned_variance=False,
         defaults=Defaults(
-            subject=TaskDefaults(num_inference_steps=20, guidance_scale=1.5, image_guidance_scale=1.0),
-            edit=TaskDefaults(num_inference_steps=20, guidance_scale=2.0, image_guidance_scale=1.5),
-            compose=TaskDefaults(num_inference_steps=20, guidance_scale=1.0, image_guidance_scale=2.5),
+            subject=TaskDefaults(num_inference_steps=4, guidance_scale=2.0, image_guidance_scale=1.0),
+            edit=TaskDefaults(num_inference_steps=8, guidance_scale=2.0, image_guidance_scale=1.5),
+            compose=TaskDefaults(num_inference_steps=4, guidance_scale=1.5, image_guidance_scale=1.0),
         ),
     ),
 }

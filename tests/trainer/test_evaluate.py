@@ -240,7 +240,7 @@ def test_the_files_of_an_evaluation_and_that_it_is_repeatable(tmp_path: Path, mo
     assert list(data["kinds"]) == ["move", "add", "generate"]
     assert data["engine"] == {"name": "onnxruntime", "device": "cpu", "precision": "fp32"}
     assert data["seed"] == 7 and data["held_out_concepts"] == 3 and data["versions"]["torch"]
-    assert data["settings"]["edit"]["num_inference_steps"] == 20 and data["tolerances"]["kept"] == 8
+    assert data["settings"]["edit"]["num_inference_steps"] == 8 and data["tolerances"]["kept"] == 8
     assert data["kinds"]["add"]["found"]["truth"]["value"] == 1
     assert {threshold["kind"] for threshold in data["thresholds"]} == set(data["kinds"])
     text = (one / "evaluation.md").read_text()
