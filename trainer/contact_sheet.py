@@ -17,6 +17,7 @@ CELL = 128  # pixels, the width and height at which an image is shown
 GAP = 6  # pixels between cells
 LINE = 17  # pixels, the height of a line of text
 FONT_SIZE = 13
+WEBP_QUALITY = 85
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,12 @@ class Strip:
 
 
 def sheet(strips: Sequence[Strip], titles: Sequence[str], path: Path, columns: int = 2, cell: int = CELL) -> None:
-    """Write strips side by side as a PNG.
+    """Write strips side by side as a PNG, or as a WebP.
 
     Args:
         strips: In reading order.
         titles: A title above each cell of a strip; as many as a strip has images.
-        path: Where the PNG is written.
+        path: Where it is written; .webp: a WebP.
         columns: Strips in a row of the sheet.
         cell: Width and height of an image on the sheet, in pixels.
     """
@@ -64,17 +65,20 @@ def sheet(strips: Sequence[Strip], titles: Sequence[str], path: Path, columns: i
         for k, line in enumerate(captions[i]):
             draw.text((left, top + cell + 3 + k * LINE), line, fill="black", font=font)
     with atomic_file(path) as temporary:
-        canvas.save(temporary, format="PNG")
+        canvas.save(temporary, format="WEBP" if path.suffix == ".webp" else "PNG", quality=WEBP_QUALITY)
 
 
-def grid(samples: "Sequence[Sample]", results: Sequence[Image.Image], path: Path, columns: int = 2) -> None:
-    """Write samples with a model's results as a PNG: source, references, result, ground truth; kind and prompt below.
+def grid(
+    samples: "Sequence[Sample]", results: Sequence[Image.Image], path: Path, columns: int = 2, cell: int = CELL
+) -> None:
+    """Write samples with a model's results: source, references, result, ground truth; kind and prompt below.
 
     Args:
         samples: Synthetic samples.
         results: The model's image for each sample.
-        path: Where the PNG is written.
+        path: Where it is written; .webp: a WebP.
         columns: Samples in a row of the sheet.
+        cell: Width and height of an image on the sheet, in pixels.
     """
     references = [[image for image in sample.images if image is not sample.source] for sample in samples]
     most = max(len(images) for images in references)
@@ -84,7 +88,7 @@ def grid(samples: "Sequence[Sample]", results: Sequence[Image.Image], path: Path
         padding = [None] * (most - len(images))
         cells = [sample.source, *images, *padding, np.asarray(result), sample.target]
         strips.append(Strip(cells, f"{sample.kind}: {sample.prompt}"))
-    sheet(strips, titles, path, columns)
+    sheet(strips, titles, path, columns, cell)
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:

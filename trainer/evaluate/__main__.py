@@ -1,8 +1,8 @@
 """`python -m trainer.evaluate --assets DIR --out DIR`: measure a model on concepts that were held out from training.
 
-Writes evaluation.json (all metrics), evaluation.md (tables) and grid.png (the first samples of each kind, not
-selected); with --guidance, guidance.json and guidance.png instead: what the two scales and the number of steps do, on
-concepts that the model was trained on.
+Writes evaluation.json (all metrics), evaluation.md (tables), preview.png and grid.webp (the first samples of each
+kind, not selected); with --guidance, guidance.json and guidance.png instead: what the two scales and the number of
+steps do, on concepts that the model was trained on.
 """
 
 from pathlib import Path

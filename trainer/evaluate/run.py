@@ -10,7 +10,7 @@ from mige_rt.errors import InputError
 from mige_rt.pipeline import MigePipeline
 from mige_rt.sampling_params import SamplingParams
 from trainer import preview
-from trainer.contact_sheet import grid
+from trainer.contact_sheet import CELL, grid
 from trainer.evaluate.identity import Gallery
 from trainer.evaluate.measure import EVALUATED_KINDS, SampleMetrics, measure, reconstruct, summarize, thresholds
 from trainer.evaluate.options import (
@@ -25,7 +25,7 @@ from trainer.evaluate.sweep import known_concepts, sweep, write_sweep
 from trainer.plotting import check_matplotlib
 from trainer.synthetic.concepts import Concept, load_concepts
 
-SAMPLES_SHOWN = 8  # of each kind, in the grid
+PREVIEWED, SAMPLES_SHOWN = 2, 8  # of each kind, in preview.png and in grid.webp
 LEAST_CONCEPTS = 3  # a scene has up to three subjects
 
 OnProgress = Callable[[str, int, int], None]  # what is made, how many are done, of how many
@@ -92,7 +92,7 @@ def evaluate(
     folder: Path,
     on_progress: OnProgress,
 ) -> str:
-    """Measure a model, and write evaluation.json, evaluation.md and grid.png.
+    """Measure a model, and write evaluation.json, evaluation.md, preview.png and grid.webp.
 
     Args:
         pipe: The model.
@@ -132,10 +132,11 @@ def evaluate(
     write_json(folder / "evaluation.json", to_json(evaluation))
     text = markdown(evaluation)
     (folder / "evaluation.md").write_text(text, encoding="utf-8")
-    shown = [
-        first + i
-        for first in range(0, len(samples), samples_per_kind)
-        for i in range(min(samples_per_kind, SAMPLES_SHOWN))
-    ]
-    grid([samples[k] for k in shown], [results[k] for k in shown], folder / "grid.png")
+    for name, number, cell in (("preview.png", PREVIEWED, CELL), ("grid.webp", SAMPLES_SHOWN, 2 * CELL)):
+        shown = [
+            first + i
+            for first in range(0, len(samples), samples_per_kind)
+            for i in range(min(samples_per_kind, number))
+        ]
+        grid([samples[k] for k in shown], [results[k] for k in shown], folder / name, cell=cell)
     return text
