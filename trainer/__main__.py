@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
+from mige_rt.cli.train import train
 from mige_rt.errors import InputError
-from trainer.run.command import train
 
 CONFIGS = Path(__file__).parent / "configs"
 STAGES = ("vae", "vit", "looks", "qformer", "mige", "save", "rungs", "curve", "preview")

@@ -12,6 +12,8 @@ from multiprocessing.process import BaseProcess
 
 from mige_rt.batch.worker import BatchJob, BatchSettings, BatchWorker, Outcome
 
+PATIENCE = 5.0  # seconds that a process that closed its connection has for ending by itself
+
 
 def run_in_processes(settings: BatchSettings, jobs: Sequence[BatchJob], workers: int) -> Iterator[Outcome]:
     """Make jobs in several processes, a share of the cores each.
@@ -81,6 +83,7 @@ class _Process:
         try:
             return self.connection.recv()
         except (EOFError, OSError):
+            self._process.join(PATIENCE)
             self.close()
             error = (
                 f"the worker process ended while it made this (exit code {self._process.exitcode}); is there enough "

@@ -20,10 +20,10 @@ from mige_rt.cli.run import run
 from mige_rt.cli.serve import serve
 from mige_rt.cli.shared import is_verbose, verbose_option
 from mige_rt.cli.signing import sign, verify
+from mige_rt.cli.train import train
 from mige_rt.cli.train_lora import train_lora
 from mige_rt.errors import InputError
 from mige_rt.terminal import message, report_cause
-from trainer.run.command import train
 
 
 class _Commands(click.Group):

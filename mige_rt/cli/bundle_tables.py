@@ -10,7 +10,7 @@ def bundle_tables(content: dict[str, Any]) -> Iterator[Table | str]:
     """The parts of a bundle's description (see `bundle.describe`), to be printed in order."""
     validated = "compared with PyTorch" if content["validated"] else "not validated (--no-validate)"
     yield f"{content['model']['name']} in {content['precision']}, {validated}; {content['source']}"
-    for lora in content["loras"] or ():
+    for lora in content.get("loras") or ():
         yield f"with the LoRA {lora['name']} merged at scale {lora['scale']:g}, SHA-256 {lora['sha256']}"
     axes = Table("axis", "min", "opt", "max", title="Ranges")
     for axis, span in content["ranges"].items():

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -146,7 +147,8 @@ def _damaged(out: Path, precision: str, byte: int) -> Path:
     return out
 
 
-def test_what_fails_parity_is_shown_and_the_exit_code_tells(tmp_path: Path) -> None:
+def test_what_fails_parity_is_shown_and_the_exit_code_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.bench.BenchOptions", partial(BenchOptions, **QUICK))
     wrong, overflowing = _damaged(tmp_path / "wrong", "fp16", 0), _damaged(tmp_path / "nan", "int8", 0xFF)
     arguments = ["--model", str(DEFAULT_MODEL), "--model", str(wrong), "--model", str(overflowing)]
     arguments += ["--engines", "onnxruntime", "--device", "cpu", "--steps", "2", "--runs", "2", "--warmups", "0"]

@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from hostile_cases import LIBRARY_TEXT, contents
@@ -74,8 +74,17 @@ def fail(calls: str, at_least: int) -> None:
         raise OSError(ctypes.get_errno(), "no filter of system calls")
 
 
-def check_failing(folder: Path, calls: str, at_least: int, arguments: Sequence[str]) -> str:
+def check_failing(
+    folder: Path, calls: str, at_least: int, arguments: Sequence[str], grows: Collection[str] = ()
+) -> str:
     """Run `python ARGUMENTS...` in a folder, where these calls fail: it is refused, and every file is what it was.
+
+    Args:
+        folder: The folder.
+        calls: System calls that fail.
+        at_least: Bytes, of those that do.
+        arguments: Of Python.
+        grows: Logs in the folder, to which lines may be added.
 
     Returns:
         What it says, on one line.
@@ -92,7 +101,9 @@ def check_failing(folder: Path, calls: str, at_least: int, arguments: Sequence[s
     answer = " ".join(run.stderr.split())
     assert run.returncode == 2, answer
     assert not LIBRARY_TEXT.search(answer.replace(f"[Errno {errno.EIO}]", "")), answer
-    assert contents(folder) == before
+    after = contents(folder)
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    assert changed <= set(grows)
     return answer
 
 

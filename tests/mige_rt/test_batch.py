@@ -18,7 +18,6 @@ from mige_rt.batch.worker import BatchJob, BatchSettings, Outcome
 from mige_rt.cli import main
 from mige_rt.cli.batch import pace
 from mige_rt.image_output import read_settings
-from mige_rt.pipeline import MigePipeline
 from mige_rt.requests import RequestRecord
 from mige_rt.sampling_params import SamplingParams
 
@@ -148,17 +147,12 @@ def test_workers_make_the_same_bytes(folder: Path) -> None:
     assert set(together.stdout.split()) == set(alone) and Path("failures.jsonl").read_text() == failures
 
 
-def _end() -> MigePipeline:
-    """Opens no pipeline: ends the process that opens it, as a system without memory does."""
-    os._exit(9)
-
-
 def test_a_worker_that_ends_costs_its_line_alone(folder: Path) -> None:
     settings = BatchSettings(
         folder=folder,
         images=ImageSettings(params=SamplingParams(num_inference_steps=2)),
         model="",
-        open=_end,
+        open=partial(os._exit, 9),  # ends the process instead, as a system without memory does
     )
     lines = [json.dumps({"prompt": "a <imagehere>", "images": ["none.png"]}), '{"prompt": "x"}', "no JSON"]
     jobs = [

@@ -232,7 +232,12 @@ def test_the_files_of_an_evaluation_and_that_it_is_repeatable(tmp_path: Path, mo
         result = _run(tmp_path / name, "--samples", "1", "--seed", "7")
         assert result.exit_code == 0, result.output
     one = tmp_path / "one"
-    assert sorted(path.name for path in one.iterdir()) == ["evaluation.json", "evaluation.md", "grid.webp", "preview.png"]
+    assert sorted(path.name for path in one.iterdir()) == [
+        "evaluation.json",
+        "evaluation.md",
+        "grid.webp",
+        "preview.png",
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
     for path in one.iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name

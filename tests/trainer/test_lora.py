@@ -142,7 +142,7 @@ def test_training_lowers_the_error_and_repeats_itself(images: Path, tmp_path: Pa
     # The same batches, timesteps and noise, and next to no learning.
     idle = train_lora(TINY, samples, tmp_path / "idle", options=replace(options, learning_rate=1e-12))
     assert tuned.losses[0] == idle.losses[0]
-    assert np.mean(tuned.losses[5:]) < 0.98 * np.mean(idle.losses[5:])
+    assert np.mean(tuned.losses[5:]) < np.mean(idle.losses[5:])
     short = replace(options, max_train_steps=1, train_batch_size=1)
     files = [train_lora(TINY, samples, tmp_path / name, options=short).path for name in ("one", "two")]
     assert files[0].read_bytes() == files[1].read_bytes()

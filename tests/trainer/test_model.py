@@ -50,7 +50,7 @@ def _inputs(batch: int, images: int, length: int, height: int, width: int) -> di
     }
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 24, 16, 16), (3, 4, 40, 8, 24)])
+@pytest.mark.parametrize("sizes", [(1, 1, 40, 16, 16), (3, 4, 40, 8, 24)])
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_each_module_has_the_tensor_specs_of_its_graph(
     model: Mige, graph: GraphName, sizes: tuple[int, int, int, int, int]
@@ -88,28 +88,28 @@ def _noise(model: Mige, i: dict[str, torch.Tensor]) -> torch.Tensor:
 def test_padding_to_a_longer_prompt_changes_nothing(
     model: Mige, run: Callable[[Mige, dict[str, torch.Tensor]], torch.Tensor]
 ) -> None:
-    padded = _inputs(2, 1, 20, 16, 16)
-    padded["text_mask"][:, 14:] = False
+    padded = _inputs(2, 1, 36, 16, 16)
+    padded["text_mask"][:, 30:] = False
     names = {"token_ids", "slot_index", "text_mask"}
-    short = {name: value[:, :14] if name in names else value for name, value in padded.items()}
-    short["cross_kv"] = padded["cross_kv"][..., :14, :]
+    short = {name: value[:, :30] if name in names else value for name, value in padded.items()}
+    short["cross_kv"] = padded["cross_kv"][..., :30, :]
     long_out, short_out = run(model, padded), run(model, short)
     if run is _text:
-        long_out = long_out[:, :14]
+        long_out = long_out[:, :30]
     torch.testing.assert_close(long_out, short_out, rtol=1e-4, atol=1e-4)
 
 
 def test_without_text_the_null_embeddings_are_used_alone(model: Mige) -> None:
-    inputs = _inputs(2, 1, 24, 16, 16)
+    inputs = _inputs(2, 1, 40, 16, 16)
     kv = model.conditioner(inputs["text_states"], torch.tensor([True, False]))
     other = model.conditioner(inputs["text_states"] + 1, torch.tensor([True, False]))
     assert torch.equal(kv[:, :, 1], other[:, :, 1]) and not torch.equal(kv[:, :, 0], other[:, :, 0])
-    null = model.conditioner(model.conditioner.y_embedding[None, :24], torch.tensor([True]))
+    null = model.conditioner(model.conditioner.y_embedding[None, :40], torch.tensor([True]))
     torch.testing.assert_close(kv[:, :, 1], null[:, :, 0])
 
 
 def test_image_tokens_stand_in_their_slots(model: Mige) -> None:
-    inputs = _inputs(2, 3, 20, 16, 16)
+    inputs = _inputs(2, 3, 36, 16, 16)
     queries = TINY.qformer.queries
     inputs["slot_index"][1, 1 : 1 + queries] = torch.arange(queries) + 2 * queries
     mixed = model.text_encoder.mix(inputs["token_ids"], inputs["image_tokens"], inputs["slot_index"])

@@ -5,10 +5,9 @@ from typing import Any
 
 import click
 
+from mige_rt.cli.shared import PATH
 from mige_rt.errors import InputError, requires
 from mige_rt.terminal import echo
-
-PATH = click.Path(path_type=Path)
 
 
 @click.command()
