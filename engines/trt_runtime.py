@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _OUT_OF_MEMORY = re.compile(
     r"out ?of ?memory|bad_alloc|MemoryError|could not be allocated|cannot allocate|insufficient (device )?memory"
-    r"|memory is insufficient|insufficient workspace|MemoryAllocation",
+    r"|memory is insufficient|insufficient workspace|MemoryAllocation|failed to map segment",
     re.IGNORECASE,
 )
 

@@ -60,9 +60,8 @@ def _own_file(frame: FrameType | None) -> str | None:
         path = Path(frame.f_code.co_filename)
         if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in PACKAGES:
             name = path.relative_to(ROOT).as_posix()
-            return (
-                "mige_rt/cli" if name.startswith(("mige_rt/cli/", "mige_rt/batch/")) else name
-            )  # one is called by a command
+            of_command = name.startswith(("mige_rt/cli/", "mige_rt/batch/"))  # batch makes what the command asks for
+            return "mige_rt/cli" if of_command else name
         frame = frame.f_back
     return None
 

@@ -131,7 +131,7 @@ def save_lora(path: Path, description: LoraDescription, factors: Mapping[str, Fa
     tensors: dict[str, Tensor] = {}
     for layer, (a, b) in factors.items():
         tensors |= {f"{layer}.lora_A.weight": a.contiguous(), f"{layer}.lora_B.weight": b.contiguous()}
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(asdict(description))}
+    metadata = {METADATA_KEY: json.dumps(asdict(description))}  # one key: safetensors writes several in any order
     try:
         with atomic_file(path) as temporary:
             mode = temporary.stat().st_mode
