@@ -172,7 +172,7 @@ def plot(points: Sequence[SweepPoint], path: Path) -> None:
         lowest = [axes for axes in column if axes.axison][-1]
         lowest.set_xlabel("guidance scale")
         lowest.tick_params(labelbottom=True)
-    grid[0, 0].legend(*grid[0, 0].get_legend_handles_labels(), fontsize="x-small")
+    grid[0, 0].legend(*grid[0, 0].get_legend_handles_labels(), fontsize="x-small", handlelength=3)
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
