@@ -177,7 +177,7 @@ def measure(
         compared["flat"] = sample.target
         for mark in marks:
             compared["flat"] = flattened(compared["flat"], mark.mask)
-        recognized["flat"] = sum(gallery.recognizes(flattened(sample.target, mark.mask), mark) for mark in marks)
+        recognized["flat"] = sum(gallery.recognizes(compared["flat"], mark) for mark in marks)
     subjects = np.any([mark.mask for mark in marks], axis=0) if marks else None
     edited, untouched = sample.changed, ~sample.changed
     return SampleMetrics(
