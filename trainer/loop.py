@@ -1,7 +1,8 @@
 """The training loop that every stage and every run shares, and what the stages do at each of its steps.
 
 `optimisation_steps` is the loop: data, learning rate, gradients, clipping, the optimiser. `train` runs a stage of the
-default model: moving average, log, and a state to resume from. `trainer.run` does the same for runs at scale.
+default model: moving average, log, and a state to resume from. `trainer.run` does the same for runs at scale, and
+`trainer.train_lora` fine-tunes with it.
 """
 
 import io
@@ -42,6 +43,9 @@ def rate_at(step: int, settings: StageSettings) -> float:
     warm = min(1.0, (step + 1) / max(1, settings.warmup))
     left = (settings.steps - step) / max(1, settings.decay)
     return warm * (0.1 + 0.9 * min(1.0, max(0.0, left)))
+
+
+RateSchedule = Callable[[int, StageSettings], float]
 
 
 class Float32Attention(TorchFunctionMode):
@@ -252,6 +256,7 @@ def optimisation_steps(
     *,
     accumulation: int = 1,
     guard: LossGuard | None = None,
+    schedule: RateSchedule = rate_at,
 ) -> Iterator[StepResult]:
     """Train from `first_step` to the settings' last one.
 
@@ -262,6 +267,7 @@ def optimisation_steps(
         first_step: Number of steps that were done before.
         accumulation: Batches of each process whose gradients are averaged.
         guard: Decides which steps are applied; None: all.
+        schedule: The share of the full learning rate at each step.
 
     Yields:
         What came of each step, after the parameters have changed.
@@ -272,7 +278,7 @@ def optimisation_steps(
     for step in range(first_step, settings.steps):
         torch.manual_seed(settings.seed * 10**9 + step * ranks + rank)  # resumed runs draw the same
         for group in optimiser.param_groups:
-            group["lr"] = settings.rate * rate_at(step, settings)
+            group["lr"] = settings.rate * schedule(step, settings)
         batches = list(islice(stream, accumulation))
         losses, metrics = _gradients(trained, task, batches)
         norm = float(_whole(accelerator.clip_grad_norm_(trained.parameters, settings.clip)))
@@ -292,7 +298,7 @@ def _gradients(trained: Trained, task: Task, batches: Sequence[Any]) -> tuple[li
     losses, metrics = [], []
     for number, batch in enumerate(batches, 1):
         with _no_exchange(trained) if number < len(batches) else nullcontext():
-            loss, measured = task.loss(trained.module, send_to_device(batch, accelerator.device))
+            loss, measured = task.loss(trained.module, send_to_device(batch, trained.parameters[0].device))
             accelerator.backward(loss / len(batches) if len(batches) > 1 else loss)
         losses.append(loss.item())
         metrics.append(measured)

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from diffusers.optimization import SchedulerType, get_scheduler
 from torch import Tensor, nn
 
@@ -26,13 +27,15 @@ from trainer.data.batches import TrainingBatch, collate
 from trainer.data.encode import Encoders, encode_samples, load_encoders
 from trainer.data.manifest import ManifestSample
 from trainer.data.prepared import PreparedSample
-from trainer.loop import Float32Attention
+from trainer.loop import Float32Attention, Task, Trained, make_optimiser, optimisation_steps
 from trainer.lora import LoraOptions, adapted_layers, add_lora, lora_parameters, save_adapted
 from trainer.objective import sample_losses
+from trainer.settings import StageSettings
 from trainer.stages.trained_part import TrainedPart
 
 ENCODED_AT_ONCE = 8  # images
 SHOWN_EVERY = 10  # steps
+WEIGHT_DECAY, EPSILON = 1e-2, 1e-8  # AdamW's, as in diffusers' training scripts
 SCHEDULERS = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]  # it needs rules
 MixedPrecision = Literal["no", "bf16"]
 OnProgress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
@@ -81,6 +84,21 @@ class FineTuningOptions:
             raise InputError(f"lr_scheduler is {self.lr_scheduler!r}; one of {', '.join(SCHEDULERS)} is expected")
         if self.mixed_precision not in get_args(MixedPrecision):
             raise InputError(f"mixed_precision is {self.mixed_precision!r}; no or bf16 is expected")
+
+    def optimisation(self) -> StageSettings:
+        """How to optimise, as the loop wants it; its rate is scheduled by `lr_scheduler`."""
+        return StageSettings(
+            steps=self.max_train_steps,
+            batch=self.train_batch_size,
+            rate=self.learning_rate,
+            warmup=0,
+            decay=0,
+            weight_decay=WEIGHT_DECAY,
+            epsilon=EPSILON,
+            clip=self.max_grad_norm,
+            ema=0.0,
+            seed=self.seed,
+        )
 
 
 @dataclass(frozen=True)
@@ -141,7 +159,7 @@ def train_lora(
     prompts = {sample.prompt for sample in samples}
     torch.manual_seed(options.seed)
     description = add_lora(module, checkpoint.config, lora, prompts.pop() if len(prompts) == 1 else None)
-    batches = _batches(prepared, checkpoint.config, tokenize, options)
+    batches = _Batches(prepared, checkpoint.config, tokenize, options)
     losses = _train(module, batches, options, on_progress)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -167,68 +185,78 @@ def _prepare(encoders: Encoders, samples: Sequence[ManifestSample]) -> list[Prep
     return [PreparedSample.of(file["json"], file["latents.npy"], file.get("vit.npy")) for file in files]
 
 
-def _batches(
-    samples: Sequence[PreparedSample], config: ModelConfig, tokenize: Tokenize, options: FineTuningOptions
-) -> Iterator[TrainingBatch]:
+@dataclass(frozen=True)
+class _Batches:
     """Batches without end: all samples in random order, again and again."""
-    generator = np.random.default_rng(options.seed)
-    order: list[int] = []
-    while True:
-        while len(order) < options.train_batch_size:
-            order += generator.permutation(len(samples)).tolist()
-        chosen, order = order[: options.train_batch_size], order[options.train_batch_size :]
-        yield collate([samples[i] for i in chosen], config, tokenize, generator)
+
+    samples: Sequence[PreparedSample]
+    config: ModelConfig
+    tokenize: Tokenize
+    options: FineTuningOptions
+
+    def __call__(self, first: int, rank: int, ranks: int) -> Iterator[TrainingBatch]:
+        """The batches of a run on one device, from its beginning."""
+        assert first == rank == 0 and ranks == 1
+        generator = np.random.default_rng(self.options.seed)
+        order: list[int] = []
+        while True:
+            while len(order) < self.options.train_batch_size:
+                order += generator.permutation(len(self.samples)).tolist()
+            chosen, order = order[: self.options.train_batch_size], order[self.options.train_batch_size :]
+            yield collate([self.samples[i] for i in chosen], self.config, self.tokenize, generator)
 
 
 def _train(
-    module: TrainedPart,
-    batches: Iterator[TrainingBatch],
-    options: FineTuningOptions,
-    on_progress: OnProgress | None,
+    module: TrainedPart, batches: _Batches, options: FineTuningOptions, on_progress: OnProgress | None
 ) -> list[float]:
     """Each step's loss. Raises InputError when one is not finite."""
     parameters = lora_parameters(module)
-    device = parameters[0].device
-    optimiser = torch.optim.AdamW(parameters, lr=options.learning_rate)
+    settings = options.optimisation()
+    optimiser = make_optimiser(parameters, settings)
     schedule = get_scheduler(
         options.lr_scheduler,
         optimiser,
         num_warmup_steps=options.lr_warmup_steps,
         num_training_steps=options.max_train_steps,
     )
-    accumulated = options.gradient_accumulation_steps
+    trained = Trained(Accelerator(), module, parameters, optimiser)
+    task = Task("train-lora", _Loss(options.mixed_precision), batches)
     losses: list[float] = []
-    for step in range(options.max_train_steps):
-        total = 0.0
-        for _ in range(accumulated):
-            with _precision(device, options.mixed_precision):
-                loss = _loss(module, next(batches).to(device)) / accumulated
-                loss.backward()
-            total += loss.item()
-        if not np.isfinite(total):
-            raise InputError(f"the loss is {total} at step {step + 1}; give a lower learning rate")
-        nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
-        optimiser.step()
-        schedule.step()
-        optimiser.zero_grad()
-        losses.append(total)
-        if on_progress and (step + 1) % SHOWN_EVERY == 0:
-            on_progress(f"loss {np.mean(losses[-SHOWN_EVERY:]):.3f}", step + 1, options.max_train_steps)
+    for result in optimisation_steps(
+        trained,
+        task,
+        settings,
+        0,
+        accumulation=options.gradient_accumulation_steps,
+        schedule=lambda step, _: schedule.lr_lambdas[0](step),
+    ):
+        if not np.isfinite(result.loss):
+            raise InputError(f"the loss is {result.loss} at step {result.step}; give a lower learning rate")
+        losses.append(result.loss)
+        if on_progress and result.step % SHOWN_EVERY == 0:
+            on_progress(f"loss {np.mean(losses[-SHOWN_EVERY:]):.3f}", result.step, settings.steps)
     return losses
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """The mean objective of a batch, each sample at a timestep of its own (paper, section 4.1)."""
+
+    mixed_precision: MixedPrecision
+
+    def __call__(self, module: nn.Module, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
+        assert isinstance(module, TrainedPart)
+        batch = replace(batch, vit=batch.vit.to(module.image_encoder.query_tokens.dtype))
+        timestep = torch.randint(TRAIN_STEPS, (len(batch.target),), device=batch.target.device)
+        with _precision(batch.target.device, self.mixed_precision):
+            return sample_losses(module.config, module, batch, timestep).losses.mean(), {}
 
 
 @contextmanager
 def _precision(device: torch.device, mixed_precision: MixedPrecision) -> Generator[None]:
-    """What a forward and a backward pass are computed in."""
+    """What a forward pass is computed in."""
     if mixed_precision == "no":
         yield
     else:
         with Float32Attention(), torch.autocast(device.type, torch.bfloat16):
             yield
-
-
-def _loss(module: TrainedPart, batch: TrainingBatch) -> Tensor:
-    """The mean objective of a batch, each sample at a timestep of its own (paper, section 4.1)."""
-    batch = replace(batch, vit=batch.vit.to(module.image_encoder.query_tokens.dtype))
-    timestep = torch.randint(TRAIN_STEPS, (len(batch.target),), device=batch.target.device)
-    return sample_losses(module.config, module, batch, timestep).losses.mean()
