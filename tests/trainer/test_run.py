@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from click.testing import CliRunner
+from PIL import Image
 from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from webdataset.writer import TarWriter
@@ -35,7 +36,14 @@ from trainer.model.mige import Mige
 from trainer.objective import sample_losses
 from trainer.run.average import WeightAverage
 from trainer.run.checkpoints import Checkpoints, SavedRun, saved_runs
-from trainer.run.config import CheckpointSettings, LogSettings, RunConfig, Start, load_run_config
+from trainer.run.config import (
+    CheckpointSettings,
+    LogSettings,
+    RunConfig,
+    Start,
+    ValidationSettings,
+    load_run_config,
+)
 from trainer.run.estimate import estimate, longest_batch
 from trainer.run.module import make_trained_module, share, trained_parameters
 from trainer.run.save import save_run
@@ -199,6 +207,35 @@ def test_the_trained_model_is_a_model_folder_that_runs(alone: RunConfig, tmp_pat
     assert not torch.allclose(weights, before, atol=1e-6)
     before = start.conditioner.state_dict()[kept].half().float()
     torch.testing.assert_close(model.conditioner.state_dict()[kept].float(), before)
+
+
+def test_validation_measures_shows_and_changes_nothing(alone: RunConfig, tmp_path: Path) -> None:
+    """Its losses are those of the averaged weights, at the same noise each time; the run goes on as without it."""
+    held_out = make_prepared(tmp_path / "held-out", "subject", TINY, samples=3)
+    settings = ValidationSettings(str(held_out.path), every=1, batches=2, images=2, num_inference_steps=2)
+    validated = replace(alone, validation=settings, ema=1.0, log=LogSettings(every=10, tensorboard=True))
+    train_run(alone, RunOptions(tmp_path / "plain"))
+    train_run(validated, RunOptions(tmp_path / "run"))
+    first, second = lines(tmp_path / "run")
+    assert first["validation/loss"] == second["validation/loss"] > 0  # an average that stays at the start
+    assert "validation/loss/subject" in first and "validation/loss/edit" not in first
+    plain = {name: value for name, value in lines(tmp_path / "plain")[1].items() if name != "hours"}
+    assert {name: second[name] for name in plain} == plain
+    assert saved_runs(tmp_path / "run")[-1].loss == second["validation/loss"]
+    shown = [Image.open(tmp_path / f"run/images/step-{step:08d}.png") for step in (1, 2)]
+    assert np.array_equal(*map(np.asarray, shown)) and np.asarray(shown[0]).std() > 10
+    other = replace(settings, path=str(tmp_path / "none"))
+    with pytest.raises(InputError, match="none is no prepared set"):
+        train_run(replace(alone, validation=other), RunOptions(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.long
+def test_compiled_layers_learn_the_same(alone: RunConfig, tmp_path: Path) -> None:
+    train_run(alone, RunOptions(tmp_path / "plain"))
+    train_run(replace(alone, compile="inductor"), RunOptions(tmp_path / "compiled"))
+    losses = [[line["loss"] for line in lines(tmp_path / name)] for name in ("plain", "compiled")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 class Broken:

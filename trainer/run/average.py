@@ -1,6 +1,7 @@
 """The moving average of a run's weights; ours, since the authors keep none."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -25,3 +26,19 @@ class WeightAverage:
         """Count the parameters' present values in."""
         weights: list[Tensor] = [*self.weights.values()]
         self._update(weights, [*self._parameters.values()], 0)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The parameters have the averaged values in this block, and their own after it, to the last bit."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, weight in self.weights.items():  # one by one, so that no second copy of all is held
+            before = weight.clone()
+            weight.copy_(self._parameters[name])
+            self._parameters[name].copy_(before)

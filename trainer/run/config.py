@@ -70,6 +70,30 @@ class LogSettings:
 
 
 @dataclass(frozen=True)
+class ValidationSettings:
+    """What the run is judged by, at each checkpoint and in between.
+
+    Attributes:
+        path: A folder that `mige-rt prepare` made, of samples that are not trained on.
+        every: Steps between two validations.
+        batches: Batches of `micro_batch` samples whose loss is measured, of all processes.
+        images: How many of the first samples an image is made for.
+        num_inference_steps: Of each image.
+    """
+
+    path: str
+    every: PositiveInt
+    batches: PositiveInt = 16
+    images: Annotated[int, Ge(0), Le(64)] = 8
+    num_inference_steps: Annotated[int, Ge(2), Le(1000)] = 20
+
+    @property
+    def source(self) -> Source:
+        """The samples, as training reads them."""
+        return Source(self.path)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A config file's content.
 
@@ -96,6 +120,7 @@ class RunConfig:
         compile: Backend of torch.compile for each layer, such as inductor; None: not compiled.
         checkpoints: When they are written.
         log: What is written about the run.
+        validation: What it is judged by; None: by the loss of what it trains on.
     """
 
     model: str
@@ -120,6 +145,7 @@ class RunConfig:
     ema: Annotated[float, Ge(0), Lt(1)] | None = None
     spike: Annotated[float, Gt(1)] | None = None
     compile: str | None = None
+    validation: ValidationSettings | None = None
 
     @property
     def sizes(self) -> ModelConfig:

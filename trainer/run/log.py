@@ -2,6 +2,7 @@
 
 import time
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from mige_rt.terminal import console, report
 from trainer.loop import StepResult, TrainingLog
 from trainer.run.config import RunConfig
+from trainer.run.validation import IMAGES_FOLDER, PREFIX, Shown, best_by, save_images
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -22,7 +24,7 @@ class RunLog:
 
     def __init__(self, out: Path, config: RunConfig, accelerator: Accelerator, first_step: int) -> None:
         """Open the files, without what a resumed run writes again."""
-        self._accelerator, self._config = accelerator, config
+        self._accelerator, self._config, self._out = accelerator, config, out
         self._own: dict[str, list[float]] = defaultdict(list)  # of this process's batches
         self._lines = self._board = None
         if accelerator.is_main_process:
@@ -47,6 +49,19 @@ class RunLog:
                 self._own[name].append(value)
         if self._lines is not None:
             self._lines.add({"loss": result.loss, "norm": result.norm, "rate": rate})
+
+    def add_validation(self, losses: Mapping[str, float], shown: Sequence[Shown], step: int) -> None:
+        """Count what a validation gave, and write its images."""
+        if self._lines is None:
+            return
+        self._lines.add(losses)
+        report(f"step {step}: the validation's loss is {best_by(losses):.4f}")
+        if not shown:
+            return
+        save_images(shown, self._out / IMAGES_FOLDER / f"step-{step:08d}.png")
+        if self._board is not None:
+            for k, sample in enumerate(shown):
+                self._board.add_image(f"{PREFIX}{k}", sample.result, step, dataformats="HWC")
 
     def write(self, step: int, hours: float) -> None:
         """Write the means since the last time."""

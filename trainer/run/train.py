@@ -39,12 +39,23 @@ from trainer.run.log import RunLog, RunProgress
 from trainer.run.loss import RunLoss
 from trainer.run.module import make_accelerator, make_trained_module, share, trained_parameters
 from trainer.run.start import open_start
+from trainer.run.validation import Validation, best_by, check_samples
 
 TOKENIZER_FILE = "tokenizer.json"
 REJECTED_FILE = "rejected.json"
 MOST_REJECTED = 10  # steps in a row
 # What a resumed run may have otherwise: it does not change what the steps compute, but for rounding.
-FREE = ("start", "steps", "checkpoints", "log", "distributed", "reshard", "activation_checkpointing", "compile")
+FREE = (
+    "start",
+    "steps",
+    "checkpoints",
+    "log",
+    "validation",
+    "distributed",
+    "reshard",
+    "activation_checkpointing",
+    "compile",
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,7 @@ def train_run(config: RunConfig, options: RunOptions) -> None:
     start = open_start(config.start, config.sizes, config.seed)
     check_sizes(config.sizes, start.config, "start")
     check_sizes(config.sizes, mixed.config, "sources")
+    check_samples(config)
     run = Run(config, options, accelerator, start)
     task = Task("train", RunLoss(config.sizes), RunBatches(mixed, run.tokenize))
     settings = replace(config.optimisation(accelerator.num_processes), steps=run.last_step)
@@ -125,6 +137,8 @@ class Run:
         self.step, self._hours_before = 0, 0.0
         self._rejected: list[StepResult] = []
         self._losses: list[float] = []  # since the last checkpoint
+        self._validation_loss: float | None = None  # the last one
+        self._validation = None if config.validation is None else Validation(config, accelerator, start, self.tokenize)
         if saved is not None:
             self._checkpoints.load(saved, self._tensors())
             self.step, self._hours_before = saved.step, saved.hours
@@ -149,10 +163,23 @@ class Run:
             if self.average is not None:
                 self.average.update()
         is_saved = self.step % self.config.checkpoints.every == 0 or self.step == self.last_step
-        if is_saved or self.step % self.config.log.every == 0:  # so that no line has steps of two runs
+        validation = self.config.validation
+        is_validated = validation is not None and (is_saved or self.step % validation.every == 0)
+        if is_validated:
+            self._validate()
+        if is_validated or is_saved or self.step % self.config.log.every == 0:  # so that no line has steps of two runs
             self._log.write(self.step, self._hours())
         if is_saved:
             self._save()
+
+    def _validate(self) -> None:
+        """Measure the weights that a checkpoint's model would have."""
+        assert self._validation is not None
+        with nullcontext() if self.average is None else self.average.in_place():
+            losses = self._validation.losses(self.trained.module)
+            shown = self._validation.images(self.trained.module)
+        self._validation_loss = best_by(losses)
+        self._log.add_validation(losses, shown, self.step)
 
     def _save(self) -> None:
         losses = self._losses or [float("inf")]
@@ -160,7 +187,7 @@ class Run:
             folder=self.out / f"checkpoint-{self.step}",
             step=self.step,
             hours=self._hours(),
-            loss=sum(losses) / len(losses),
+            loss=sum(losses) / len(losses) if self._validation_loss is None else self._validation_loss,
             guard=asdict(self.guard),
             config=self._fixed(),
         )
