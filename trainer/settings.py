@@ -126,10 +126,24 @@ class TrainingSettings:
 
     def config(self) -> ModelConfig:
         """The sizes of the model to train."""
-        preset = PRESETS[self.model]
-        if self.queries is None:
-            return preset
-        return replace(preset, qformer=replace(preset.qformer, queries=self.queries))
+        return with_queries(PRESETS[self.model], self.queries)
+
+
+def with_queries(config: ModelConfig, queries: int | None) -> ModelConfig:
+    """The same sizes with another number of image tokens, if one is given."""
+    return config if queries is None else replace(config, qformer=replace(config.qformer, queries=queries))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        InputError: It cannot be read, or is none.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path} cannot be read as a TOML file: {error}") from error
 
 
 def load_settings(path: Path) -> TrainingSettings:
@@ -141,11 +155,7 @@ def load_settings(path: Path) -> TrainingSettings:
     Raises:
         InputError: The file cannot be read, or the message names what is unknown, missing or wrong in it.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path} cannot be read as a TOML file: {error}") from error
-    file = validate(_ConfigFile, content, str(path))
+    file = validate(_ConfigFile, read_toml(path), str(path))
     if file.model is None or file.model not in PRESETS:
         raise InputError(f"{path}: model is {file.model!r}, expected one of {', '.join(PRESETS)}")
     stages = {

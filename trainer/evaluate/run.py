@@ -24,6 +24,7 @@ from trainer.evaluate.report import Evaluation, describe_run, markdown, to_json,
 from trainer.evaluate.sweep import known_concepts, sweep, write_sweep
 from trainer.plotting import check_matplotlib
 from trainer.synthetic.concepts import Concept, load_concepts
+from trainer.synthetic.sample import Sample
 
 PREVIEWED, SAMPLES_SHOWN = 2, 8  # of each kind, in preview.png and in grid.webp
 LEAST_CONCEPTS = 3  # a scene has up to three subjects
@@ -91,6 +92,8 @@ def evaluate(
     samples_per_kind: int,
     folder: Path,
     on_progress: OnProgress,
+    *,
+    change: Callable[[Sample], Sample] | None = None,
 ) -> str:
     """Measure a model, and write evaluation.json, evaluation.md, preview.png and grid.webp.
 
@@ -101,6 +104,7 @@ def evaluate(
         samples_per_kind: The first so many of the series.
         folder: An existing folder for the files.
         on_progress: Called after each batch of images and each measured sample.
+        change: Of each sample, before the model sees it.
 
     Returns:
         evaluation.md.
@@ -110,6 +114,8 @@ def evaluate(
     """
     gallery = Gallery(concepts, pipe.config.size)
     samples = preview.first_of_each_kind(concepts, pipe.config.size, seed, samples_per_kind, EVALUATED_KINDS)
+    if change is not None:
+        samples = [change(sample) for sample in samples]
     results = preview.answer(
         pipe, samples, SamplingParams(), seed, lambda done: on_progress("images", done, len(samples))
     )

@@ -8,7 +8,7 @@ changes, in 255ths; token_ids and slot_index [S,L], padded (slots count from the
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -56,7 +56,7 @@ class FeatureMaker:
     def _encode(self, images: list[NDArray[np.uint8]], vit_rows: list[int]) -> tuple[NDArray, NDArray]:
         """Latents of every image and ViT features of those at vit_rows, as float16 arrays."""
         opened = [Image.fromarray(image) for image in images]
-        latents, features = [], []
+        latents, features = [], [np.empty((0, *self._vit_shape()), np.float16)]
         for i in range(0, len(opened), CHUNK):
             pixels = np.stack([vae_pixels(image, image.width, image.height, "crop") for image in opened[i : i + CHUNK]])
             batch = torch.from_numpy(pixels).to(memory_format=torch.channels_last)
@@ -66,6 +66,11 @@ class FeatureMaker:
             pixels = np.stack([vit_pixels(opened[row], side) for row in vit_rows[i : i + CHUNK]])
             features.append(self.encoder.vit(torch.from_numpy(pixels)).half().numpy())
         return np.concatenate(latents), np.concatenate(features)
+
+    def _vit_shape(self) -> tuple[int, int]:
+        """Of one image's features."""
+        vision = self.config.vision
+        return 1 + (vision.side // vision.patch) ** 2, vision.width
 
     def _index(self, samples: Sequence[Sample]) -> tuple[dict[str, NDArray], list[NDArray[np.uint8]], list[int]]:
         """A shard's index arrays, its images, and which of them the ViT sees."""
@@ -158,6 +163,9 @@ def collate(chosen: Sequence[tuple[Shard, int]], config: ModelConfig) -> Batch:
             if shard["images"][o, k] >= 0:
                 vit.append(shard["vit"][shard["images_vit"][o, k]])
                 ref_latents.append(latents[shard["images"][o, k]])
+    if not vit:  # no prompt refers to an image
+        vit.append(np.zeros(chosen[0][0]["vit"].shape[1:]))
+        ref_latents.append(np.zeros_like(target[0]))
     stacked = [torch.from_numpy(np.stack(a)).float() for a in (target, source, asked, vit, ref_latents)]
     return Batch(
         kinds=np.array([shard["kind"][o] for shard, o in chosen]),
@@ -184,7 +192,21 @@ class RollingShards:
     samples: int  # a shard
     kept: int  # shards
     varied: float  # share of the things
+    change: Callable[[Sample], Sample] | None = None  # of each sample, before it is encoded
     _open: dict[int, Shard] = field(default_factory=dict)  # by number
+
+    def draw(self, rng: np.random.Generator, number: int, before: int, uses: int) -> list[tuple[Shard, int]]:
+        """Some samples, each a shard and a number in it.
+
+        Args:
+            rng: Chooses among the samples that are kept.
+            number: How many.
+            before: How many were drawn before; as their number grows, newer samples take the place of older ones.
+            uses: How often a sample is drawn, on average.
+        """
+        shards = self.read(1 + before // (self.samples * uses))
+        indices = rng.integers(len(shards) * self.samples, size=number).tolist()
+        return [(shards[index // self.samples], index % self.samples) for index in indices]
 
     def read(self, newest: int) -> list[Shard]:
         """The shards up to number `newest`, at most `kept`, memory-mapped; those missing are made, older ones removed.
@@ -216,6 +238,8 @@ class RollingShards:
             make_sample(self.seed, index, self.concepts, config.size, self.shares, varied=self.varied)
             for index in indices
         ]
+        if self.change is not None:
+            samples = [self.change(sample) for sample in samples]
         shard = self.maker.shard(samples)
         try:
             with atomic_folder(path) as folder:

@@ -54,11 +54,16 @@ def counts(newest: int, batch: int, ladder: Sequence[Rung] = LADDER) -> dict[str
         room = 1 - KEPT_EDITS.share - (NEWEST_SHARE if older else 0)
         weights |= {name: share / sum(older.values()) * room for name, share in older.items()}
         weights[ladder[newest].name] = NEWEST_SHARE if older else room
+    return apportion(weights, batch)
+
+
+def apportion(weights: Mapping[str, float], number: int) -> dict[str, int]:
+    """Whole numbers in proportion to weights, that sum to `number`."""
     total = sum(weights.values())
-    exact = {name: batch * weight / total for name, weight in weights.items()}
-    whole = {name: int(number) for name, number in exact.items()}
+    exact = {name: number * weight / total for name, weight in weights.items()}
+    whole = {name: int(share) for name, share in exact.items()}
     by_remainder = sorted(exact, key=lambda name: exact[name] - whole[name], reverse=True)
-    for name in by_remainder[: batch - sum(whole.values())]:
+    for name in by_remainder[: number - sum(whole.values())]:
         whole[name] += 1
     return whole
 

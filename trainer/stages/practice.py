@@ -53,9 +53,7 @@ class Practice:
             chosen = []
             for name, number in counts(self.climb.newest(step), settings.batch).items():
                 drawn = self.climb.drawn(name, step, settings.batch)
-                shards = self.shards[name].read(1 + drawn // (self.ladder.shard_samples * self.ladder.uses))
-                for index in rng.integers(len(shards) * self.ladder.shard_samples, size=number).tolist():
-                    chosen.append((shards[index // self.ladder.shard_samples], index % self.ladder.shard_samples))
+                chosen += self.shards[name].draw(rng, number, drawn, self.ladder.uses)
             yield collate(chosen, self.config)
             step += 1
 

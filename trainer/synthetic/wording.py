@@ -12,7 +12,6 @@ from trainer.synthetic.scene import Scene, relation
 T = TypeVar("T")
 NAMED_SHARE = 0.65  # of the mentions of things that may be named
 RELATED_SHARE = 0.6  # of the mentions of places that can be told from another subject's
-RELATED_SHARE = 0.6  # of the places that can be told from another subject's
 
 # Where something goes, for each place where it may stand.
 TOWARDS: dict[str, str] = {
