@@ -1,4 +1,4 @@
-"""Signatures of bundles: Ed25519 over manifest.json, which has the hashes of all other files but the plans.
+"""Signatures of bundles: Ed25519 over manifest.json, which has the hashes of what a bundle runs, the plans apart.
 
 The keys are PEM files, as OpenSSL makes them:
 

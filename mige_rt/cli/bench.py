@@ -116,7 +116,7 @@ class _Several(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
 )
 @click.option("--out", type=PATH, default=Path("report"), show_default=True, help="folder to make for the report")
 def bench(out: Path, **options: Any) -> None:
-    r"""Measure how fast images are made here, beside the published variant and beside what is possible.
+    """Measure how fast images are made here, beside the published variant and beside what is possible.
 
     \b
       mige-rt bench

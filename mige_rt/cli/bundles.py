@@ -98,7 +98,7 @@ class _Sizes(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
 )
 @click.option("--validate/--no-validate", default=True, show_default=True, help="compare every graph with PyTorch")
 def export(ckpt: str, out: Path, precision: str, **options: Any) -> None:
-    r"""Turn a checkpoint into a bundle of validated graphs that runs without PyTorch.
+    """Turn a checkpoint into a bundle of validated graphs that runs without PyTorch.
 
     \b
       mige-rt export --precision fp16 --out bundle
@@ -142,7 +142,7 @@ def export(ckpt: str, out: Path, precision: str, **options: Any) -> None:
 @_REFITTABLE
 @click.option("--device", default="auto", show_default=True, help="cuda, cuda:1: the GPU to build for")
 def build(bundle: Path, engine: PlanEngine, capabilities: tuple[str, ...], refittable: bool, device: str) -> None:
-    r"""Build, or build anew, a bundle's plans for TensorRT or TensorRT for RTX.
+    """Build, or build anew, a bundle's plans for TensorRT or TensorRT for RTX.
 
     \b
       mige-rt build --bundle bundle --engine tensorrt-rtx

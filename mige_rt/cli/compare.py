@@ -31,7 +31,7 @@ _PRECISION = click.Choice(["auto", *get_args(Precision)])
 @click.option("--num-inference-steps", "--steps", type=int, help="at least 2  [default: the model's for the task]")
 @click.option("--out", type=PATH, required=True, help="folder to make: compare.json, compare.md, grid.png")
 def compare(out: Path, prompts: Path | None, reference_precision: Any, **given: Any) -> None:
-    r"""Compare two engines, or two models of one size, by the images that they make from the same noise.
+    """Compare two engines, or two models of one size, by the images that they make from the same noise.
 
     \b
       mige-rt compare --candidate onnxruntime --out report

@@ -45,11 +45,11 @@ _FILTERS = click.option(
 @_FILTERS
 @click.option("--limit", type=click.IntRange(1), help="read this many samples alone")
 def convert_data(layout: str, data: Path, out: Path, scores: tuple[str, ...], **options: Any) -> None:
-    r"""Turn a published dataset into a manifest, the form in which training data is kept.
+    """Turn a published dataset into a manifest, the form in which training data is kept.
 
     \b
       mige-rt convert-data --layout magicbrush --data MagicBrush --out data/magicbrush
-      mige-rt convert-data --layout instructpix2pix --data mine.parquet --out data/mine \
+      mige-rt convert-data --layout instructpix2pix --data mine.parquet --out data/mine \\
           --source-column before --caption-column text --image-column after
     """
     with requires("data", "converting datasets"):
@@ -100,7 +100,7 @@ def convert_data(layout: str, data: Path, out: Path, scores: tuple[str, ...], **
 )
 @_FILTERS
 def prepare(manifest: Path, out: Path, model: str, **options: Any) -> None:
-    r"""Compute the latents and ViT features of a manifest's images, once, for training to read.
+    """Compute the latents and ViT features of a manifest's images, once, for training to read.
 
     \b
       mige-rt prepare --manifest data/magicbrush/manifest.jsonl --model MIGE --out prepared/magicbrush --processes 8

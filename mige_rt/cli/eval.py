@@ -67,7 +67,7 @@ def evaluate() -> None:
 @_options(*_SAMPLING)
 @click.option("--out", type=PATH, required=True, help="results folder to make, or to go on with")
 def generate(benchmark: str, out: Path, **options: Any) -> None:
-    r"""Make a benchmark's images.
+    """Make a benchmark's images.
 
     \b
       mige-rt eval generate --benchmark dreambench:dreambooth/dataset --model MIGE --out results
@@ -85,7 +85,7 @@ def generate(benchmark: str, out: Path, **options: Any) -> None:
 @_options(*_ENCODERS)
 @click.option("--out", type=PATH, required=True, help="folder of the report, to make or to go on with")
 def judge(results: Path, benchmark: str, out: Path, **options: Any) -> None:
-    r"""Measure the images of a results folder: report.html, report.md, report.json.
+    """Measure the images of a results folder: report.html, report.md, report.json.
 
     \b
       mige-rt eval judge results --benchmark dreambench:dreambooth/dataset --out report
@@ -104,7 +104,7 @@ def judge(results: Path, benchmark: str, out: Path, **options: Any) -> None:
 @_options(*_ENCODERS)
 @click.option("--out", type=PATH, required=True, help="folder of both: OUT/results and OUT/report")
 def run_both(benchmark: str, out: Path, **options: Any) -> None:
-    r"""Make a benchmark's images and measure them.
+    """Make a benchmark's images and measure them.
 
     \b
       mige-rt eval run --benchmark synthetic:world --out evaluation
@@ -123,7 +123,7 @@ def run_both(benchmark: str, out: Path, **options: Any) -> None:
 @click.option("--host", default="127.0.0.1", show_default=True, help="address to listen on; 0.0.0.0: all of them")
 @click.option("--port", type=click.IntRange(0, 65535), default=8001, show_default=True, help="0: a free one")
 def user_study(first: Path, second: Path, benchmark: str, votes: Path, host: str, port: int) -> None:
-    r"""Show people the images of two results folders side by side, not telling which is whose.
+    """Show people the images of two results folders side by side, not telling which is whose.
 
     \b
       mige-rt eval user-study results-a results-b --benchmark dreambench:dreambooth/dataset --votes votes.jsonl

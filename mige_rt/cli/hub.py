@@ -18,7 +18,7 @@ from mige_rt.terminal import echo, report
 @click.option("--private", is_flag=True, help="make a new repository private")
 @click.option("--message", default="", help="of the commit  [default: the model's name and precision]")
 def push(bundle: Path, repository: str, license: str | None, **options: Any) -> None:
-    r"""Upload a bundle to the Hugging Face hub, with a model card made from its manifest.
+    """Upload a bundle to the Hugging Face hub, with a model card made from its manifest.
 
     \b
       hf auth login
@@ -43,7 +43,7 @@ def push(bundle: Path, repository: str, license: str | None, **options: Any) -> 
 @click.option("--out", type=PATH, required=True, help="the bundle to make")
 @click.option("--revision", help="a branch, a tag or a commit  [default: main]")
 def pull(repository: str, out: Path, revision: str | None) -> None:
-    r"""Download a bundle from the Hugging Face hub; every file is compared with the manifest's hashes.
+    """Download a bundle from the Hugging Face hub; every file is compared with the manifest's hashes.
 
     \b
       mige-rt pull me/mige --out bundle

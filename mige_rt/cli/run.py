@@ -239,12 +239,12 @@ class RunOptions:
     help="merge a LoRA of mige-rt train-lora into the weights (engine pytorch); may be repeated",
 )
 def run(**values: Any) -> None:
-    r"""Make an image, or edit one.
+    """Make an image, or edit one.
 
     \b
       mige-rt run --prompt "a <imagehere> beside a <imagehere>" --image cat.png --image dog.png
       mige-rt run --prompt "make the background blue" --source scene.png
-      mige-rt run --prompt "replace the cat in <imagehere> with <imagehere>" --source scene.png \
+      mige-rt run --prompt "replace the cat in <imagehere> with <imagehere>" --source scene.png \\
           --image scene.png --image dog.png
 
     Transparent parts of an image are put on white; of an animated one the first frame is taken. The written paths go

@@ -47,7 +47,7 @@ from mige_rt.terminal import report
 @click.option("--max-steps", type=click.IntRange(2, 1000), default=100, show_default=True, help="of an image")
 @click.option("--max-side", type=click.IntRange(1), help="of an image in pixels  [default: twice the trained size]")
 def serve(**values: Any) -> None:
-    r"""Make images over HTTP, in the shapes of OpenAI's images API.
+    """Make images over HTTP, in the shapes of OpenAI's images API.
 
     \b
       mige-rt serve

@@ -35,7 +35,7 @@ from mige_rt.terminal import echo
     help="make this model folder of the latest checkpoint, or --resume-from-checkpoint's, instead of training",
 )
 def train(config_file: Path, out: Path | None, **options: Any) -> None:
-    r"""Train MIGE on prepared data, with the published recipe.
+    """Train MIGE on prepared data, with the published recipe.
 
     \b
       mige-rt train --config trainer/configs/xl-1gpu.yaml --out runs/xl

@@ -53,7 +53,7 @@ MEAN_OVER = 50  # steps, of the losses that are printed
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="of every random draw")
 def train_lora(model: str, out: Path, **values: Any) -> None:
-    r"""Fine-tune a model by LoRA, on a few images of one new thing or on a small manifest.
+    """Fine-tune a model by LoRA, on a few images of one new thing or on a small manifest.
 
     \b
       mige-rt train-lora --instance-images frog --instance-prompt "a <imagehere>" --out my-frog

@@ -171,6 +171,15 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("name", sorted(main.commands))
+def test_examples_in_the_help_stand_on_lines_of_their_own(name: str) -> None:
+    """As they are written: an example that is wrapped cannot be copied."""
+    text = CliRunner().invoke(main, [name, "--help"]).stdout
+    assert "\\b" not in text
+    examples = [line.strip() for line in (main.commands[name].help or "").splitlines() if line.startswith("  ")]
+    assert all(example in text.split("Options:")[0] for example in examples)
+
+
 def test_the_command_is_installed() -> None:
     command = Path(sys.executable).with_name("mige-rt")
     done = subprocess.run([command, "run", "--help"], capture_output=True, text=True, check=True)
