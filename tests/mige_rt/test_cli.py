@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+from inspect import cleandoc
 from pathlib import Path
 
 import pytest
@@ -176,7 +177,7 @@ def test_examples_in_the_help_stand_on_lines_of_their_own(name: str) -> None:
     """As they are written: an example that is wrapped cannot be copied."""
     text = CliRunner().invoke(main, [name, "--help"]).stdout
     assert "\\b" not in text
-    examples = [line.strip() for line in (main.commands[name].help or "").splitlines() if line.startswith("  ")]
+    examples = [line.strip() for line in cleandoc(main.commands[name].help or "").splitlines() if line.startswith("  ")]
     assert all(example in text.split("Options:")[0] for example in examples)
 
 
