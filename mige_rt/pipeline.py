@@ -28,7 +28,9 @@ from mige_rt.images import normalize_image
 from mige_rt.instruction import EditScope, Task
 from mige_rt.lora import Lora
 from mige_rt.memory import MemoryBudget
+from mige_rt.paste_back import paste_back as put_source_back
 from mige_rt.postprocessing import to_image
+from mige_rt.preprocessing import vae_pixels
 from mige_rt.requests import Request, ResolvedRequest, resolve
 from mige_rt.sampling_params import SamplingParams
 from mige_rt.sampling_plan import SamplingPlan, plan_sampling
@@ -244,6 +246,7 @@ class MigePipeline:
         scheduler: SchedulerName | None = None,
         guidance_range: tuple[float, float] | None = None,
         reuse: float | None = None,
+        paste_back: bool = False,
         edit_scope: EditScope = "local",
         task: Task | None = None,
         callback_on_step_end: CallbackOnStepEnd | None = None,
@@ -277,6 +280,8 @@ class MigePipeline:
                 Default: all steps.
             reuse: Skip the model while the latents have changed by less than this share, 0 to below 1, since it last
                 ran: faster, a little different. Default: 0, never.
+            paste_back: Put the source's own pixels where an edit has changed nothing. Default: the whole image is the
+                model's.
             edit_scope: How an edit's prompt without `<imagehere>` is completed: `local` (in the image) or `global` (of
                 it). Default: local.
             task: `subject`, `edit` or `compose`. Default: the one that the images imply.
@@ -316,6 +321,7 @@ class MigePipeline:
             scheduler=scheduler,
             guidance_range=guidance_range,
             reuse=reuse,
+            paste_back=paste_back,
         )
         images_of: list[list[Image.Image]] = [[] for _ in requests]
         at_once = max(1, self.max_batch_size // len(requests))  # images of each prompt
@@ -383,7 +389,18 @@ class MigePipeline:
             approximations=plan.approximations,
             on_step_end=on_step_end,
         )
-        return self.decode(latents)
+        images = self.decode(latents)
+        if not params.paste_back or conditioning.source is None:
+            return images
+        sources = [
+            to_image(vae_pixels(request.source, plan.width, plan.height, plan.source_fit))
+            for request in requests
+            if request.source is not None
+        ]
+        return [
+            put_source_back(source, reconstruction, image)
+            for source, reconstruction, image in zip(sources, self.decode(conditioning.source), images, strict=True)
+        ]
 
     def plan(self, requests: Sequence[ResolvedRequest], params: SamplingParams) -> SamplingPlan:
         """What it takes to make a batch of requests.

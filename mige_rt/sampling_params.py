@@ -41,6 +41,8 @@ class SamplingParams:
         scheduler: None: the published one, dpm_solver_pp_2m.
         guidance_range: See `Approximations`; None: all steps.
         reuse: See `Approximations`; None: never.
+        paste_back: Put the source's own pixels where an edit has changed nothing (`mige_rt.paste_back`); without a
+            source it has no effect.
     """
 
     num_inference_steps: int | None = None
@@ -52,6 +54,7 @@ class SamplingParams:
     scheduler: SchedulerName | None = None
     guidance_range: tuple[float, float] | None = None
     reuse: float | None = None
+    paste_back: bool = False
 
     def approximations(self) -> Approximations:
         """What saves time.

@@ -59,6 +59,7 @@ class RunOptions:
     scheduler: SchedulerName | None
     guidance_range: tuple[float, float] | None
     reuse: float | None
+    paste_back: bool
     low_vram: bool
     compile: bool
     attention: Attention
@@ -95,6 +96,7 @@ class RunOptions:
             scheduler=self.scheduler,
             guidance_range=self.guidance_range,
             reuse=self.reuse,
+            paste_back=self.paste_back,
         )
         params.approximations()  # now, since opening the model takes longer
         return params
@@ -221,6 +223,7 @@ class RunOptions:
     help="skip the model while the image changed by less than this share since it last ran, as 0.05: faster, a "
     "little different",
 )
+@click.option("--paste-back", is_flag=True, help="put the source's own pixels where an edit has changed nothing")
 @click.option("--low-vram", is_flag=True, help="load each part of the model when it is needed and release it: slower")
 @click.option("--compile", is_flag=True, help="put the model's layers through torch.compile (engine pytorch)")
 @click.option(

@@ -37,6 +37,7 @@ from trainer.evaluate.options import EVALUATION_SAMPLES, GUIDANCE_SAMPLES, Evalu
     help="folder of emoji images made by python -m trainer.synthetic.fetch",
 )
 @click.option("--guidance", is_flag=True, help="measure what guidance scales and steps do instead")
+@click.option("--paste-back", is_flag=True, help="as of mige-rt run: what it does to an edit's figures")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="folder to make")
 def main(**options: Any) -> None:
     """Parse the options and run; bad input ends with exit code 2."""

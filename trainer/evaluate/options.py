@@ -24,6 +24,7 @@ class EvaluationOptions:
         samples: Of each kind; None is EVALUATION_SAMPLES, or GUIDANCE_SAMPLES for the sweep.
         seed: Of the series of samples and of the images' noise; None is EVALUATION_SEED or GUIDANCE_SEED.
         guidance: Sweep the guidance scales instead of evaluating the defaults.
+        paste_back: Put the sources' own pixels where nothing has changed (`mige_rt.paste_back`).
     """
 
     assets: Path
@@ -35,3 +36,4 @@ class EvaluationOptions:
     samples: int | None = None
     seed: int | None = None
     guidance: bool = False
+    paste_back: bool = False

@@ -76,7 +76,8 @@ def run(options: EvaluationOptions, folder: Path, on_progress: OnProgress) -> st
     concepts = held_out_concepts(options.assets)
     pipe = _open_pipeline(options)
     seed = EVALUATION_SEED if options.seed is None else options.seed
-    return evaluate(pipe, concepts, seed, options.samples or EVALUATION_SAMPLES, folder, on_progress)
+    params = SamplingParams(paste_back=options.paste_back)
+    return evaluate(pipe, concepts, seed, options.samples or EVALUATION_SAMPLES, folder, on_progress, params=params)
 
 
 def _open_pipeline(options: EvaluationOptions) -> MigePipeline:
@@ -93,6 +94,7 @@ def evaluate(
     folder: Path,
     on_progress: OnProgress,
     *,
+    params: SamplingParams = SamplingParams(),  # noqa: B008, frozen
     change: Callable[[Sample], Sample] | None = None,
 ) -> str:
     """Measure a model, and write evaluation.json, evaluation.md, preview.png and grid.webp.
@@ -104,6 +106,7 @@ def evaluate(
         samples_per_kind: The first so many of the series.
         folder: An existing folder for the files.
         on_progress: Called after each batch of images and each measured sample.
+        params: How images are sampled.
         change: Of each sample, before the model sees it.
 
     Returns:
@@ -116,9 +119,7 @@ def evaluate(
     samples = preview.first_of_each_kind(concepts, pipe.config.size, seed, samples_per_kind, EVALUATED_KINDS)
     if change is not None:
         samples = [change(sample) for sample in samples]
-    results = preview.answer(
-        pipe, samples, SamplingParams(), seed, lambda done: on_progress("images", done, len(samples))
-    )
+    results = preview.answer(pipe, samples, params, seed, lambda done: on_progress("images", done, len(samples)))
     truths = reconstruct(pipe, [sample.target for sample in samples])
     with_source = [(k, sample.source) for k, sample in enumerate(samples) if sample.source is not None]
     reconstructed = reconstruct(pipe, [source for _, source in with_source])
@@ -129,8 +130,9 @@ def evaluate(
         measured.setdefault(sample.kind, []).append(metrics)
         on_progress("metrics", k + 1, len(samples))
     kinds = {kind: summarize(of_kind) for kind, of_kind in measured.items()}
+    described = describe_run(pipe, seed, samples_per_kind) | ({"paste_back": True} if params.paste_back else {})
     evaluation = Evaluation(
-        run=describe_run(pipe, seed, samples_per_kind),
+        run=described,
         kinds=kinds,
         thresholds=[t for kind, metrics in kinds.items() for t in thresholds(kind, metrics, 1 / len(concepts))],
         concepts=len(concepts),
