@@ -1,6 +1,7 @@
 """Runs an evaluation or a guidance sweep, and writes its report."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,8 @@ def run(options: EvaluationOptions, folder: Path, on_progress: OnProgress) -> st
     pipe = _open_pipeline(options)
     seed = EVALUATION_SEED if options.seed is None else options.seed
     params = SamplingParams(paste_back=options.paste_back)
-    return evaluate(pipe, concepts, seed, options.samples or EVALUATION_SAMPLES, folder, on_progress, params=params)
+    series = Series(concepts, seed, options.samples or EVALUATION_SAMPLES)
+    return evaluate(pipe, series, folder, on_progress, params=params)
 
 
 def _open_pipeline(options: EvaluationOptions) -> MigePipeline:
@@ -86,28 +88,44 @@ def _open_pipeline(options: EvaluationOptions) -> MigePipeline:
     )
 
 
+@dataclass(frozen=True)
+class Series:
+    """What a model is measured on.
+
+    Attributes:
+        concepts: What the samples show; subjects are told apart among them.
+        seed: Of the series of samples; sample k's noise has `seed` + k.
+        samples_per_kind: The first so many of the series.
+        change: Of each sample, before the model sees it.
+    """
+
+    concepts: Sequence[Concept]
+    seed: int
+    samples_per_kind: int
+    change: Callable[[Sample], Sample] | None = None
+
+    def samples(self, side: int) -> list[Sample]:
+        """Those of each kind, at this side in pixels."""
+        samples = preview.first_of_each_kind(self.concepts, side, self.seed, self.samples_per_kind, EVALUATED_KINDS)
+        return samples if self.change is None else [self.change(sample) for sample in samples]
+
+
 def evaluate(
     pipe: MigePipeline,
-    concepts: Sequence[Concept],
-    seed: int,
-    samples_per_kind: int,
+    series: Series,
     folder: Path,
     on_progress: OnProgress,
     *,
     params: SamplingParams = SamplingParams(),  # noqa: B008, frozen
-    change: Callable[[Sample], Sample] | None = None,
 ) -> str:
     """Measure a model, and write evaluation.json, evaluation.md, preview.png and grid.webp.
 
     Args:
         pipe: The model.
-        concepts: What the samples show; subjects are told apart among them.
-        seed: Of the series of samples; sample k's noise has `seed` + k.
-        samples_per_kind: The first so many of the series.
+        series: What it is measured on.
         folder: An existing folder for the files.
         on_progress: Called after each batch of images and each measured sample.
         params: How images are sampled.
-        change: Of each sample, before the model sees it.
 
     Returns:
         evaluation.md.
@@ -115,11 +133,9 @@ def evaluate(
     Raises:
         InputError: The weights of the network that recognizes subjects are not installed.
     """
-    gallery = Gallery(concepts, pipe.config.size)
-    samples = preview.first_of_each_kind(concepts, pipe.config.size, seed, samples_per_kind, EVALUATED_KINDS)
-    if change is not None:
-        samples = [change(sample) for sample in samples]
-    results = preview.answer(pipe, samples, params, seed, lambda done: on_progress("images", done, len(samples)))
+    gallery, samples = Gallery(series.concepts, pipe.config.size), series.samples(pipe.config.size)
+    samples_per_kind = series.samples_per_kind
+    results = preview.answer(pipe, samples, params, series.seed, lambda done: on_progress("images", done, len(samples)))
     truths = reconstruct(pipe, [sample.target for sample in samples])
     with_source = [(k, sample.source) for k, sample in enumerate(samples) if sample.source is not None]
     reconstructed = reconstruct(pipe, [source for _, source in with_source])
@@ -130,12 +146,12 @@ def evaluate(
         measured.setdefault(sample.kind, []).append(metrics)
         on_progress("metrics", k + 1, len(samples))
     kinds = {kind: summarize(of_kind) for kind, of_kind in measured.items()}
-    described = describe_run(pipe, seed, samples_per_kind) | ({"paste_back": True} if params.paste_back else {})
+    described = describe_run(pipe, series.seed, samples_per_kind) | ({"paste_back": True} if params.paste_back else {})
     evaluation = Evaluation(
         run=described,
         kinds=kinds,
-        thresholds=[t for kind, metrics in kinds.items() for t in thresholds(kind, metrics, 1 / len(concepts))],
-        concepts=len(concepts),
+        thresholds=[t for kind, metrics in kinds.items() for t in thresholds(kind, metrics, 1 / len(series.concepts))],
+        concepts=len(series.concepts),
     )
     write_json(folder / "evaluation.json", to_json(evaluation))
     text = markdown(evaluation)

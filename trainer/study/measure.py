@@ -14,7 +14,7 @@ from mige_rt.pipeline import MigePipeline
 from mige_rt.scheduler import TRAIN_STEPS
 from trainer.evaluate.measure import EVALUATED_KINDS
 from trainer.evaluate.options import EVALUATION_SEED
-from trainer.evaluate.run import evaluate
+from trainer.evaluate.run import Series, evaluate
 from trainer.objective import add_noise, prediction_error
 from trainer.stages.features import Batch
 from trainer.stages.practice import all_of
@@ -77,7 +77,7 @@ def measure_run(workshop: Workshop, arm: Arm, module: TrainedPart, held_out: Hel
     pipe = MigePipeline(workshop.study.model, workshop.tokenize, PyTorchEngine(model))
     concepts = [concept for concept in workshop.concepts if concept.held_out]
     change = None if arm.multimodal else as_text_only
-    evaluate(pipe, concepts, EVALUATION_SEED, workshop.study.evaluated, folder, lambda *_: None, change=change)
+    evaluate(pipe, Series(concepts, EVALUATION_SEED, workshop.study.evaluated, change), folder, lambda *_: None)
     evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     result = {"losses": held_out.losses(module), "metrics": evaluation["kinds"]}
     with atomic_file(folder / RESULT_FILE) as temporary:
