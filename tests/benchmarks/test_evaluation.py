@@ -18,12 +18,10 @@ from skimage.metrics import mean_squared_error
 
 from benchmarks.evaluation import metrics
 from benchmarks.evaluation.encoders import (
-    Clip,
     Dino,
     EncoderOptions,
     Encoders,
     GroundedSam,
-    weights_digest,
 )
 from benchmarks.evaluation.generate import GenerateOptions, generate, open_run
 from benchmarks.evaluation.judge import judge
@@ -39,6 +37,7 @@ from mige_rt.pipeline import MigePipeline
 from mige_rt.sampling_params import SamplingParams
 from trainer.synthetic.concepts import Concept
 from trainer.synthetic.manifest import write_manifest
+from trainer.vision_models import Clip, GroundingDino, weights_digest
 
 QUICK = SamplingParams(num_inference_steps=2)
 NONE = EncoderOptions(clip=None, dino=None, detector=None, segmenter=None, lpips=False)
@@ -424,13 +423,13 @@ def test_a_detector_and_a_segmenter_find_the_best_box(tmp_path: Path, monkeypatc
     _tiny_detector(detector)
     _tiny_segmenter(segmenter)
     finder = GroundedSam((detector, "detector"), (segmenter, "segmenter"), "cpu")
-    monkeypatch.setattr(GroundedSam, "BOX_THRESHOLD", 0.0)
+    monkeypatch.setattr(GroundingDino, "BOX_THRESHOLD", 0.0)
     match = finder.find(_noise(4, (96, 80)), "A signboard")
     assert match is not None
     mask, (left, top, right, bottom) = match
     assert mask.shape == (80, 96) and mask.dtype == bool
     assert 0 <= left < right <= 96 and 0 <= top < bottom <= 80
-    monkeypatch.setattr(GroundedSam, "BOX_THRESHOLD", 1.0)
+    monkeypatch.setattr(GroundingDino, "BOX_THRESHOLD", 1.0)
     assert finder.find(_noise(4, (96, 80)), "A signboard") is None
 
 
