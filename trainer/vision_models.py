@@ -19,10 +19,11 @@ from PIL import Image
 
 from mige_rt.errors import InputError
 from mige_rt.hub import local_folder
+from trainer.masks import Box
 
+CLIP = "openai/clip-vit-base-patch32"
+DETECTOR, SEGMENTER = "IDEA-Research/grounding-dino-base", "facebook/sam-vit-huge"
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)")
-
-Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class Clip:
         return unit_vectors(self._model.get_text_features(**inputs))
 
     @property
+    def dimensions(self) -> int:
+        """D, the length of its vectors in numbers."""
+        return self._model.config.projection_dim
+
+    @property
     def _positions(self) -> int:
         return self._model.config.text_config.max_position_embeddings
 
@@ -85,7 +91,7 @@ class Detection:
 
 
 class GroundingDino:
-    """Grounding DINO (Liu et al., 2023) by transformers: words to boxes; thresholds of the published MIGEBench script."""
+    """Grounding DINO (Liu et al., 2023) by transformers: words to boxes; the published script's thresholds."""
 
     BOX_THRESHOLD, TEXT_THRESHOLD = 0.3, 0.25
 
@@ -144,6 +150,33 @@ class Sam:
         ).pred_masks
         (masks,) = self._processor.image_processor.post_process_masks(predicted.cpu(), *(s.cpu() for s in sizes))
         return masks[0, 0].numpy().astype(bool)
+
+
+class Sam3:
+    """SAM 3 (Meta, 2025) by transformers: words to boxes and masks at once. Its classes need torchvision."""
+
+    def __init__(self, folder: Path, device: str, threshold: float) -> None:
+        """Raises InputError where torchvision is not installed."""
+        try:
+            import torchvision  # noqa: F401  # pyright: ignore[reportMissingImports]  # optional
+            from transformers import Sam3Model, Sam3Processor
+        except ImportError as error:
+            raise InputError(f"SAM 3 needs torchvision ({error}); install it with: pip install torchvision") from error
+        self._device, self._threshold = device, threshold
+        self._model = load_model(Sam3Model, folder, device)
+        self._processor: Any = Sam3Processor.from_pretrained(folder, local_files_only=True)
+
+    @torch.inference_mode()
+    def detect(self, image: Image.Image, words: str) -> list[Detection]:
+        """The matches of some words, with their masks, the best one first."""
+        inputs = self._processor(images=image, text=words, return_tensors="pt").to(self._device)
+        (matches,) = self._processor.post_process_instance_segmentation(
+            self._model(**inputs), threshold=self._threshold, target_sizes=[image.size[::-1]]
+        )
+        columns = (matches[name].cpu() for name in ("boxes", "scores", "masks"))
+        rows = zip(*columns, strict=True)
+        detections = [Detection(tuple(b.tolist()), float(score), mask.numpy().astype(bool)) for b, score, mask in rows]
+        return sorted(detections, key=lambda match: -match.score)
 
 
 def download_command(name: str, default: str) -> str:

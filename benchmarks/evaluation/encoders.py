@@ -18,6 +18,9 @@ from PIL import Image
 
 from trainer.evaluate import efficientnet_lite
 from trainer.vision_models import (
+    CLIP,
+    DETECTOR,
+    SEGMENTER,
     Clip,
     EncoderName,
     GroundingDino,
@@ -29,8 +32,7 @@ from trainer.vision_models import (
     weights_digest,
 )
 
-CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dino-vits16"
-DETECTOR, SEGMENTER = "IDEA-Research/grounding-dino-base", "facebook/sam-vit-huge"
+DINO = "facebook/dino-vits16"
 LPIPS_COMMAND = "pip install lpips torchvision"
 
 T = TypeVar("T")

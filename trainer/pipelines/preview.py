@@ -1,0 +1,79 @@
+"""A contact sheet of records on their way through a pipeline, with masks and boxes."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from mige_rt.errors import InputError
+from mige_rt.images import open_image
+from trainer.contact_sheet import Strip, sheet
+from trainer.masks import Mask, cut_out, on_square
+from trainer.pipelines.records import Candidate, Record, unpack_mask
+
+CELL = 192  # pixels
+MOST_THINGS = 4  # of a record that are shown
+KEPT, LEFT_OUT = (0, 160, 60), (210, 40, 40)
+TITLES = ("image, masks and boxes", "source", "things", *[""] * (MOST_THINGS - 1))
+
+
+def write_preview(records: Sequence[Record], path: Path) -> None:
+    """Write the sheet as a PNG: a strip for each record, with its samples' prompts, or why it was left out."""
+    sheet([_strip(record) for record in records], TITLES, path, columns=1, cell=CELL)
+
+
+def _strip(record: Record) -> Strip:
+    try:
+        image = open_image(record.image)
+    except InputError:
+        return Strip([None] * len(TITLES), _caption(record))
+    # Those that came furthest first: they say most.
+    things = sorted(record.candidates, key=lambda thing: (thing.drop is not None, thing.mask is None))[:MOST_THINGS]
+    cells = [_cell(_marked(image, record.candidates)), _source(record), *(_thing(image, thing) for thing in things)]
+    return Strip([*cells, *[None] * (len(TITLES) - len(cells))], _caption(record))
+
+
+def _marked(image: Image.Image, things: Sequence[Candidate]) -> Image.Image:
+    pixels = np.array(image)
+    for thing in things:
+        if thing.mask is not None:
+            mask: Mask = unpack_mask(thing.mask)
+            pixels[mask] = (0.6 * pixels[mask] + 0.4 * np.array(_color(thing))).astype(np.uint8)
+    marked = Image.fromarray(pixels)
+    draw = ImageDraw.Draw(marked)
+    for thing in things:
+        if thing.box is not None:
+            draw.rectangle(thing.box, outline=_color(thing), width=max(1, max(image.size) // 150))
+    return marked
+
+
+def _source(record: Record) -> np.ndarray | None:
+    background = next((thing.background for thing in record.candidates if thing.background is not None), None)
+    if background is not None:
+        return _cell(Image.open(io.BytesIO(background), formats=["PNG"]))
+    if record.source is None:
+        return None
+    try:
+        return _cell(open_image(record.source))
+    except InputError:
+        return None
+
+
+def _thing(image: Image.Image, thing: Candidate) -> np.ndarray | None:
+    return None if thing.mask is None else _cell(cut_out(image, unpack_mask(thing.mask)))
+
+
+def _cell(image: Image.Image) -> np.ndarray:
+    return np.asarray(on_square(image, CELL))
+
+
+def _color(thing: Candidate) -> tuple[int, int, int]:
+    return KEPT if thing.drop is None else LEFT_OUT
+
+
+def _caption(record: Record) -> str:
+    if record.drop is not None:
+        return f"{record.id}: left out at {record.drop.stage}: {record.drop.reason} {record.drop.detail}"
+    return f"{record.id}: " + " | ".join(sample.prompt for sample in record.samples)

@@ -1,0 +1,142 @@
+"""Subject-driven generation from captions (MIGE, appendix C.1): the things that a caption names become its images."""
+
+import re
+from collections.abc import Sequence
+from functools import partial
+
+from mige_rt.instruction import PLACEHOLDER
+from trainer.masks import cut_out, on_square
+from trainer.pipelines.config import PipelineConfig, SubjectSettings
+from trainer.pipelines.loaders import Roles
+from trainer.pipelines.records import Candidate, Drop, DroppedError, Record, Sample, png, unpack_mask
+from trainer.pipelines.stages import (
+    Stage,
+    add_candidates,
+    check_box,
+    for_each_thing,
+    locate,
+    original_file,
+    segment,
+)
+
+
+def subject_stages(config: PipelineConfig) -> list[Stage]:
+    """The stages, in their order."""
+    settings, roles = config.pipeline, config.roles
+    assert isinstance(settings, SubjectSettings)
+    return [
+        Stage("read", None, _read),
+        *([Stage("caption", "clip", partial(_check_caption, settings))] if roles.clip else []),
+        Stage("tag", "tagger" if roles.tagger else None, _tag),
+        Stage("detect", "detector" if roles.detector else None, partial(_detect, settings)),
+        Stage("segment", "segmenter" if roles.segmenter else None, partial(segment, "segment")),
+        *([Stage("match", "clip", partial(_check_things, settings))] if roles.clip else []),
+        Stage("write", None, partial(_write, settings)),
+    ]
+
+
+def place_subjects(caption: str, names: Sequence[str]) -> tuple[str, list[int]]:
+    """Put placeholders where a caption names things, with the article before the name.
+
+    Args:
+        caption: The text.
+        names: Of the things, in the caption's words.
+
+    Returns:
+        The multimodal text, and the numbers of the things in the order of its placeholders. A thing that is not named,
+        or only within another's name, is not among them.
+    """
+    spans: list[tuple[int, int, int]] = []
+    for number, name in enumerate(names):
+        for match in _mentions(caption, name):
+            start, end = match.span()
+            if all(end <= first or start >= last for first, last, _ in spans):
+                spans.append((start, end, number))
+                break
+    spans.sort()
+    text, position = "", 0
+    for start, end, _ in spans:
+        text += caption[position:start] + PLACEHOLDER
+        position = end
+    return text + caption[position:], [number for _, _, number in spans]
+
+
+def _mentions(caption: str, name: str) -> list[re.Match[str]]:
+    words = r"\s+".join(re.escape(word) for word in name.split())
+    pattern = rf"(?<!\w)(?:(?:an?|the|this)\s+)?{words}(?!\w)"
+    return list(re.finditer(pattern, caption, re.IGNORECASE)) if words else []
+
+
+def _read(record: Record, roles: Roles) -> None:
+    record.open()
+    if PLACEHOLDER in record.text.lower():
+        raise DroppedError("a caption with a placeholder", record.text[:200], bad=True)
+
+
+def _check_caption(settings: SubjectSettings, record: Record, roles: Roles) -> None:
+    record.scores["clip_t"] = score = roles.clip.similarity(record.open(), record.text)
+    if not score >= settings.clip_t:
+        raise DroppedError(f"clip_t below {settings.clip_t:g}", f"{score:.3f}")
+
+
+def _tag(record: Record, roles: Roles) -> None:
+    if not record.is_grounded:
+        record.candidates = [Candidate(name) for name in dict.fromkeys(roles.tagger.entities(record.text))]
+    add_candidates("tag", record, record.candidates)
+
+    def check(candidate: Candidate) -> None:
+        if not _mentions(record.text, candidate.words):
+            raise DroppedError("a name that the caption does not have", candidate.words)
+
+    for_each_thing("tag", record, check)
+
+
+def _detect(settings: SubjectSettings, record: Record, roles: Roles) -> None:
+    image = record.open()
+
+    def find(candidate: Candidate) -> None:
+        if not record.is_grounded:
+            locate(roles.detector.detect(image, candidate.words), candidate, image.size)
+        limits = settings.grounded_box_share if record.is_grounded else settings.box_share
+        check_box(candidate, image.size, limits)
+
+    for_each_thing("detect", record, find)
+
+
+def _check_things(settings: SubjectSettings, record: Record, roles: Roles) -> None:
+    image = record.open()
+
+    def check(candidate: Candidate) -> None:
+        subject = cut_out(image, unpack_mask(candidate.mask))
+        candidate.scores["clip_t"] = score = roles.clip.similarity(subject, f"a photo of {candidate.words}")
+        if not score >= settings.entity_clip_t:
+            raise DroppedError(f"clip_t of the cut-out below {settings.entity_clip_t:g}", f"{score:.3f}")
+
+    for_each_thing("match", record, check)
+
+
+def _write(settings: SubjectSettings, record: Record, roles: Roles) -> None:
+    image, things = record.open(), record.remaining
+    _, order = place_subjects(record.text, [thing.words for thing in things])
+    chosen = [things[number] for number in order][: settings.most_subjects]
+    prompt, _ = place_subjects(record.text, [thing.words for thing in chosen])
+    for thing in things:
+        if all(thing is not other for other in chosen):
+            thing.drop = Drop("write", "a name within another's, or one too many", thing.words, False)
+    target, content = original_file(record.image, "target")
+    files = {target: content}
+    for k, thing in enumerate(chosen):
+        files[f"image-{k}.png"] = png(on_square(cut_out(image, unpack_mask(thing.mask)), settings.side))
+        files[f"mask-{k}.png"] = thing.mask or b""
+    record.samples = [
+        Sample(
+            prompt=prompt,
+            files=files,
+            images=tuple(f"image-{k}.png" for k in range(len(chosen))),
+            source=None,
+            target=target,
+            size=image.size,
+            scores=record.scores,
+            subjects=tuple({"name": thing.words, "box": thing.box} for thing in chosen),
+        )
+    ]
