@@ -11,7 +11,8 @@ import click
 from mige_rt.cli.bench import bench
 from mige_rt.cli.bundles import build, convert, export, info
 from mige_rt.cli.compare import compare
-from mige_rt.cli.data import convert_data, prepare
+from mige_rt.cli.data import COMMANDS as DATA_COMMANDS
+from mige_rt.cli.data import convert_data, data_group, prepare
 from mige_rt.cli.eval import COMMANDS as EVAL_COMMANDS
 from mige_rt.cli.eval import evaluate
 from mige_rt.cli.hub import pull, push
@@ -81,8 +82,11 @@ for command in (run, serve, compare):
     limit_options(command)
 for command in (run, serve, convert, export, build, info, push, pull, sign, verify):
     main.add_command(verbose_option(command))
-for command in (bench, compare, convert_data, prepare, train, train_lora):
+for command in (bench, compare, train, train_lora):
     main.add_command(verbose_option(command))
-for command in EVAL_COMMANDS:
+for command in (*DATA_COMMANDS, *EVAL_COMMANDS):
     verbose_option(command)
-main.add_command(evaluate)
+for command in (data_group, evaluate):
+    main.add_command(command)
+main.add_command(convert_data, "convert-data")  # as they were called before there was `data`
+main.add_command(prepare)

@@ -1,4 +1,4 @@
-"""A shard of samples as a pipeline writes it: one of webdataset's tar files, and a report of what came of its records."""
+"""A shard as a pipeline writes it: samples in one of webdataset's tar files, and what came of the records."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mige_rt.atomic import atomic_file
 from trainer.pipelines.built import BuiltShard
 from trainer.plotting import make_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 BAR = 0.38  # the height of a bar, of two for each stage
 
@@ -49,7 +53,7 @@ def plot_funnel(total: BuiltShard, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
 
 
-def _bars(axes, places: Sequence[float], values: Sequence[int], label: str) -> None:
+def _bars(axes: "Axes", places: Sequence[float], values: Sequence[int], label: str) -> None:
     bars = axes.barh(places, values, BAR, label=label)
     axes.bar_label(bars, padding=3, fontsize=8)
 

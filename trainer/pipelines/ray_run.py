@@ -89,8 +89,8 @@ def run_on_ray(
         gpus = sum(group.num_gpus * group.concurrency for group in groups)
         if gpus > resources.get("GPU", 0):
             raise InputError(
-                f"the roles need {gpus:g} GPUs at once, and the cluster at {address!r} has {resources.get('GPU', 0):g}; "
-                "lower num_gpus or concurrency in the config"
+                f"the roles need {gpus:g} GPUs at once, and the cluster at {address!r} has "
+                f"{resources.get('GPU', 0):g}; lower num_gpus or concurrency in the config"
             )
         actors = sum(group.concurrency for group in groups)
         context: Any = _data.DataContext.get_current()
