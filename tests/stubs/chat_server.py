@@ -46,7 +46,7 @@ def chat_server(answer: Callable[[Asked], str | tuple[int, str]]) -> Iterator[Ch
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked = _asked(body)
             server.requests.append(asked)
-            server.headers.append(dict(self.headers))
+            server.headers.append({name.lower(): value for name, value in self.headers.items()})
             time.sleep(server.delay)
             reply = server.answer(asked)
             status, text = (200, _completion(reply)) if isinstance(reply, str) else reply

@@ -530,7 +530,7 @@ def test_a_busy_server_is_asked_again(
     total = build(_load(config, tmp_path), sa_1b, tmp_path / "out", BuildOptions(limit=1))
     assert len(total.lines) == 1 and total.bad == 0
     assert {asked.body["model"] for asked in server.requests} == {"from-environment"}
-    assert {headers["Authorization"] for headers in server.headers} == {"Bearer secret"}
+    assert {headers["authorization"] for headers in server.headers} == {"Bearer secret"}
     assert "secret" not in "".join(path.read_text(errors="replace") for path in (tmp_path / "out").iterdir())
 
 

@@ -67,17 +67,17 @@ class Prompts:
         own = None if self._folder is None else self._folder / f"{name}.txt"
         return _read(own if own is not None and own.is_file() else PROMPTS / f"{name}.txt")
 
-    def fill(self, name: str, **values: object) -> str:
+    def fill(self, prompt: str, /, **values: object) -> str:
         """A text with values in the places of $words.
 
         Raises:
             InputError: The text has a place for something else.
         """
         try:
-            return Template(self.text(name)).substitute({key: str(value) for key, value in values.items()})
+            return Template(self.text(prompt)).substitute({key: str(value) for key, value in values.items()})
         except (KeyError, ValueError) as error:
             raise InputError(
-                f"the prompt {name}.txt has a place that nothing fills ({error}); known are "
+                f"the prompt {prompt}.txt has a place that nothing fills ({error}); known are "
                 f"{', '.join(f'${key}' for key in values)}, and $$ for a dollar sign"
             ) from error
 
