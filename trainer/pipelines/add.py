@@ -1,4 +1,4 @@
-"""Subject addition from segmented images (MIGE, appendix C.3, figure 5a): a thing is taken out, and put in again."""
+"""Subject addition from segmented images (MIGE, appendix C.3, figure 5a): what is taken out is added."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from trainer.masks import cut_out, decode_rle, long_side_size, mask_box, on_squa
 from trainer.pipelines.config import AddSettings, PipelineConfig
 from trainer.pipelines.loaders import Roles
 from trainer.pipelines.records import Candidate, DroppedError, Record, Sample, pack_mask, png, unpack_mask
-from trainer.pipelines.stages import Stage, add_candidates, check_score, check_share, for_each_thing, set_mask
+from trainer.pipelines.stages import Stage, add_candidates, check_score, check_share, for_each_entity, set_mask
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _take_masks(settings: AddSettings, record: Record, roles: Roles) -> None:
         set_mask(candidate, mask, size)
         candidate.box = mask_box(mask)
 
-    for_each_thing("masks", record, take)
+    for_each_entity("masks", record, take)
 
 
 def _subject(settings: AddSettings, image: Image.Image, candidate: Candidate) -> Image.Image:
@@ -105,9 +105,9 @@ def _check_complete(settings: AddSettings, record: Record, roles: Roles) -> None
 
     def check(candidate: Candidate) -> None:
         if not roles.describer.is_complete(_subject(settings, image, candidate)):
-            raise DroppedError("no complete thing")
+            raise DroppedError("not a complete entity")
 
-    for_each_thing("complete", record, check)
+    for_each_entity("complete", record, check)
 
 
 def _name(settings: AddSettings, record: Record, roles: Roles) -> None:
@@ -116,7 +116,7 @@ def _name(settings: AddSettings, record: Record, roles: Roles) -> None:
     def name(candidate: Candidate) -> None:
         candidate.words = roles.describer.name(_subject(settings, image, candidate))
 
-    for_each_thing("name", record, name)
+    for_each_entity("name", record, name)
 
 
 def _inpaint(settings: AddSettings, record: Record, roles: Roles) -> None:
@@ -129,7 +129,7 @@ def _inpaint(settings: AddSettings, record: Record, roles: Roles) -> None:
         hole = resize_mask(dilate(unpack_mask(candidate.mask), settings.dilation), small.size)
         candidate.background = png(roles.inpainter.inpaint(small, hole))
 
-    for_each_thing("inpaint", record, fill)
+    for_each_entity("inpaint", record, fill)
 
 
 def _at_output_size(settings: AddSettings, image: Image.Image) -> Image.Image:
@@ -149,7 +149,7 @@ def _instruct(settings: AddSettings, record: Record, roles: Roles) -> None:
         left, top, right, bottom = _scaled_box(candidate, image.size, small.size)
         candidate.prompt = roles.describer.instruction(small, candidate.words, (left, top, right, bottom))
 
-    for_each_thing("instruct", record, instruct)
+    for_each_entity("instruct", record, instruct)
 
 
 def _write(settings: AddSettings, record: Record, roles: Roles) -> None:
@@ -158,19 +158,19 @@ def _write(settings: AddSettings, record: Record, roles: Roles) -> None:
     target = png(small)
     record.samples = [
         Sample(
-            prompt=thing.prompt,
+            prompt=entity.prompt,
             files={
                 "target.png": target,
-                "source.png": thing.background or b"",
-                "image-0.png": png(_subject(settings, image, thing)),
-                "mask-0.png": pack_mask(resize_mask(unpack_mask(thing.mask), small.size)),
+                "source.png": entity.background or b"",
+                "image-0.png": png(_subject(settings, image, entity)),
+                "mask-0.png": pack_mask(resize_mask(unpack_mask(entity.mask), small.size)),
             },
             images=("image-0.png", "source.png"),
             source="source.png",
             target="target.png",
             size=small.size,
             scores=record.scores,
-            subjects=({"name": thing.words, "box": _scaled_box(thing, image.size, small.size)},),
+            subjects=({"name": entity.words, "box": _scaled_box(entity, image.size, small.size)},),
         )
-        for thing in record.remaining
+        for entity in record.remaining
     ]

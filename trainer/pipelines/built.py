@@ -18,18 +18,33 @@ from trainer.pipelines.records import Drop, Record, Sample
 
 @dataclass(frozen=True)
 class StageCount:
-    """How many records, and things in their images, are left after a stage."""
+    """What a stage leaves.
+
+    Attributes:
+        records: How many are left.
+        entities: How many in their images are left.
+        new_entities: How many the stage has brought up, before it left any out.
+    """
 
     records: int
-    things: int
+    entities: int
+    new_entities: int
+
+    def __add__(self, other: "StageCount") -> "StageCount":
+        """Both together."""
+        return StageCount(
+            self.records + other.records,
+            self.entities + other.entities,
+            self.new_entities + other.new_entities,
+        )
 
 
 @dataclass(frozen=True)
 class DropLine:
-    """What was left out: a record, or a thing in it (its number from 0 on)."""
+    """What was left out: a record, or an entity in it (its number from 0 on)."""
 
     id: str
-    thing: int | None
+    entity: int | None
     stage: str
     reason: str
     detail: str
@@ -59,8 +74,7 @@ class BuiltShard:
         self.records += other.records
         self.bad += other.bad
         for name, count in other.funnel.items():
-            mine = self.funnel.get(name, StageCount(0, 0))
-            self.funnel[name] = StageCount(mine.records + count.records, mine.things + count.things)
+            self.funnel[name] = self.funnel.get(name, StageCount(0, 0, 0)) + count
         self.lines += other.lines
         self.dropped += other.dropped
 
@@ -92,13 +106,14 @@ def count_stages(stages: Sequence[str], records: Sequence[Record]) -> dict[str, 
     counts: dict[str, StageCount] = {}
     for name, number in order.items():
         remaining = [record for record in records if passed(record.drop, number)]
-        things = [
+        entities = [
             candidate
             for record in remaining
             for candidate in record.candidates
             if candidate.stage and order[candidate.stage] <= number and passed(candidate.drop, number)
         ]
-        counts[name] = StageCount(len(remaining), len(things))
+        new = sum(candidate.stage == name for record in records for candidate in record.candidates)
+        counts[name] = StageCount(len(remaining), len(entities), new)
     return counts
 
 
@@ -138,9 +153,9 @@ def write_shard(path: Path, stages: Sequence[str], records: Sequence[Record], ma
 
 
 def _drop_lines(record: Record) -> list[DropLine]:
-    things = [(k, candidate.drop) for k, candidate in enumerate(record.candidates) if candidate.drop is not None]
-    drops = [*things, *([(None, record.drop)] if record.drop is not None else [])]
-    return [DropLine(record.id, thing, drop.stage, drop.reason, drop.detail, drop.bad) for thing, drop in drops]
+    entities = [(k, candidate.drop) for k, candidate in enumerate(record.candidates) if candidate.drop is not None]
+    drops = [*entities, *([(None, record.drop)] if record.drop is not None else [])]
+    return [DropLine(record.id, entity, drop.stage, drop.reason, drop.detail, drop.bad) for entity, drop in drops]
 
 
 def _description(record: Record, sample: Sample) -> bytes:

@@ -162,7 +162,7 @@ class RoleConfigs(_Checked):
         detector: Words to boxes; openai: a vision-language model that answers with boxes.
         segmenter: A box to a mask.
         inpainter: Fills a hole in an image.
-        describer: Names and places things in images: a vision-language model.
+        describer: Names and places entities in images: a vision-language model.
         clip: Scores how well an image and a text agree.
         aesthetic: Scores how beautiful an image is.
     """
@@ -184,7 +184,7 @@ class SubjectSettings(_Checked):
         entity_clip_t: The least similarity of "a photo of [entity]" and the cut-out; the paper gives no number.
         box_share: The least and the largest part of the image that a detected box may cover.
         grounded_box_share: The same for boxes that came with the caption.
-        most_subjects: The first so many things of a caption become images.
+        most_subjects: The first so many entities of a caption become images.
         side: Width and height of a cut-out in pixels.
     """
 
@@ -267,7 +267,7 @@ class PipelineConfig(_Checked):
 
 # The roles without which a pipeline cannot run. Scorers are left out where nobody fills them.
 NEEDED: dict[str, tuple[str, ...]] = {
-    "subject": (),  # captions may bring their things and boxes with them
+    "subject": (),  # captions may bring their entities and boxes with them
     "edit": (),
     "add": ("inpainter", "describer"),
     "replace": ("tagger", "detector"),

@@ -16,7 +16,7 @@ from trainer.pipelines.records import Candidate, Record
 
 @dataclass(frozen=True)
 class GroundedEntity:
-    """A thing that a caption names, and its box: left, top, right, bottom in pixels."""
+    """An entity that a caption names, and its box: left, top, right, bottom in pixels."""
 
     words: str
     box: tuple[float, float, float, float]
@@ -24,7 +24,7 @@ class GroundedEntity:
 
 @dataclass(frozen=True)
 class CaptionLine:
-    """A line of captions: a path relative to the file, its caption, and, in grounded captions, things with boxes."""
+    """A line of captions: a path relative to the file, its caption, and, in grounded captions, entities with boxes."""
 
     image: str
     caption: str
@@ -39,10 +39,10 @@ def read_records(pipeline: str, data: Path, *, is_grounded: bool = False) -> lis
         pipeline: subject: a file of `CaptionLine`s as JSON lines. edit, replace: a manifest. add: a folder in SA-1B's
             layout, images with a JSON file of the same name each.
         data: The file or folder.
-        is_grounded: Nobody finds things in captions, so they have to come with them.
+        is_grounded: Nobody finds entities in captions, so they have to come with them.
 
     Raises:
-        InputError: There is no such thing, or it names what is wrong with it. Image files are not opened.
+        InputError: The data are not there, or it names what is wrong with them. Image files are not opened.
     """
     if not data.exists():
         raise InputError(f"there is nothing at {data}; check the path")
@@ -67,14 +67,14 @@ def _captions(path: Path, is_grounded: bool) -> Iterator[Record]:
         caption = validate(CaptionLine, content, where)
         if caption.entities is None and is_grounded:
             raise InputError(f"{where} has no entities; give them with their boxes, or name a tagger and a detector")
-        things = [Candidate(entity.words, entity.box) for entity in caption.entities or ()]
+        entities = [Candidate(entity.words, entity.box) for entity in caption.entities or ()]
         yield Record(
             number=number,
             id=caption.id or str(line),
             image=os.path.abspath(os.path.join(path.parent, caption.image)),
             text=caption.caption,
             is_grounded=caption.entities is not None,
-            candidates=things,
+            candidates=entities,
         )
 
 

@@ -65,7 +65,7 @@ class Roles:
 
     @cached_property
     def detector(self) -> Detector:
-        """Finds things by words."""
+        """Finds entities by words."""
         role = _given(self._config.detector)
         if isinstance(role, OpenAIRole):
             return LanguageDetector(_chat(role), self._prompts)

@@ -16,7 +16,7 @@ def dilate(mask: Mask, pixels: int) -> Mask:
 
 
 class GrabCut:
-    """See `roles.Segmenter`: GrabCut (Rother et al., 2004), which tells a box's thing from what is around by colour."""
+    """See `roles.Segmenter`: GrabCut (Rother et al., 2004), which tells what is in a box from what is around it."""
 
     def __init__(self, iterations: int) -> None:
         self._iterations = iterations

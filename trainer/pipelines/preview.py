@@ -14,9 +14,9 @@ from trainer.masks import Mask, cut_out, on_square
 from trainer.pipelines.records import Candidate, Record, unpack_mask
 
 CELL = 192  # pixels
-MOST_THINGS = 4  # of a record that are shown
-KEPT, LEFT_OUT = (0, 160, 60), (210, 40, 40)
-TITLES = ("image, masks and boxes", "source", "things", *[""] * (MOST_THINGS - 1))
+MOST_ENTITIES = 4  # of a record that are shown
+REMAINING, LEFT_OUT = (0, 160, 60), (210, 40, 40)
+TITLES = ("image, masks and boxes", "source", "entities", *[""] * (MOST_ENTITIES - 1))
 
 
 def write_preview(records: Sequence[Record], path: Path) -> None:
@@ -30,27 +30,28 @@ def _strip(record: Record) -> Strip:
     except InputError:
         return Strip([None] * len(TITLES), _caption(record))
     # Those that came furthest first: they say most.
-    things = sorted(record.candidates, key=lambda thing: (thing.drop is not None, thing.mask is None))[:MOST_THINGS]
-    cells = [_cell(_marked(image, record.candidates)), _source(record), *(_thing(image, thing) for thing in things)]
+    entities = sorted(record.candidates, key=lambda entity: (entity.drop is not None, entity.mask is None))
+    shown = [_entity_cell(image, entity) for entity in entities[:MOST_ENTITIES]]
+    cells = [_cell(_marked(image, record.candidates)), _source(record), *shown]
     return Strip([*cells, *[None] * (len(TITLES) - len(cells))], _caption(record))
 
 
-def _marked(image: Image.Image, things: Sequence[Candidate]) -> Image.Image:
+def _marked(image: Image.Image, entities: Sequence[Candidate]) -> Image.Image:
     pixels = np.array(image)
-    for thing in things:
-        if thing.mask is not None:
-            mask: Mask = unpack_mask(thing.mask)
-            pixels[mask] = (0.6 * pixels[mask] + 0.4 * np.array(_color(thing))).astype(np.uint8)
+    for entity in entities:
+        if entity.mask is not None:
+            mask: Mask = unpack_mask(entity.mask)
+            pixels[mask] = (0.6 * pixels[mask] + 0.4 * np.array(_color(entity))).astype(np.uint8)
     marked = Image.fromarray(pixels)
     draw = ImageDraw.Draw(marked)
-    for thing in things:
-        if thing.box is not None:
-            draw.rectangle(thing.box, outline=_color(thing), width=max(1, max(image.size) // 150))
+    for entity in entities:
+        if entity.box is not None:
+            draw.rectangle(entity.box, outline=_color(entity), width=max(1, max(image.size) // 150))
     return marked
 
 
 def _source(record: Record) -> np.ndarray | None:
-    background = next((thing.background for thing in record.candidates if thing.background is not None), None)
+    background = next((entity.background for entity in record.candidates if entity.background is not None), None)
     if background is not None:
         return _cell(Image.open(io.BytesIO(background), formats=["PNG"]))
     if record.source is None:
@@ -61,16 +62,16 @@ def _source(record: Record) -> np.ndarray | None:
         return None
 
 
-def _thing(image: Image.Image, thing: Candidate) -> np.ndarray | None:
-    return None if thing.mask is None else _cell(cut_out(image, unpack_mask(thing.mask)))
+def _entity_cell(image: Image.Image, entity: Candidate) -> np.ndarray | None:
+    return None if entity.mask is None else _cell(cut_out(image, unpack_mask(entity.mask)))
 
 
 def _cell(image: Image.Image) -> np.ndarray:
     return np.asarray(on_square(image, CELL))
 
 
-def _color(thing: Candidate) -> tuple[int, int, int]:
-    return KEPT if thing.drop is None else LEFT_OUT
+def _color(entity: Candidate) -> tuple[int, int, int]:
+    return REMAINING if entity.drop is None else LEFT_OUT
 
 
 def _caption(record: Record) -> str:

@@ -53,14 +53,13 @@ class _StageActor:
 
 
 def group_stages(config: PipelineConfig, stages: Sequence[Stage]) -> list[StageGroup]:
-    """Which stages share actors. Those without a role go with the stage before, or else with the one after."""
+    """Which stages share actors. Those without a role go with the stage before."""
     placed: list[tuple[Stage, tuple[str, int, float]]] = []
     for stage in stages:
         role = None if stage.role is None else getattr(config.roles, stage.role)
+        place = placed[-1][1] if placed else ("", 1, 0.0)
         if role is not None:
-            place = (stage.role if role.num_gpus else "", role.concurrency, role.num_gpus)
-        else:
-            place = placed[-1][1] if placed else ("", 1, 0.0)
+            place = (stage.role or "" if role.num_gpus else "", role.concurrency, role.num_gpus)
         placed.append((stage, place))
     groups = itertools.groupby(placed, key=lambda pair: pair[1])
     return [StageGroup(tuple(stage for stage, _ in pairs), place[1], place[2]) for place, pairs in groups]

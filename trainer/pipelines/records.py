@@ -1,4 +1,4 @@
-"""What goes from stage to stage: a raw record, the things in its image, and what has become of them."""
+"""What goes from stage to stage: a raw record, the entities in its image, and what has become of them."""
 
 import io
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from trainer.masks import Box
 
 
 class DroppedError(Exception):
-    """A record or a thing in it is left out.
+    """A record or an entity in it is left out.
 
     Attributes:
         reason: A few words, the same for all that are left out for it.
@@ -40,14 +40,14 @@ class Drop:
 
 @dataclass
 class Candidate:
-    """A thing in an image, which may become a subject.
+    """An entity in an image, which may become a subject.
 
     Attributes:
         words: Its name; empty where it has none yet.
         box: Where it is.
         mask: Its pixels, see `pack_mask`.
         stage: That brought it up.
-        prompt: The instruction, where each thing has its own.
+        prompt: The instruction, where each entity has its own.
         background: The image without it, as a PNG.
         scores: By name.
         drop: Why it was left out.
@@ -75,7 +75,7 @@ class Sample:
         target: The file's name.
         size: (width, height) of the target in pixels.
         scores: By name.
-        subjects: Name and box of each thing that an image shows; its mask is the file mask-N.png.
+        subjects: Name and box of each entity that an image shows; its mask is the file mask-N.png.
     """
 
     prompt: str
@@ -95,13 +95,13 @@ class Record:
     Attributes:
         number: In the input, from 0 on.
         id: What the input calls it.
-        image: Path of the image that things are cut from; of an edit, the target.
+        image: Path of the image that entities are cut from; of an edit, the target.
         text: The caption or instruction.
         source: Path of the image to edit.
         images: Paths of the images that the text's placeholders stand for.
         annotation: Path of the file with the image's masks.
-        is_grounded: The things and their boxes came with the caption.
-        candidates: The things in the image.
+        is_grounded: The entities and their boxes came with the caption.
+        candidates: The entities in the image.
         scores: By name.
         samples: What came of it.
         drop: Why it was left out.
@@ -124,7 +124,7 @@ class Record:
 
     @property
     def remaining(self) -> list[Candidate]:
-        """The things that have not been left out."""
+        """The entities that have not been left out."""
         return [candidate for candidate in self.candidates if candidate.drop is None]
 
     def open(self) -> Image.Image:

@@ -13,7 +13,7 @@ from trainer.pipelines.stages import (
     add_candidates,
     check_box,
     check_score,
-    for_each_thing,
+    for_each_entity,
     locate,
     original_file,
     segment,
@@ -60,35 +60,35 @@ def _detect(settings: ReplaceSettings, record: Record, roles: Roles) -> None:
         locate(roles.detector.detect(image, candidate.words), candidate, image.size)
         check_box(candidate, image.size, settings.box_share)
 
-    for_each_thing("detect", record, find)
+    for_each_entity("detect", record, find)
 
 
 def _rewrite(record: Record, roles: Roles) -> None:
     def rewrite(candidate: Candidate) -> None:
         candidate.prompt = roles.tagger.rewrite(plain_instruction(record.text), candidate.words)
 
-    for_each_thing("rewrite", record, rewrite)
+    for_each_entity("rewrite", record, rewrite)
 
 
 def _write(settings: ReplaceSettings, record: Record, roles: Roles) -> None:
     assert record.source is not None
-    image, (thing,) = record.open(), record.remaining
+    image, (entity,) = record.open(), record.remaining
     target, content = original_file(record.image, "target")
     source, source_content = original_file(record.source, "source")
     record.samples = [
         Sample(
-            prompt=thing.prompt,
+            prompt=entity.prompt,
             files={
                 target: content,
                 source: source_content,
-                "image-0.png": png(on_square(cut_out(image, unpack_mask(thing.mask)), settings.side)),
-                "mask-0.png": thing.mask or b"",
+                "image-0.png": png(on_square(cut_out(image, unpack_mask(entity.mask)), settings.side)),
+                "mask-0.png": entity.mask or b"",
             },
             images=(source, "image-0.png"),
             source=source,
             target=target,
             size=image.size,
             scores=record.scores,
-            subjects=({"name": thing.words, "box": thing.box},),
+            subjects=({"name": entity.words, "box": entity.box},),
         )
     ]

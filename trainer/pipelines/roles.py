@@ -19,11 +19,11 @@ class Tagger(Protocol):
     """Understands texts. Raises DroppedError where no sense can be made of its answer."""
 
     def entities(self, caption: str) -> list[str]:
-        """The things that a caption names, in its own words."""
+        """The entities that a caption names, in its own words."""
         ...
 
     def new_subject(self, instruction: str) -> str | None:
-        """The thing that an edit puts in another's place; None where it does something else."""
+        """The entity that an edit puts in another's place; None where it does something else."""
         ...
 
     def rewrite(self, instruction: str, subject: str) -> str:
@@ -43,7 +43,7 @@ class Segmenter(Protocol):
     """A box to a mask."""
 
     def segment(self, image: Image.Image, box: Box) -> NDArray[np.bool_]:
-        """The pixels of the thing in the box, bool [height,width]."""
+        """The pixels of the entity in the box, bool [height,width]."""
         ...
 
 
@@ -67,7 +67,7 @@ class Describer(Protocol):
         ...
 
     def instruction(self, image: Image.Image, words: str, box: Box) -> str:
-        """How to put the thing in the box into the image without it."""
+        """How to put the entity in the box into the image without it."""
         ...
 
 

@@ -41,19 +41,19 @@ def run_stages(stages: Sequence[Stage], record: Record, roles: Roles) -> None:
 
 
 def add_candidates(stage: str, record: Record, candidates: Sequence[Candidate]) -> None:
-    """Note the things that a stage has brought up. Raises DroppedError where there is none."""
+    """Note the entities that a stage has brought up. Raises DroppedError where there is none."""
     if not candidates:
-        raise DroppedError("nothing in it")
+        raise DroppedError("no entity in it")
     for candidate in candidates:
         candidate.stage = stage
     record.candidates = list(candidates)
 
 
-def for_each_thing(stage: str, record: Record, action: Callable[[Candidate], None]) -> None:
-    """Do something with each thing that remains. An action's DroppedError leaves out the one thing.
+def for_each_entity(stage: str, record: Record, action: Callable[[Candidate], None]) -> None:
+    """Do something with each entity that remains. An action's DroppedError leaves out the one entity.
 
     Raises:
-        DroppedError: No thing remains; bad, where every thing that this stage left out is.
+        DroppedError: No entity remains; bad, where every entity that this stage left out is.
     """
     drops: list[Drop] = []
     for candidate in record.remaining:
@@ -63,11 +63,11 @@ def for_each_thing(stage: str, record: Record, action: Callable[[Candidate], Non
             candidate.drop = _drop(stage, error)
             drops.append(candidate.drop)
     if not record.remaining:
-        raise DroppedError("nothing in it is left", bad=all(drop.bad for drop in drops))
+        raise DroppedError("no entity is left", bad=all(drop.bad for drop in drops))
 
 
 def locate(detections: Sequence[Detection], candidate: Candidate, size: tuple[int, int]) -> None:
-    """Give a thing the best of its matches, with the mask where the detector has it.
+    """Give an entity the best of its matches, with the mask where the detector has it.
 
     Raises:
         DroppedError: There is none.
@@ -81,10 +81,10 @@ def locate(detections: Sequence[Detection], candidate: Candidate, size: tuple[in
 
 
 def set_mask(candidate: Candidate, mask: Mask, size: tuple[int, int]) -> None:
-    """Give a thing its mask.
+    """Give an entity its mask.
 
     Args:
-        candidate: The thing.
+        candidate: The entity.
         mask: Its pixels.
         size: Of the image, (width, height).
 
@@ -101,14 +101,14 @@ def set_mask(candidate: Candidate, mask: Mask, size: tuple[int, int]) -> None:
 
 
 def segment(stage: str, record: Record, roles: Roles) -> None:
-    """Give each thing that has a box the mask of what is in it, unless the detector gave one."""
+    """Give each entity that has a box the mask of what is in it, unless the detector gave one."""
     image = record.open()
 
     def cut(candidate: Candidate) -> None:
         if candidate.mask is None and candidate.box is not None:
             set_mask(candidate, roles.segmenter.segment(image, candidate.box), image.size)
 
-    for_each_thing(stage, record, cut)
+    for_each_entity(stage, record, cut)
 
 
 def check_share(what: str, share: float, limits: Shares) -> None:
@@ -119,7 +119,7 @@ def check_share(what: str, share: float, limits: Shares) -> None:
 
 
 def check_box(candidate: Candidate, size: tuple[int, int], limits: Shares) -> None:
-    """Raises DroppedError where a thing's box covers too little or too much of an image of (width, height)."""
+    """Raises DroppedError where an entity's box covers too little or too much of an image of (width, height)."""
     box = None if candidate.box is None else clip_box(candidate.box, size)
     if box is None:
         raise DroppedError("a box outside of the image", str(candidate.box), bad=True)

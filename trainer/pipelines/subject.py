@@ -1,4 +1,4 @@
-"""Subject-driven generation from captions (MIGE, appendix C.1): the things that a caption names become its images."""
+"""Subject-driven generation from captions (MIGE, appendix C.1): what a caption names becomes its images."""
 
 import re
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from trainer.pipelines.stages import (
     Stage,
     add_candidates,
     check_box,
-    for_each_thing,
+    for_each_entity,
     locate,
     original_file,
     segment,
@@ -30,21 +30,21 @@ def subject_stages(config: PipelineConfig) -> list[Stage]:
         Stage("tag", "tagger" if roles.tagger else None, _tag),
         Stage("detect", "detector" if roles.detector else None, partial(_detect, settings)),
         Stage("segment", "segmenter" if roles.segmenter else None, partial(segment, "segment")),
-        *([Stage("match", "clip", partial(_check_things, settings))] if roles.clip else []),
+        *([Stage("match", "clip", partial(_check_entities, settings))] if roles.clip else []),
         Stage("write", None, partial(_write, settings)),
     ]
 
 
 def place_subjects(caption: str, names: Sequence[str]) -> tuple[str, list[int]]:
-    """Put placeholders where a caption names things, with the article before the name.
+    """Put placeholders where a caption names entities, with the article before the name.
 
     Args:
         caption: The text.
-        names: Of the things, in the caption's words.
+        names: Of the entities, in the caption's words.
 
     Returns:
-        The multimodal text, and the numbers of the things in the order of its placeholders. A thing that is not named,
-        or only within another's name, is not among them.
+        The multimodal text, and the numbers of the entities in the order of its placeholders. An entity that is not
+        named, or only within another's name, is not among them.
     """
     spans: list[tuple[int, int, int]] = []
     for number, name in enumerate(names):
@@ -88,7 +88,7 @@ def _tag(record: Record, roles: Roles) -> None:
         if not _mentions(record.text, candidate.words):
             raise DroppedError("a name that the caption does not have", candidate.words)
 
-    for_each_thing("tag", record, check)
+    for_each_entity("tag", record, check)
 
 
 def _detect(settings: SubjectSettings, record: Record, roles: Roles) -> None:
@@ -100,10 +100,10 @@ def _detect(settings: SubjectSettings, record: Record, roles: Roles) -> None:
         limits = settings.grounded_box_share if record.is_grounded else settings.box_share
         check_box(candidate, image.size, limits)
 
-    for_each_thing("detect", record, find)
+    for_each_entity("detect", record, find)
 
 
-def _check_things(settings: SubjectSettings, record: Record, roles: Roles) -> None:
+def _check_entities(settings: SubjectSettings, record: Record, roles: Roles) -> None:
     image = record.open()
 
     def check(candidate: Candidate) -> None:
@@ -112,22 +112,22 @@ def _check_things(settings: SubjectSettings, record: Record, roles: Roles) -> No
         if not score >= settings.entity_clip_t:
             raise DroppedError(f"clip_t of the cut-out below {settings.entity_clip_t:g}", f"{score:.3f}")
 
-    for_each_thing("match", record, check)
+    for_each_entity("match", record, check)
 
 
 def _write(settings: SubjectSettings, record: Record, roles: Roles) -> None:
-    image, things = record.open(), record.remaining
-    _, order = place_subjects(record.text, [thing.words for thing in things])
-    chosen = [things[number] for number in order][: settings.most_subjects]
-    prompt, _ = place_subjects(record.text, [thing.words for thing in chosen])
-    for thing in things:
-        if all(thing is not other for other in chosen):
-            thing.drop = Drop("write", "a name within another's, or one too many", thing.words, False)
+    image, entities = record.open(), record.remaining
+    _, order = place_subjects(record.text, [entity.words for entity in entities])
+    chosen = [entities[number] for number in order][: settings.most_subjects]
+    prompt, _ = place_subjects(record.text, [entity.words for entity in chosen])
+    for entity in entities:
+        if all(entity is not other for other in chosen):
+            entity.drop = Drop("write", "a name within another's, or one too many", entity.words, False)
     target, content = original_file(record.image, "target")
     files = {target: content}
-    for k, thing in enumerate(chosen):
-        files[f"image-{k}.png"] = png(on_square(cut_out(image, unpack_mask(thing.mask)), settings.side))
-        files[f"mask-{k}.png"] = thing.mask or b""
+    for k, entity in enumerate(chosen):
+        files[f"image-{k}.png"] = png(on_square(cut_out(image, unpack_mask(entity.mask)), settings.side))
+        files[f"mask-{k}.png"] = entity.mask or b""
     record.samples = [
         Sample(
             prompt=prompt,
@@ -137,6 +137,6 @@ def _write(settings: SubjectSettings, record: Record, roles: Roles) -> None:
             target=target,
             size=image.size,
             scores=record.scores,
-            subjects=tuple({"name": thing.words, "box": thing.box} for thing in chosen),
+            subjects=tuple({"name": entity.words, "box": entity.box} for entity in chosen),
         )
     ]
