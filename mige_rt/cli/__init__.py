@@ -4,6 +4,7 @@ import errno
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import click
@@ -88,5 +89,7 @@ for command in (*DATA_COMMANDS, *EVAL_COMMANDS):
     verbose_option(command)
 for command in (data_group, evaluate):
     main.add_command(command)
-main.add_command(convert_data, "convert-data")  # as they were called before there was `data`
-main.add_command(prepare)
+for name, command in (("convert-data", convert_data), ("prepare", prepare)):  # their names before there was `data`
+    former = copy(command)
+    former.hidden = True
+    main.add_command(former, name)

@@ -124,7 +124,7 @@ def prepare(manifest: Path, out: Path, model: str, **options: Any) -> None:
     r"""Compute the latents and ViT features of a manifest's images, once, for training to read.
 
     \b
-      mige-rt data prepare --manifest data/magicbrush/manifest.jsonl --model MIGE --out prepared/magicbrush --processes 8
+      mige-rt data prepare --manifest data/magicbrush/manifest.jsonl --model MIGE --out prepared --processes 8
 
     A run that was stopped goes on by the same command, and ends on the same bytes. A sample with an image that cannot
     be read is left out; more than 1 % of such images stop the run.

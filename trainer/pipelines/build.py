@@ -2,7 +2,7 @@
 
 The folder has `shard-000000.tar` and so on, each with `shard-000000.json` beside it once it is whole. `plan.json` says
 what they are made from. When all shards are there, `manifest.jsonl`, `dropped.jsonl`, `funnel.json` and `funnel.png`
-are written: the samples for `mige-rt prepare`, what was left out and why, and what each stage left.
+are written: the samples for `mige-rt data prepare`, what was left out and why, and what each stage left.
 
 A shard holds the samples of the next `shard_records` records. What comes of a record depends on it and on the roles
 alone, so a run that was stopped, at whatever moment, goes on with the shards that are missing and ends on the same

@@ -181,7 +181,7 @@ class SubjectSettings(_Checked):
 
     Attributes:
         clip_t: The least similarity of caption and image.
-        entity_clip_t: The least similarity of "a photo of [entity]" and the cut-out; the paper gives no number.
+        entity_clip_t: The least similarity of "a photo of [entity]" and the cut-out; the number is ours.
         box_share: The least and the largest part of the image that a detected box may cover.
         grounded_box_share: The same for boxes that came with the caption.
         most_subjects: The first so many entities of a caption become images.

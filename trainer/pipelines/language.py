@@ -1,7 +1,6 @@
 """Roles that a language model fills: the questions, which stand in trainer/pipelines/prompts, and their answers."""
 
 import re
-from functools import cache
 from pathlib import Path
 from string import Template
 from typing import Annotated
@@ -57,15 +56,18 @@ class Prompts:
     """The texts of the questions."""
 
     def __init__(self, folder: str | None) -> None:
-        """Args: folder: Its texts replace those of the same names in `PROMPTS`."""
+        """Texts in `folder` replace those of the same names in `PROMPTS`. Raises InputError where it is no folder."""
+        self._texts: dict[str, str] = {}
         self._folder = None if folder is None else Path(folder)
         if self._folder is not None and not self._folder.is_dir():
             raise InputError(f"prompts is {folder!r}, which is no folder; give one with texts such as name.txt")
 
     def text(self, name: str) -> str:
         """A text as its file has it, without the line break at its end."""
-        own = None if self._folder is None else self._folder / f"{name}.txt"
-        return _read(own if own is not None and own.is_file() else PROMPTS / f"{name}.txt")
+        if name not in self._texts:
+            own = None if self._folder is None else self._folder / f"{name}.txt"
+            self._texts[name] = _read(own if own is not None and own.is_file() else PROMPTS / f"{name}.txt")
+        return self._texts[name]
 
     def fill(self, prompt: str, /, **values: object) -> str:
         """A text with values in the places of $words.
@@ -86,7 +88,6 @@ class Prompts:
         return {path.stem: self.text(path.stem) for path in sorted(PROMPTS.glob("*.txt"))}
 
 
-@cache
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8").rstrip("\n")

@@ -53,16 +53,23 @@ class _StageActor:
 
 
 def group_stages(config: PipelineConfig, stages: Sequence[Stage]) -> list[StageGroup]:
-    """Which stages share actors. Those without a role go with the stage before."""
+    """Which stages share actors. Those without a role go with the stage before, the first ones with the one after."""
+    places = [_place(config, stage) for stage in stages]
+    place = next((place for place in places if place is not None), ("", 1, 0.0))
     placed: list[tuple[Stage, tuple[str, int, float]]] = []
-    for stage in stages:
-        role = None if stage.role is None else getattr(config.roles, stage.role)
-        place = placed[-1][1] if placed else ("", 1, 0.0)
-        if role is not None:
-            place = (stage.role or "" if role.num_gpus else "", role.concurrency, role.num_gpus)
+    for stage, own_place in zip(stages, places, strict=True):
+        place = own_place or place
         placed.append((stage, place))
     groups = itertools.groupby(placed, key=lambda pair: pair[1])
     return [StageGroup(tuple(stage for stage, _ in pairs), place[1], place[2]) for place, pairs in groups]
+
+
+def _place(config: PipelineConfig, stage: Stage) -> tuple[str, int, float] | None:
+    """What stages in the same actors have in common: the role, where it needs a GPU; actors; GPUs of each."""
+    role = None if stage.role is None else getattr(config.roles, stage.role)
+    if role is None:
+        return None
+    return stage.role or "" if role.num_gpus else "", role.concurrency, role.num_gpus
 
 
 def run_on_ray(
