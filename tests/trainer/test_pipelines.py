@@ -88,10 +88,10 @@ class Knowing:
         first_words = asked.text.split(":")[0]
         for words, answer in (
             ("Look at what this image shows", self._complete),
-            ("What is the entity", self._name),
-            ("The entity is", self._place),
+            ("What is the thing", self._name),
+            ("The thing is", self._place),
             ("Find this", self._boxes),
-            ("List the physical entities", self._entities),
+            ("List the physical things", self._entities),
             ("Here is an instruction for editing", self._new_subject),
             ("Here is an instruction that replaces", self._rewrite),
         ):
