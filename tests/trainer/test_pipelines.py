@@ -269,6 +269,9 @@ def test_subject_addition_takes_things_out_and_says_where_they_were(
     assert description["subjects"] == [{"name": scenes[2].names[0], "box": list(mask_box(scenes[2].masks[0]) or ())}]
     assert {asked.body["temperature"] for asked in server.requests} == {0}
     assert {asked.body["max_tokens"] for asked in server.requests} == {100}
+    result = _cli("prepare", "--manifest", out / "manifest.jsonl", "--out", tmp_path / "prepared")
+    assert result.exit_code == 0, result.output
+    assert open_prepared(tmp_path / "prepared").index.tasks == {"compose": SCENES}
 
 
 def test_subjects_of_captions_are_cut_out_and_stand_where_they_are_named(
@@ -356,6 +359,13 @@ def test_edits_are_filtered_and_what_training_reads(replacements: Path, tmp_path
     assert "4 samples; left out: 1 (annotation_match not above 0.3)" in result.stderr
     index = open_prepared(tmp_path / "prepared").index
     assert index.samples == 4 and index.tasks == {"edit": 4}
+    # What a pipeline made can go into another one.
+    again = build(_load(_config("edit", {}), tmp_path), out / "manifest.jsonl", tmp_path / "again", HERE)
+    assert len(again.lines) == 5
+    for first, second in zip(
+        *(open_manifest(folder / "manifest.jsonl") for folder in (out, tmp_path / "again")), strict=True
+    ):
+        assert open_sample_image(first.target).tobytes() == open_sample_image(second.target).tobytes()
 
 
 def test_what_idm_vton_made_becomes_replacements(scenes: list[Truth], tmp_path: Path) -> None:

@@ -30,21 +30,28 @@ def open_sample_image(path: str) -> Image:
     Raises:
         InputError: It is not there, or cannot be read.
     """
-    member = _split(path)
-    if member is None:
-        return open_image(path)
-    tar, name = member
-    members = _members(tar)
-    if name not in members:
-        raise InputError(f"there is no image {name} in {tar}; make the shard again")
-    start, size = members[name]
+    return open_image(path) if _split(path) is None else decode_image(read_image_file(path), path)
+
+
+def read_image_file(path: str) -> bytes:
+    """The content of a file, or of a member of a tar file.
+
+    Raises:
+        InputError: It is not there, or cannot be read.
+    """
+    file_name, start, size = path, 0, -1
+    if (member := _split(path)) is not None:
+        file_name, name = member
+        members = _members(file_name)
+        if name not in members:
+            raise InputError(f"there is no image {name} in {file_name}; make the shard again")
+        start, size = members[name]
     try:
-        with open(tar, "rb") as file:
+        with open(file_name, "rb") as file:
             file.seek(start)
-            content = file.read(size)
+            return file.read(size)
     except OSError as error:
-        raise InputError(f"{tar} cannot be read ({error}); check the disk, or copy it elsewhere") from error
-    return decode_image(content, path)
+        raise InputError(f"{file_name} cannot be read ({error}); check the disk, or copy it elsewhere") from error
 
 
 def _split(path: str) -> tuple[str, str] | None:

@@ -1,12 +1,13 @@
 """A pipeline's config file: YAML, checked against these types. trainer/configs/pipelines has one for each pipeline."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from annotated_types import Ge, Gt, Le
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from mige_rt.config import PositiveInt
 from mige_rt.errors import InputError
@@ -14,6 +15,18 @@ from mige_rt.validation import validation_message
 from trainer.data.filters import ABOVE, AT_LEAST
 from trainer.vision_models import CLIP, DETECTOR, SEGMENTER
 
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(path)
+
+
+def _absolute_if_here(model: str) -> str:
+    return os.path.abspath(model) if os.path.isdir(model) else model
+
+
+# Work may be done in another folder, by Ray's actors.
+LocalPath = Annotated[str, AfterValidator(_absolute)]
+ModelName = Annotated[str, AfterValidator(_absolute_if_here)]  # a folder, or a repository in the hub's cache
 Share = Annotated[float, Ge(0), Le(1)]
 Shares = tuple[Share, Share]  # smallest and largest
 
@@ -71,7 +84,7 @@ class TransformersRole(_Role):
     """
 
     loader: Literal["transformers"]
-    model: str
+    model: ModelName
     attempts: PositiveInt = 2
     precision: Literal["fp32", "bf16"] = "bf16"
 
@@ -80,7 +93,7 @@ class GroundingDinoRole(_Role):
     """Grounding DINO by transformers, see `trainer.vision_models.GroundingDino`."""
 
     loader: Literal["grounding-dino"]
-    model: str = DETECTOR
+    model: ModelName = DETECTOR
     box_threshold: Share = 0.3
     text_threshold: Share = 0.25
 
@@ -89,7 +102,7 @@ class Sam3Role(_Role):
     """SAM 3 by transformers, which finds and segments at once; it needs torchvision."""
 
     loader: Literal["sam3"]
-    model: str = "facebook/sam3"
+    model: ModelName = "facebook/sam3"
     threshold: Share = 0.5
 
 
@@ -97,7 +110,7 @@ class SamRole(_Role):
     """SAM by transformers."""
 
     loader: Literal["sam"]
-    model: str = SEGMENTER
+    model: ModelName = SEGMENTER
 
 
 class GrabCutRole(_Role):
@@ -116,7 +129,7 @@ class LamaRole(_Role):
     """
 
     loader: Literal["lama"]
-    file: str
+    file: LocalPath
     trust_torchscript: bool = False
 
 
@@ -135,7 +148,7 @@ class ClipRole(_Role):
     """CLIP by transformers: how well an image and a text agree."""
 
     loader: Literal["clip"]
-    model: str = CLIP
+    model: ModelName = CLIP
 
 
 class LaionRole(_Role):
@@ -147,8 +160,8 @@ class LaionRole(_Role):
     """
 
     loader: Literal["laion"]
-    head: str
-    model: str = "openai/clip-vit-large-patch14"
+    head: LocalPath
+    model: ModelName = "openai/clip-vit-large-patch14"
 
 
 ChatRole = Annotated[OpenAIRole | TransformersRole, Field(discriminator="loader")]
@@ -262,7 +275,7 @@ class PipelineConfig(_Checked):
     roles: RoleConfigs = RoleConfigs()
     shard_records: PositiveInt = 64
     max_bad: Share = 0.5
-    prompts: str | None = None
+    prompts: LocalPath | None = None
 
 
 # The roles without which a pipeline cannot run. Scorers are left out where nobody fills them.

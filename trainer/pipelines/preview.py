@@ -7,11 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mige_rt.errors import InputError
-from mige_rt.images import open_image
 from trainer.contact_sheet import Strip, sheet
 from trainer.masks import Mask, cut_out, on_square
-from trainer.pipelines.records import Candidate, Record, unpack_mask
+from trainer.pipelines.records import Candidate, DroppedError, Record, open_or_drop, unpack_mask
 
 CELL = 192  # pixels
 MOST_ENTITIES = 4  # of a record that are shown
@@ -26,8 +24,8 @@ def write_preview(records: Sequence[Record], path: Path) -> None:
 
 def _strip(record: Record) -> Strip:
     try:
-        image = open_image(record.image)
-    except InputError:
+        image = record.open()
+    except DroppedError:
         return Strip([None] * len(TITLES), _caption(record))
     # Those that came furthest first: they say most.
     entities = sorted(record.candidates, key=lambda entity: (entity.drop is not None, entity.mask is None))
@@ -57,8 +55,8 @@ def _source(record: Record) -> np.ndarray | None:
     if record.source is None:
         return None
     try:
-        return _cell(open_image(record.source))
-    except InputError:
+        return _cell(open_or_drop(record.source))
+    except DroppedError:
         return None
 
 

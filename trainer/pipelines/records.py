@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mige_rt.errors import InputError
-from mige_rt.images import open_image
+from trainer.data.tar_images import open_sample_image
 from trainer.masks import Box
 
 
@@ -135,7 +135,7 @@ class Record:
 def open_or_drop(path: str) -> Image.Image:
     """An image, RGB and upright; raises DroppedError where it cannot be read."""
     try:
-        return open_image(path)
+        return open_sample_image(path)
     except InputError as error:
         raise DroppedError("an image that cannot be read", str(error), bad=True) from error
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mige_rt.errors import InputError
+from trainer.data.tar_images import read_image_file
 from trainer.masks import Mask, box_share, clip_box, mask_box
 from trainer.pipelines.config import Shares
 from trainer.pipelines.loaders import Roles
@@ -135,7 +136,7 @@ def check_score(name: str, score: float, limit: float) -> None:
 
 def original_file(path: str, name: str) -> tuple[str, bytes]:
     """An image file as it is: what a sample calls it, and its content. `open_or_drop` has read it before."""
-    return f"{name}{Path(path).suffix.lower() or '.image'}", Path(path).read_bytes()
+    return f"{name}{Path(path).suffix.lower() or '.image'}", read_image_file(path)
 
 
 def _drop(stage: str, error: DroppedError) -> Drop:
