@@ -189,7 +189,8 @@ def build(config_file: Path, data: Path, out: Path, ray: str, limit: int | None,
 
     config = load_pipeline_config(config_file)
     if shown is not None:
-        records = dry_run(config, data, out, shown)
+        with requires("pipelines", "building training data"):
+            records = dry_run(config, data, out, shown)
         samples = sum(len(record.samples) for record in records)
         report(f"{samples} samples of {len(records)} records")
         echo(out / PREVIEW)

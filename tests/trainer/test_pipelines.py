@@ -611,7 +611,8 @@ def test_run_lengths_are_cocos() -> None:
     ("caption", "names", "prompt", "order"),
     [
         ("A cat and the dog", ["dog", "cat"], "<imagehere> and <imagehere>", [1, 0]),
-        ("a hot dog beside a dog", ["dog", "hot dog"], "a hot <imagehere> beside a dog", [0]),
+        ("a hot dog beside a dog", ["dog", "hot dog"], "<imagehere> beside <imagehere>", [1, 0]),
+        ("a hot dog", ["dog", "hot dog"], "<imagehere>", [1]),
         ("a hot dog beside a dog", ["hot dog", "dog"], "<imagehere> beside <imagehere>", [0, 1]),
         ("cats, catalogues", ["cat"], "cats, catalogues", []),
         ("the C++ book (old)", ["C++ book (old)", ""], "<imagehere>", [0]),

@@ -44,10 +44,11 @@ def place_subjects(caption: str, names: Sequence[str]) -> tuple[str, list[int]]:
 
     Returns:
         The multimodal text, and the numbers of the entities in the order of its placeholders. An entity that is not
-        named, or only within another's name, is not among them.
+        named, or only within a longer name, is not among them.
     """
     spans: list[tuple[int, int, int]] = []
-    for number, name in enumerate(names):
+    # Longer names first: "hot dog" before "dog".
+    for number, name in sorted(enumerate(names), key=lambda pair: -len(pair[1])):
         for match in _mentions(caption, name):
             start, end = match.span()
             if all(end <= first or start >= last for first, last, _ in spans):
