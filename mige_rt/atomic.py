@@ -53,6 +53,11 @@ def atomic_file(path: Path, *, replace: bool = True) -> Generator[Path, None, No
         _release(lock)
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether a file is one that `atomic_file` writes to, or that a killed run has left."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
 def check_folder(folder: Path) -> None:
     """Find out whether `atomic_file` can write in a folder. Leaves nothing behind. Raises OSError when it cannot."""
     temporary, lock = _locked_file(folder)  # by doing it: a special file system gives permission and then refuses

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from engines.pytorch import torch_device
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
-from mige_rt.images import open_image
 from mige_rt.lora import LORA_FILE
 from mige_rt.scheduler import TRAIN_STEPS
 from mige_rt.tokenizer import Tokenize, load_tokenizer
@@ -27,6 +26,7 @@ from trainer.data.batches import TrainingBatch, collate
 from trainer.data.encode import Encoders, encode_samples, load_encoders
 from trainer.data.manifest import ManifestSample
 from trainer.data.prepared import PreparedSample
+from trainer.data.tar_images import open_sample_image
 from trainer.loop import Float32Attention, Task, Trained, make_optimiser, optimisation_steps
 from trainer.lora import LoraOptions, adapted_layers, add_lora, lora_parameters, save_adapted
 from trainer.objective import sample_losses
@@ -179,7 +179,8 @@ def _tokenizer(checkpoint: Checkpoint) -> Tokenize:
 
 def _prepare(encoders: Encoders, samples: Sequence[ManifestSample]) -> list[PreparedSample]:
     """The samples' features. Raises InputError when an image cannot be read."""
-    images = {path: open_image(path) for path in dict.fromkeys(path for sample in samples for path in sample.paths())}
+    paths = dict.fromkeys(path for sample in samples for path in sample.paths())
+    images = {path: open_sample_image(path) for path in paths}
     opened = [(sample, {path: images[path] for path in sample.paths()}) for sample in samples]
     files = encode_samples(encoders, opened, ENCODED_AT_ONCE)
     return [PreparedSample.of(file["json"], file["latents.npy"], file.get("vit.npy")) for file in files]

@@ -4,43 +4,38 @@ Nothing is downloaded: what is not here is reported with the command that gets i
 processors are those that need Pillow alone, so that the numbers do not depend on whether torchvision is installed.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
-from mige_rt.errors import InputError
-from mige_rt.hub import local_folder
 from trainer.evaluate import efficientnet_lite
+from trainer.vision_models import (
+    CLIP,
+    DETECTOR,
+    SEGMENTER,
+    Clip,
+    EncoderName,
+    GroundingDino,
+    Sam,
+    download_command,
+    load_model,
+    locate_model,
+    unit_vectors,
+    weights_digest,
+)
 
-CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dino-vits16"
-DETECTOR, SEGMENTER = "IDEA-Research/grounding-dino-base", "facebook/sam-vit-huge"
+DINO = "facebook/dino-vits16"
 LPIPS_COMMAND = "pip install lpips torchvision"
-_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)")
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class EncoderName:
-    """What a number in a table depends on.
-
-    Attributes:
-        name: A repository on the hub, a folder, or a package.
-        sha256: Of the file with its weights; of several files, of their digests in the order of their names.
-    """
-
-    name: str
-    sha256: str
 
 
 class ImageEncoder(Protocol):
@@ -54,37 +49,6 @@ class ImageEncoder(Protocol):
         ...
 
 
-class Clip:
-    """CLIP (Radford et al., 2021) by transformers: images and texts to vectors that can be compared."""
-
-    def __init__(self, folder: Path, name: str, device: str) -> None:
-        from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
-
-        self.id = EncoderName(name, weights_digest(folder))
-        self._device = device
-        self._model = _load_model(CLIPModel, folder, device)
-        self._processor: Any = CLIPImageProcessorPil.from_pretrained(folder)
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-
-    @torch.inference_mode()
-    def embed_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
-        """See `ImageEncoder`."""
-        inputs = self._processor(list(images), return_tensors="pt").to(self._device)
-        return _unit(self._model.get_image_features(**inputs))
-
-    @torch.inference_mode()
-    def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """float32 [N,D]; a text is cut after the 77 tokens that CLIP was trained with."""
-        inputs = self._tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self._positions, return_tensors="pt"
-        ).to(self._device)
-        return _unit(self._model.get_text_features(**inputs))
-
-    @property
-    def _positions(self) -> int:
-        return self._model.config.text_config.max_position_embeddings
-
-
 class Dino:
     """DINO (Caron et al., 2021) by transformers: the class token of the last layer."""
 
@@ -93,14 +57,14 @@ class Dino:
 
         self.id = EncoderName(name, weights_digest(folder))
         self._device = device
-        self._model = _load_model(AutoModel, folder, device)
+        self._model = load_model(AutoModel, folder, device)
         self._processor: Any = ViTImageProcessorPil.from_pretrained(folder)
 
     @torch.inference_mode()
     def embed_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
         """See `ImageEncoder`."""
         inputs = self._processor(list(images), return_tensors="pt").to(self._device)
-        return _unit(self._model(**inputs).last_hidden_state[:, 0])
+        return unit_vectors(self._model(**inputs).last_hidden_state[:, 0])
 
 
 class EfficientNet:
@@ -153,61 +117,23 @@ class SubjectFinder(Protocol):
 
 
 class GroundedSam:
-    """Grounding DINO and SAM by transformers, at the thresholds of the published MIGEBench script."""
-
-    BOX_THRESHOLD, TEXT_THRESHOLD = 0.3, 0.25
+    """Grounding DINO and SAM, at the thresholds of the published MIGEBench script."""
 
     def __init__(self, detector: tuple[Path, str], segmenter: tuple[Path, str], device: str) -> None:
-        from transformers import (
-            AutoTokenizer,
-            GroundingDinoForObjectDetection,
-            GroundingDinoImageProcessorPil,
-            GroundingDinoProcessor,
-            SamImageProcessorPil,
-            SamModel,
-            SamProcessor,
-        )
-
         self.ids = tuple(EncoderName(name, weights_digest(folder)) for folder, name in (detector, segmenter))
-        self._device = device
-        self._detector = _load_model(GroundingDinoForObjectDetection, detector[0], device)
-        self._segmenter = _load_model(SamModel, segmenter[0], device)
-        processor, tokenizer = (c.from_pretrained(detector[0]) for c in (GroundingDinoImageProcessorPil, AutoTokenizer))
-        self._detector_processor: Any = GroundingDinoProcessor(processor, tokenizer)
-        self._segmenter_processor: Any = SamProcessor(SamImageProcessorPil.from_pretrained(segmenter[0]))
+        self._detector = GroundingDino(detector[0], device)
+        self._segmenter = Sam(segmenter[0], device)
 
-    @torch.inference_mode()
     def find(self, image: Image.Image, words: str) -> tuple[NDArray[np.bool_], tuple[int, int, int, int]] | None:
         """See `SubjectFinder`."""
-        text = words.strip().lower().rstrip(".") + "."  # as the detector was trained
-        inputs = self._detector_processor(images=image, text=text, return_tensors="pt").to(self._device)
-        (detected,) = self._detector_processor.post_process_grounded_object_detection(
-            self._detector(**inputs),
-            inputs["input_ids"],
-            threshold=self.BOX_THRESHOLD,
-            text_threshold=self.TEXT_THRESHOLD,
-            target_sizes=[image.size[::-1]],
-        )
-        if not len(detected["scores"]):
+        matches = self._detector.detect(image, words)
+        if not matches:
             return None
-        box = detected["boxes"][detected["scores"].argmax()].tolist()
+        box = matches[0].box
         limits = (image.width, image.height) * 2
         left, top, right, bottom = (min(max(round(x), 0), limit) for x, limit in zip(box, limits, strict=True))
-        mask = self._mask(image, box)
+        mask = self._segmenter.segment(image, box)
         return (mask, (left, top, right, bottom)) if right > left and bottom > top else None
-
-    def _mask(self, image: Image.Image, box: list[float]) -> NDArray[np.bool_]:
-        inputs = self._segmenter_processor(image, input_boxes=[[box]], return_tensors="pt").to(self._device)
-        sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
-        predicted = self._segmenter(
-            pixel_values=inputs["pixel_values"],
-            input_boxes=inputs["input_boxes"].to(torch.float32),
-            multimask_output=False,
-        ).pred_masks
-        (masks,) = self._segmenter_processor.image_processor.post_process_masks(
-            predicted.cpu(), *(s.cpu() for s in sizes)
-        )
-        return masks[0, 0].numpy().astype(bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +216,7 @@ class Encoders:
         return self._open(
             ("metrics of subjects",),
             " && ".join(map(download_command, names, (DETECTOR, SEGMENTER))),
-            lambda: GroundedSam((_locate(names[0]), names[0]), (_locate(names[1]), names[1]), self._device),
+            lambda: GroundedSam((locate_model(names[0]), names[0]), (locate_model(names[1]), names[1]), self._device),
         )
 
     @property
@@ -324,7 +250,9 @@ class Encoders:
     ) -> T | None:
         if name is None:
             return None
-        return self._open(metrics, download_command(name, default), lambda: load(_locate(name), name, self._device))
+        return self._open(
+            metrics, download_command(name, default), lambda: load(locate_model(name), name, self._device)
+        )
 
     def _open(self, metrics: tuple[str, ...], command: str, load: Callable[[], T]) -> T | None:
         try:
@@ -332,44 +260,3 @@ class Encoders:
         except Exception as error:  # those of the libraries have no common class, and the other metrics go on
             self.missing.append(MissingEncoder(metrics, " ".join(str(error).split()), command))
             return None
-
-
-def download_command(name: str, default: str) -> str:
-    """What downloads an encoder to the hub's cache, or, where a folder was named, the default one to that folder."""
-    repository = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
-    where = name if repository else f"{default} --local-dir {name}"
-    return f'hf download {where} --exclude "*.msgpack" "*.h5" "onnx/*"'
-
-
-def weights_digest(folder: Path) -> str:
-    """SHA-256 of a model folder's weights; of several files, of their digests in the order of their names.
-
-    Raises:
-        InputError: There are none.
-    """
-    files = sorted(path for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name))
-    files = [path for path in files if path.suffix == ".safetensors"] or files  # which transformers prefers
-    if not files:
-        raise InputError(f"{folder} has no model.safetensors or pytorch_model.bin")
-    digests = []
-    for path in files:
-        with path.open("rb") as file:
-            digests.append(file_digest(file, "sha256").hexdigest())
-    return digests[0] if len(digests) == 1 else sha256("".join(digests).encode()).hexdigest()
-
-
-def _locate(name: str) -> Path:
-    folder = local_folder(name, local_files_only=True)
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{name} is no model folder here: it has no config.json")
-    return folder
-
-
-def _load_model(kind: Any, folder: Path, device: str) -> Any:
-    model = kind.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-    return model.to(device).eval().requires_grad_(False)
-
-
-def _unit(output: Any) -> NDArray[np.float32]:
-    features = output if isinstance(output, torch.Tensor) else output.pooler_output
-    return F.normalize(features.float(), dim=-1).cpu().numpy()

@@ -3,7 +3,8 @@
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -46,6 +47,21 @@ def run_on_ray(
     Raises:
         InputError: No cluster answers at this address, or starts here within Ray's 30 seconds.
     """
+    with ray_cluster(address):
+        yield from _outcomes(settings, jobs, workers)
+
+
+@contextmanager
+def ray_cluster(address: str) -> Generator[None, None, None]:
+    """A connection to a Ray cluster.
+
+    Args:
+        address: As `ray.init` takes it: `auto`, `HOST:PORT`, `ray://HOST:PORT`, or `local` for a cluster of this
+            machine alone that ends with the block.
+
+    Raises:
+        InputError: No cluster answers at this address, or starts here within Ray's 30 seconds.
+    """
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or else Ray warns of GPUs that nobody asked for
     try:
@@ -55,7 +71,9 @@ def run_on_ray(
             f"no Ray cluster answers at {address!r} ({error}); start one with `ray start --head`, or give --ray local"
         ) from error
     try:
-        yield from _outcomes(settings, jobs, workers)
+        context: Any = _data.DataContext.get_current()
+        context.enable_progress_bars = False
+        yield
     finally:
         _ray.shutdown()
 
@@ -64,7 +82,6 @@ def _outcomes(settings: BatchSettings, jobs: Sequence[BatchJob], workers: int | 
     gpus = int(_ray.cluster_resources().get("GPU", 0))
     actors = min(workers or gpus or len(_ray.nodes()), len(jobs))
     context: Any = _data.DataContext.get_current()
-    context.enable_progress_bars = False
     context.max_errored_blocks = -1  # what ends an actor costs the jobs of one block
     dataset: Any = _data.from_items(
         [{"job": json.dumps(asdict(job))} for job in jobs],

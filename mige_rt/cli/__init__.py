@@ -4,6 +4,7 @@ import errno
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import click
@@ -11,7 +12,8 @@ import click
 from mige_rt.cli.bench import bench
 from mige_rt.cli.bundles import build, convert, export, info
 from mige_rt.cli.compare import compare
-from mige_rt.cli.data import convert_data, prepare
+from mige_rt.cli.data import COMMANDS as DATA_COMMANDS
+from mige_rt.cli.data import convert_data, data_group, prepare
 from mige_rt.cli.eval import COMMANDS as EVAL_COMMANDS
 from mige_rt.cli.eval import evaluate
 from mige_rt.cli.hub import pull, push
@@ -81,8 +83,13 @@ for command in (run, serve, compare):
     limit_options(command)
 for command in (run, serve, convert, export, build, info, push, pull, sign, verify):
     main.add_command(verbose_option(command))
-for command in (bench, compare, convert_data, prepare, train, train_lora):
+for command in (bench, compare, train, train_lora):
     main.add_command(verbose_option(command))
-for command in EVAL_COMMANDS:
+for command in (*DATA_COMMANDS, *EVAL_COMMANDS):
     verbose_option(command)
-main.add_command(evaluate)
+for command in (data_group, evaluate):
+    main.add_command(command)
+for name, command in (("convert-data", convert_data), ("prepare", prepare)):  # their names before there was `data`
+    former = copy(command)
+    former.hidden = True
+    main.add_command(former, name)

@@ -1,4 +1,7 @@
-"""`mige-rt convert-data` and `prepare`: the way from published datasets to what training reads."""
+"""`mige-rt data`: the way from published datasets and raw images to what training reads.
+
+Its commands `convert` and `prepare` are also there as `mige-rt convert-data` and `mige-rt prepare`.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,9 +11,18 @@ import click
 
 from mige_rt.cli.shared import PATH, Part, progress
 from mige_rt.errors import InputError, requires
-from mige_rt.terminal import echo, report
+from mige_rt.terminal import echo, report, report_lines
 
-LAYOUTS = ("instructpix2pix", "magicbrush", "ultraedit", "seed-data-edit", "hq-edit", "gier", "subjects200k")
+LAYOUTS = (
+    "instructpix2pix",
+    "magicbrush",
+    "ultraedit",
+    "seed-data-edit",
+    "hq-edit",
+    "gier",
+    "subjects200k",
+    "idm-vton",
+)
 
 _FILTERS = click.option(
     "--filter/--no-filter",
@@ -21,7 +33,16 @@ _FILTERS = click.option(
 )
 
 
-@click.command("convert-data")
+@click.group("data")
+def data_group() -> None:
+    """Make training data: convert datasets, build samples of raw images, compute features.
+
+    `convert` turns a published dataset into a manifest, and `build` raw images and texts; `prepare` computes what
+    `mige-rt train` reads of either.
+    """
+
+
+@data_group.command("convert")
 @click.option("--layout", type=click.Choice(LAYOUTS), required=True, help="which dataset it is")
 @click.option("--data", type=PATH, required=True, help="the folder that the dataset was downloaded to, or its one file")
 @click.option("--out", type=PATH, required=True, help="the folder to make, with manifest.jsonl")
@@ -48,8 +69,8 @@ def convert_data(layout: str, data: Path, out: Path, scores: tuple[str, ...], **
     """Turn a published dataset into a manifest, the form in which training data is kept.
 
     \b
-      mige-rt convert-data --layout magicbrush --data MagicBrush --out data/magicbrush
-      mige-rt convert-data --layout instructpix2pix --data mine.parquet --out data/mine \\
+      mige-rt data convert --layout magicbrush --data MagicBrush --out data/magicbrush
+      mige-rt data convert --layout instructpix2pix --data mine.parquet --out data/mine \\
           --source-column before --caption-column text --image-column after
     """
     with requires("data", "converting datasets"):
@@ -77,7 +98,7 @@ def convert_data(layout: str, data: Path, out: Path, scores: tuple[str, ...], **
     echo(out / "manifest.jsonl")
 
 
-@click.command()
+@data_group.command()
 @click.option("--manifest", type=PATH, required=True, help="JSON lines, or the published JSON")
 @click.option("--out", type=PATH, required=True, help="the folder to make, or to go on with")
 @click.option(
@@ -103,7 +124,7 @@ def prepare(manifest: Path, out: Path, model: str, **options: Any) -> None:
     """Compute the latents and ViT features of a manifest's images, once, for training to read.
 
     \b
-      mige-rt prepare --manifest data/magicbrush/manifest.jsonl --model MIGE --out prepared/magicbrush --processes 8
+      mige-rt data prepare --manifest data/magicbrush/manifest.jsonl --model MIGE --out prepared --processes 8
 
     A run that was stopped goes on by the same command, and ends on the same bytes. A sample with an image that cannot
     be read is left out; more than 1 % of such images stop the run.
@@ -133,6 +154,55 @@ def prepare(manifest: Path, out: Path, model: str, **options: Any) -> None:
     echo(out)
 
 
+@data_group.command()
+@click.option("--config", "config_file", type=PATH, required=True, help="YAML, as in trainer/configs/pipelines")
+@click.option("--data", type=PATH, required=True, help="captions as JSON lines, a manifest, or a folder as of SA-1B")
+@click.option("--out", type=PATH, required=True, help="the folder to make, or to go on with")
+@click.option(
+    "--ray",
+    default="local",
+    show_default=True,
+    metavar="ADDRESS",
+    help="of a Ray cluster: auto, HOST:PORT, ray://HOST:PORT; local: this machine; none: this process, without Ray",
+)
+@click.option("--limit", type=click.IntRange(1), help="take the first so many records alone")
+@click.option(
+    "--dry-run", "shown", type=click.IntRange(1), metavar="N", help="show what comes of N records: OUT/dry-run.png"
+)
+def build(config_file: Path, data: Path, out: Path, ray: str, limit: int | None, shown: int | None) -> None:
+    r"""Make training samples of raw images and texts, by one of the paper's pipelines.
+
+    \b
+      mige-rt data build --config trainer/configs/pipelines/add.yaml --data sa-1b --out data/add --dry-run 20
+      mige-rt data build --config trainer/configs/pipelines/add.yaml --data sa-1b --out data/add
+      mige-rt data prepare --manifest data/add/manifest.jsonl --model MIGE --out prepared/add
+
+    A run that was stopped goes on by the same command, and ends on the same bytes where the models give the same
+    answers. What is left out is in OUT/dropped.jsonl with its reason.
+    """
+    with requires("pipelines", "building training data"):
+        from export.formatting import markdown_table
+        from trainer.pipelines.build import PREVIEW, BuildOptions, dry_run
+        from trainer.pipelines.build import build as build_samples
+        from trainer.pipelines.config import load_pipeline_config
+        from trainer.pipelines.funnel import funnel_table
+
+    config = load_pipeline_config(config_file)
+    if shown is not None:
+        with requires("pipelines", "building training data"):
+            records = dry_run(config, data, out, shown)
+        samples = sum(len(record.samples) for record in records)
+        report(f"{samples} samples of {len(records)} records")
+        echo(out / PREVIEW)
+        return
+    with requires("pipelines", "building training data"), progress("shards") as advance:
+        options = BuildOptions(ray=None if ray == "none" else ray, limit=limit)
+        total = build_samples(config, data, out, options, advance)
+    report_lines(markdown_table(funnel_table(total)))
+    report(f"{len(total.lines)} samples of {total.records} records; {total.bad} records are bad")
+    echo(out / "manifest.jsonl")
+
+
 def _score_columns(scores: tuple[str, ...]) -> dict[str, str]:
     columns: dict[str, str] = {}
     for score in scores:
@@ -147,3 +217,6 @@ def _left_out(reasons: Mapping[str, int]) -> str:
     if not reasons:
         return ""
     return "; left out: " + ", ".join(f"{number} ({reason})" for reason, number in reasons.items())
+
+
+COMMANDS = (convert_data, prepare, build)

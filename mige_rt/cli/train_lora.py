@@ -25,7 +25,7 @@ MEAN_OVER = 50  # steps, of the losses that are printed
     "prompt",
     help="of the images without such a file; an <imagehere> stands for the thing, as another image shows it",
 )
-@click.option("--data", type=PATH, help="a manifest instead, as mige-rt prepare reads it: JSON lines")
+@click.option("--data", type=PATH, help="a manifest instead, as mige-rt data prepare reads it: JSON lines")
 @click.option("--out", "--output-dir", "out", type=PATH, required=True, help="the folder for lora_weights.safetensors")
 @click.option(
     "--model",

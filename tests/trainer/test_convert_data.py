@@ -195,6 +195,14 @@ def _subjects200k(folder: Path) -> Path:
     return folder
 
 
+def _idm_vton(folder: Path) -> Path:
+    for name, color in (("image", "red"), ("cloth", "green"), ("result", "blue")):
+        (folder / "test" / name).mkdir(parents=True)
+        _image(color).save(folder / f"test/{name}/{'c' if name == 'cloth' else 'p'}1.jpg")
+    (folder / "test_pairs.txt").write_text("p1.jpg c1.jpg\np2.jpg c1.jpg\n")
+    return folder
+
+
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "instructpix2pix": _instructpix2pix,
     "magicbrush": _magicbrush,
@@ -203,6 +211,7 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "hq-edit": _hq_edit,
     "gier": _gier,
     "subjects200k": _subjects200k,
+    "idm-vton": _idm_vton,
 }
 IN, OF = "<imagehere>", "<imagehere>"
 RED_TO_BLUE, BLUE_TO_RED = ((250, 0, 0), (0, 0, 250)), ((0, 0, 250), (250, 0, 0))
@@ -225,6 +234,7 @@ EXPECTED: dict[str, list[tuple[str, tuple[tuple[int, ...], tuple[int, ...]]]]] =
         (f"more light of{OF}", RED_TO_BLUE),
         (f"tint the hat in{IN}", RED_TO_BLUE),
     ],
+    "idm-vton": [("replace the upper garment of the person in <imagehere> with <imagehere>", RED_TO_BLUE)],
     "subjects200k": [
         ("<imagehere> stands in a bright room.", BLUE_TO_RED),
         ("In a cabin, a worn <imagehere> is by the fire.", RED_TO_BLUE),
@@ -232,6 +242,7 @@ EXPECTED: dict[str, list[tuple[str, tuple[tuple[int, ...], tuple[int, ...]]]]] =
     ],
 }
 LEFT_OUT = {
+    "idm-vton": ["1 (no image that IDM-VTON made)"],
     "ultraedit": ["1 (clip_t below 0.255)"],
     "seed-data-edit": ["1 (missing image file)", "1 (no instruction)", "1 (no image)"],
     "subjects200k": ["2 (quality_assessment below 5)", "1 (the description does not name its subject)"],
@@ -253,8 +264,8 @@ def test_a_published_layout_becomes_a_manifest(layout: str, tmp_path: Path) -> N
     for sample in samples:
         with Image.open(sample.target) as target:
             assert not is_subject or np.ptp(np.asarray(target), axis=(0, 1)).max() == 0  # nothing of the border
-        assert sample.task == ("subject" if is_subject else "edit")
-        assert is_subject or set(sample.images) == {sample.source}
+        assert sample.task == {"subjects200k": "subject", "idm-vton": "compose"}.get(layout, "edit")
+        assert sample.task != "edit" or set(sample.images) == {sample.source}
         assert sample.size == ((512, 512) if is_subject else (40, 30))
     assert len({sample.id for sample in samples}) == len(samples)
     for text in LEFT_OUT.get(layout, []):

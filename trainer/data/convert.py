@@ -15,6 +15,7 @@ from mige_rt.images import MAX_PIXELS, READABLE
 from mige_rt.requests import RequestRecord
 from trainer.data.converters.edit_pairs import EDIT_PAIRS
 from trainer.data.converters.gier import convert_gier
+from trainer.data.converters.idm_vton import convert_idm_vton
 from trainer.data.converters.layout import (
     ConvertedSample,
     Converter,
@@ -35,6 +36,7 @@ CONVERTERS: dict[str, Converter] = {
     "seed-data-edit": convert_seed_data_edit,
     "gier": convert_gier,
     "subjects200k": convert_subjects200k,
+    "idm-vton": convert_idm_vton,
 }
 
 

@@ -11,8 +11,8 @@
   id         unique; by default the number of the line
   scores     {name: number}, such as aesthetic, clip_t and annotation_match, see `trainer.data.filters`
 
-Only prompt and target are needed. Paths are relative to the manifest. seed and truth may be there, and mean nothing to
-training.
+Only prompt and target are needed. Paths are relative to the manifest, and may lead into a shard
+(`trainer.data.tar_images`). seed and truth may be there, and mean nothing to training.
 """
 
 import json
@@ -25,6 +25,7 @@ from mige_rt.errors import InputError
 from mige_rt.instruction import Task
 from mige_rt.requests import RequestRecord, check_task, complete_instruction, parse_request, read_lines
 from trainer.data.published import PUBLISHED_NAMES, is_published, read_published
+from trainer.data.tar_images import image_exists
 
 MANIFEST = "manifest.jsonl"  # in the folders that we write
 
@@ -164,6 +165,6 @@ def _check_files(record: RequestRecord, layout: _Layout, checked: set[str]) -> N
     for field, name in named:
         if name is None or name in checked:
             continue
-        if not os.path.isfile(os.path.join(layout.root, name)):
+        if not image_exists(os.path.join(layout.root, name)):
             raise InputError(f"{field} is {name!r}, but there is no such file in {layout.root}; correct the path")
         checked.add(name)

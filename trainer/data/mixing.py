@@ -25,7 +25,8 @@ class Source:
     """One kind of samples, an entry of a config's `sources:`.
 
     Attributes:
-        path: A folder that `mige-rt prepare` made, or several, which are read as one, each as often as it has samples.
+        path: A folder that `mige-rt data prepare` made, or several, which are read as one, each as often as it has
+            samples.
         ratio: How many of its samples there are for one of a source whose ratio is 1. None: 1, with which four sources
             of subject-driven samples, edits, additions and replacements stand as in the paper: subject-driven
             generation and editing 1:1, addition and replacement 1:1.
@@ -74,7 +75,7 @@ class MixedBatches:
                 different encoders.
         """
         if not sources:
-            raise InputError("sources is empty; name at least one folder that mige-rt prepare made")
+            raise InputError("sources is empty; name at least one folder that mige-rt data prepare made")
         self._sources = [_Shards.open(source) for source in sources]
         ratios = [1.0 if source.ratio is None else source.ratio for source in sources]
         for k, ratio in enumerate(ratios):

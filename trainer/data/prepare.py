@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -27,11 +26,11 @@ from mige_rt.errors import InputError
 from trainer.checkpoints.open_checkpoint import CheckpointLocation
 from trainer.data.encode import load_encoders
 from trainer.data.manifest import ManifestSample, open_manifest
+from trainer.data.plan import PLAN_FILE, write_plan
 from trainer.data.prepared import INDEX_FILE, SCHEMA, Index, ShardEntry
 from trainer.data.shards import CorruptImage, Shard, ShardReport, make_shard
 from trainer.data.workers import devices_of_processes, make_here, make_in_processes
 
-PLAN_FILE = "plan.json"
 CORRUPT_FILE = "corrupt.jsonl"
 MAX_CORRUPT = 0.01  # of the images
 
@@ -122,7 +121,7 @@ def prepare(
         "seed": options.seed,
         "filtered": options.filtered,
     }
-    _write_plan(out, plan)
+    write_plan(out, plan)
     part, parts = options.part
     todo = [shard for shard in shards[part - 1 :: parts] if not shard.report_path.is_file()]
     _remove_stale(out, todo)
@@ -168,26 +167,6 @@ def _total(shards: Sequence[Shard]) -> ShardReport:
         if shard.report_path.is_file():
             total.add(ShardReport.read(shard.report_path))
     return total
-
-
-def _write_plan(out: Path, plan: dict[str, Any]) -> None:
-    path = out / PLAN_FILE
-    if path.is_file():
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in plan if earlier.get(name) != plan[name]]
-        if changed:
-            raise InputError(
-                f"{out} was begun with another {', '.join(changed)}; give the same as before, or another folder"
-            )
-        return
-    if out.exists() and not all(_is_stale(file, {PLAN_FILE}) for file in out.iterdir()):
-        raise InputError(f"{out} holds something else: give a path that does not exist, or remove it first")
-    try:
-        out.mkdir(exist_ok=True)
-        with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{out} cannot be written ({error}): give a path in an existing folder of your own") from error
 
 
 def _is_stale(path: Path, names: set[str]) -> bool:

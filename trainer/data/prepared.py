@@ -1,4 +1,4 @@
-"""A prepared set: a folder of shards that `mige-rt prepare` made, as training reads it."""
+"""A prepared set: a folder of shards that `mige-rt data prepare` made, as training reads it."""
 
 import io
 import json
@@ -129,7 +129,7 @@ class PreparedSet:
 
 
 def open_prepared(folder: Path) -> PreparedSet:
-    """Open a folder that `mige-rt prepare` made.
+    """Open a folder that `mige-rt data prepare` made.
 
     Raises:
         InputError: It is none, or not whole.
@@ -139,7 +139,7 @@ def open_prepared(folder: Path) -> PreparedSet:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{folder} is no prepared set ({error}); make it with mige-rt prepare, or let that finish"
+            f"{folder} is no prepared set ({error}); make it with mige-rt data prepare, or let that finish"
         ) from error
     index = validate(Index, content, str(path))
     if index.schema != SCHEMA:

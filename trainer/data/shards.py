@@ -11,10 +11,10 @@ from webdataset.writer import TarWriter
 
 from mige_rt.atomic import atomic_file
 from mige_rt.errors import InputError
-from mige_rt.images import open_image
 from trainer.data.encode import Encoders, encode_samples
 from trainer.data.filters import rejection
 from trainer.data.manifest import ManifestSample
+from trainer.data.tar_images import open_sample_image
 
 TAR_HEADER = {"user": "", "group": "", "mtime": 0}  # of each file in a shard, the same whenever it is written
 
@@ -137,7 +137,7 @@ def _open_images(sample: ManifestSample, filtered: bool, report: ShardReport) ->
     for path in sample.paths():
         report.images += 1
         try:
-            images[path] = open_image(path)
+            images[path] = open_sample_image(path)
         except InputError as error:
             corrupt.append(CorruptImage(sample.id, path, str(error)))
     if corrupt:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mige_rt.instruction import Task
+from trainer.masks import mask_box
 from trainer.synthetic.concepts import Concept, Style
 from trainer.synthetic.scene import Drawing, Scene, draw_reference, draw_scene
 
@@ -70,16 +71,9 @@ class Stock:
 Draft = Callable[[np.random.Generator, Stock], Sample | None]
 
 
-def _box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        return None
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-
-
 def _marks(scene: Scene, drawing: Drawing, references: dict[int, int]) -> tuple[Mark, ...]:
     return tuple(
-        Mark(subject.concept, subject.style, mask, _box(mask), references.get(i))
+        Mark(subject.concept, subject.style, mask, mask_box(mask), references.get(i))
         for i, (subject, mask) in enumerate(zip(scene.subjects, drawing.masks, strict=True))
     )
 

@@ -1,0 +1,41 @@
+"""The plan of a folder of shards: all that their bytes depend on, so that a run goes on with its own folder alone."""
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from mige_rt.atomic import atomic_file, is_temporary
+from mige_rt.errors import InputError
+
+PLAN_FILE = "plan.json"
+
+
+def write_plan(out: Path, plan: Mapping[str, Any], allowed: Collection[str] = ()) -> None:
+    """Begin a folder of shards, or see that it was begun with the same plan.
+
+    Args:
+        out: The folder.
+        plan: As plain data.
+        allowed: Names of files that may be in a folder without a plan.
+
+    Raises:
+        InputError: It was begun with another plan, holds something else, or cannot be written.
+    """
+    path = out / PLAN_FILE
+    if path.is_file():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in plan if earlier.get(name) != plan[name]]
+        if changed:
+            raise InputError(
+                f"{out} was begun with another {', '.join(changed)}; give the same as before, or another folder"
+            )
+        return
+    if out.exists() and not all(is_temporary(file) or file.name in allowed for file in out.iterdir()):
+        raise InputError(f"{out} holds something else: give a path that does not exist, or remove it first")
+    try:
+        out.mkdir(exist_ok=True)
+        with atomic_file(path) as temporary:
+            temporary.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{out} cannot be written ({error}): give a path in an existing folder of your own") from error
