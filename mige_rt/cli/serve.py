@@ -6,13 +6,14 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from mige_rt.cli.limits import given_limits
 from mige_rt.cli.shared import model_options
 from mige_rt.errors import InputError, requires
+from mige_rt.serve.options import Batching
 from mige_rt.terminal import report
 
 
@@ -24,6 +25,13 @@ from mige_rt.terminal import report
 @click.option("--served-model-name", help="what the API calls the model  [default: its own name]")
 @click.option(
     "--max-batch", type=click.IntRange(1), default=8, show_default=True, help="images that advance together at most"
+)
+@click.option(
+    "--batching",
+    type=click.Choice(get_args(Batching)),
+    default="continuous",
+    show_default=True,
+    help="when a waiting image starts: at the next step, when the batch before has ended, or alone",
 )
 @click.option("--max-queue", type=click.IntRange(1), default=64, show_default=True, help="images that wait at most")
 @click.option(
@@ -77,6 +85,7 @@ def serve(**values: Any) -> None:
         device=values["device"],
         precision=values["precision"],
         max_batch=values["max_batch"],
+        batching=values["batching"],
         limits=given_limits(),
     )
     timeout: float = values["request_timeout"]

@@ -1,6 +1,10 @@
 """What the server allows; every limit has a safe default."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+# When a waiting image starts. continuous: at the next step; static: when the batch before has ended; none: alone.
+Batching = Literal["continuous", "static", "none"]
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
