@@ -164,4 +164,5 @@ class _Bench:
 
 def _denoiser_calls(server: ServerProcess) -> tuple[float, float]:
     """Images in all calls of the denoiser, and the calls."""
-    return server.metric("generation_batch_size_sum"), server.metric("generation_batch_size_count")
+    metrics = server.metrics()  # both at one moment, since the last step's report may come after its images
+    return metrics["generation_batch_size_sum"], metrics["generation_batch_size_count"]

@@ -14,6 +14,7 @@ import jinja2
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.plots import COLOURS, MUTED, STYLE, WIDTH
 from benchmarks.serving.results import ServingResults
@@ -104,6 +105,9 @@ def _plot(path: Path, rates: Sequence[Mapping[str, Any]], lone_seconds: float) -
         _label(latency, "latency in seconds: p99\ndashed: p50, dotted: a call alone")
         throughput.set_ylim(0)
         latency.set(yscale="log", xlabel="calls a minute that come")
+        latency.yaxis.set(
+            major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter()
+        )
         figure.legend(loc="outside lower center", ncols=3, title="batching", handlelength=1.5)
         figure.savefig(path, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
 

@@ -59,13 +59,15 @@ class ServerProcess:
         if self._reader.ident is not None:
             self._reader.join()
 
-    def metric(self, name: str) -> float:
-        """The value of a metric by its name without the prefix; labels belong to the name."""
+    def metrics(self) -> dict[str, float]:
+        """All metrics at one moment, by their names without the prefix; labels belong to the name."""
         with urlopen(f"{self.url}/metrics", timeout=_PATIENCE) as response:
             text: str = response.read().decode()
-        match = re.search(rf"^mige:diffusion_{re.escape(name)} (\S+)$", text, re.MULTILINE)
-        assert match is not None, name
-        return float(match[1])
+        return {name: float(value) for name, value in re.findall(r"^mige:diffusion_(.+) (\S+)$", text, re.MULTILINE)}
+
+    def metric(self, name: str) -> float:
+        """One of them."""
+        return self.metrics()[name]
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Raises AssertionError when the condition does not come true while the server runs."""
