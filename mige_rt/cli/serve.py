@@ -1,6 +1,5 @@
 """`mige-rt serve`."""
 
-import logging
 import math
 import signal
 import sys
@@ -53,6 +52,18 @@ from mige_rt.terminal import report
 )
 @click.option("--max-n", type=click.IntRange(1), default=10, show_default=True, help="images of a request")
 @click.option("--max-steps", type=click.IntRange(2, 1000), default=100, show_default=True, help="of an image")
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="of the lines on stderr; no prompt is in them",
+)
+@click.option(
+    "--otlp-traces-endpoint",
+    metavar="URL",
+    help="send OpenTelemetry spans there, as http://localhost:4318/v1/traces (extra otel)",
+)
 @click.option("--max-side", type=click.IntRange(1), help="of an image in pixels  [default: twice the trained size]")
 def serve(**values: Any) -> None:
     r"""Make images over HTTP, in the shapes of OpenAI's images API.
@@ -68,9 +79,11 @@ def serve(**values: Any) -> None:
         import uvicorn
 
         from mige_rt.serve.api import create_app
+        from mige_rt.serve.logs import configure_logging
         from mige_rt.serve.metrics import Metrics
         from mige_rt.serve.options import LOOPBACK_HOSTS, ServerOptions
         from mige_rt.serve.supervisor import QueueLimits, Supervisor
+        from mige_rt.serve.tracing import otlp_provider, trace_requests
         from mige_rt.serve.worker import WorkerOptions
     from mige_rt.bundle import DEFAULT_MODEL
 
@@ -78,7 +91,9 @@ def serve(**values: Any) -> None:
         raise InputError("--api-key is empty; leave it out for none")
     if values["host"] not in LOOPBACK_HOSTS and values["api_key"] is None:
         report(f"warning: whoever reaches {values['host']} can use the server; --api-key keeps others out")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logging(values["log_format"])
+    endpoint: str | None = values["otlp_traces_endpoint"]
+    provider = None if endpoint is None else otlp_provider(endpoint)
     worker = WorkerOptions(
         model=values["model"] or str(DEFAULT_MODEL),
         engine=values["engine"],
@@ -104,8 +119,11 @@ def serve(**values: Any) -> None:
         max_side=values["max_side"] or 2 * model.size,
     )
     report(f"model {options.model_name}, engine {model.engine}")
+    app = create_app(options, supervisor)
+    if provider is not None:
+        trace_requests(app, provider)
     config = uvicorn.Config(
-        create_app(options, supervisor),
+        app,
         host=values["host"],
         port=values["port"],
         log_config=None,  # as the root logger was configured above

@@ -36,6 +36,7 @@ from mige_rt.serve.schemas import (
     parse_request,
 )
 from mige_rt.serve.supervisor import Job, QueueFullError, Supervisor
+from mige_rt.serve.tracing import trace_id, tracer
 
 EventPrefix = Literal["image_generation", "image_edit"]
 
@@ -51,6 +52,7 @@ class _Exchange:
     id: str
     path: str
     began: float
+    trace: str | None
     images: int = 0
 
 
@@ -81,10 +83,11 @@ class ImageService:
         Raises:
             ApiError: There will be no image.
         """
-        exchange = _Exchange(uuid.uuid4().hex, request.url.path, time.monotonic())
+        exchange = _Exchange(uuid.uuid4().hex, request.url.path, time.monotonic(), trace_id())
         headers = {"X-Request-Id": exchange.id}
         try:
-            fields, tasks = await self._read(request, model)
+            with tracer.start_as_current_span("read", record_exception=False, set_status_on_exception=False):
+                fields, tasks = await self._read(request, model)
             exchange.images = len(tasks)
             work = self._start(request, fields, tasks)
             if fields.stream:
@@ -182,14 +185,9 @@ class ImageService:
         seconds, metrics = time.monotonic() - exchange.began, self._supervisor.metrics
         metrics.requests.labels(str(status)).inc()
         metrics.latency.labels(str(status)).observe(seconds)
-        _log.info(
-            "request=%s path=%s images=%d status=%d seconds=%.3f",
-            exchange.id,
-            exchange.path,
-            exchange.images,
-            status,
-            seconds,
-        )
+        values = {"request": exchange.id, "path": exchange.path, "images": exchange.images, "status": status}
+        values |= {"seconds": round(seconds, 3)} | ({"trace": exchange.trace} if exchange.trace else {})
+        _log.info(" ".join(f"{name}={value}" for name, value in values.items()), extra=values)
 
 
 def _queue_full(error: QueueFullError) -> ApiError:
@@ -257,7 +255,8 @@ async def _event(fields: ImageRequest, task: ImageTask, image: Image) -> dict[st
 
 
 async def _base64(fields: ImageRequest, image: Image) -> str:
-    content = await asyncio.to_thread(encode_image, image, fields.output_format, fields.output_compression)
+    with tracer.start_as_current_span("encode"):
+        content = await asyncio.to_thread(encode_image, image, fields.output_format, fields.output_compression)
     return base64.b64encode(content).decode()
 
 

@@ -27,6 +27,7 @@ from mige_rt.serve.protocol import (
     StepReport,
     TaskEvent,
 )
+from mige_rt.serve.tracing import ImageSpans
 from mige_rt.serve.worker import WorkerOptions, run_worker
 
 MAX_ATTEMPTS = 3  # how often an image is begun: one that ends the worker each time must not do so for ever
@@ -72,6 +73,7 @@ class Job:
         self.waiting = set(self.tasks)  # ids of those that have not started
         self.has_started = False  # one of them
         self.attempts = dict.fromkeys(self.tasks, 0)
+        self.spans = {task_id: ImageSpans() for task_id in self.tasks}
         self.timers: list[asyncio.TimerHandle] = []
         self._events: asyncio.Queue[TaskEvent] = asyncio.Queue()
         self._to_come = len(self.tasks)
@@ -182,6 +184,7 @@ class Supervisor:
         job = self._jobs.pop(event.id)
         del job.tasks[event.id]
         job.waiting.discard(event.id)
+        job.spans.pop(event.id).end(event.kind if isinstance(event, Failed) else None)
         if not job.tasks:
             for timer in job.timers:
                 timer.cancel()
@@ -214,6 +217,7 @@ class Supervisor:
         if event.id in job.waiting:  # or else it was begun before, by a worker that has ended
             job.waiting.remove(event.id)
             job.has_started = True
+            job.spans[event.id].start()
             self.metrics.queue_time.observe(time.monotonic() - job.accepted)
             job.put(event)
         self._count()
@@ -253,6 +257,7 @@ class Supervisor:
                 await asyncio.sleep(pause)
         self._worker = worker
         for task_id, job in list(self._jobs.items()):
+            job.spans[task_id].restart()
             if job.attempts[task_id] < MAX_ATTEMPTS:
                 worker.send(job.tasks[task_id])
             else:
