@@ -135,8 +135,9 @@ class _Bench:
             due = poisson_arrivals(rate, options.seconds, rng) or [0.0]
             calls = self._calls(mix, len(due))
             measured: dict[Batching, tuple[list[Outcome], float]] = {}
-            first = number + i  # none is always the first, with a processor that has cooled down
-            for batching in [*BATCHINGS[first % len(BATCHINGS) :], *BATCHINGS[: first % len(BATCHINGS)]]:
+            first = (number + i) % len(BATCHINGS)  # none is always the first, with a processor that has cooled down
+            order: list[Batching] = [*BATCHINGS[first:], *BATCHINGS[:first]]
+            for batching in order:
                 server = self.servers[batching]
                 before = _denoiser_calls(server)
                 outcomes = asyncio.run(send_when_due(server.url, calls, due))

@@ -64,8 +64,6 @@ def bench_serve(out: Path, **values: Any) -> None:
     A soak writes soak.json and soak.md. The exit code is 1 if a request that was accepted was lost, an image is not
     the one that is made alone, or memory has grown. Ctrl-C ends either with 130, and keeps what was measured.
     """
-    with requires("bench", "the bench"), requires("serve", "serving"):
-        import fastapi  # noqa: F401, of the server's process
     server = tuple(word for name in _FOR_ALL for word in _server_option(name, values[name]))
     is_soak = values["soak"] is not None
     for name in () if is_soak else _FOR_SOAKS:

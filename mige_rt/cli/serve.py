@@ -105,10 +105,12 @@ def serve(**values: Any) -> None:
     )
     timeout: float = values["request_timeout"]
     limits = QueueLimits(max_queue=values["max_queue"], max_wait=values["max_wait_ms"] / 1000, timeout=timeout)
-    supervisor = Supervisor(worker, limits, Metrics())
+    metrics = Metrics()
+    supervisor = Supervisor(worker, limits, metrics)
     model = supervisor.model
+    name: str = values["served_model_name"] or _shown_name(model.name)
     options = ServerOptions(
-        model_name=values["served_model_name"] or _shown_name(model.name),
+        model_names=(name,),
         api_key=values["api_key"],
         any_host=values["host"] not in LOOPBACK_HOSTS,
         max_body=values["max_body_mb"] * 1024 * 1024,
@@ -118,8 +120,8 @@ def serve(**values: Any) -> None:
         max_steps=values["max_steps"],
         max_side=values["max_side"] or 2 * model.size,
     )
-    report(f"model {options.model_name}, engine {model.engine}")
-    app = create_app(options, supervisor)
+    report(f"model {name}, engine {model.engine}")
+    app = create_app(options, {name: supervisor}, metrics)
     if provider is not None:
         trace_requests(app, provider)
     config = uvicorn.Config(

@@ -24,7 +24,7 @@ from PIL import Image
 from benchmarks.serving.server_process import ServerProcess
 from mige_rt.cli import main
 from mige_rt.pipeline import MigePipeline
-from mige_rt.serve.supervisor import MAX_ATTEMPTS
+from mige_rt.serve.backend import MAX_ATTEMPTS
 
 SECRET_WORD = "zanzibar"  # in every prompt; logs and metrics must not have it
 BLUE = f"make the background blue {SECRET_WORD}"

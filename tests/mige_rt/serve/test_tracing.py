@@ -34,8 +34,9 @@ def exporter() -> InMemorySpanExporter:
 def client(exporter: InMemorySpanExporter) -> Generator[TestClient]:
     """Of an application in this process, with a worker of its own, whose spans are kept."""
     options = WorkerOptions(model=str(DEFAULT_MODEL), engine="auto", device="cpu", precision="auto", max_batch=4)
-    supervisor = Supervisor(options, QueueLimits(max_queue=4, max_wait=60, timeout=120), Metrics())
-    app = create_app(ServerOptions(model_name="tiny", any_host=True, max_steps=1000), supervisor)
+    metrics = Metrics()
+    supervisor = Supervisor(options, QueueLimits(max_queue=4, max_wait=60, timeout=120), metrics)
+    app = create_app(ServerOptions(model_names=("tiny",), any_host=True), {"tiny": supervisor}, metrics)
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     trace_requests(app, provider)
