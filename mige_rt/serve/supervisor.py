@@ -81,6 +81,11 @@ class Supervisor:
         return self._worker is not None and not self._closing
 
     @property
+    def is_busy(self) -> bool:
+        """Whether there are images that have not ended."""
+        return bool(self._jobs)
+
+    @property
     def waiting(self) -> int:
         """Images that have not started."""
         return sum(task_id in job.waiting for task_id, job in self._jobs.items())
