@@ -23,7 +23,7 @@ from mige_rt.serve.api import create_app
 from mige_rt.serve.backend import MAX_ATTEMPTS, Job, QueueFullError
 from mige_rt.serve.metrics import Metrics
 from mige_rt.serve.options import ServerOptions
-from mige_rt.serve.protocol import Failed, FailureKind, Finished, ImageTask, Started, TaskEvent
+from mige_rt.serve.protocol import Failed, FailureKind, Finished, ImageTask, PartialImage, Started, TaskEvent
 from mige_rt.serve.supervisor import QueueLimits, Supervisor
 from mige_rt.serve.worker import WorkerOptions
 
@@ -51,7 +51,7 @@ class RayOptions(BaseModel):
         max_models: That are open on a replica at a time. One more, and the one that was not used for longest is closed
             when its images are done.
         min_replicas: Of the engine.
-        max_replicas: The same. Another one is started when a replica has more than `max_batch` requests: when some wait.
+        max_replicas: The same. Another one is started when replicas have more than `max_batch` requests each.
         any_host: See `ServerOptions`.
     """
 
@@ -221,11 +221,12 @@ class RayBackend:
             for _ in range(MAX_ATTEMPTS):
                 try:
                     await self._make(job)
-                    return
                 except (RayActorError, ReplicaUnavailableError):
                     _log.exception("a replica of the engine has ended; its requests go to another")
                     for spans in job.spans.values():
                         spans.restart()
+                if not job.tasks:
+                    return
             message = f"the engine has ended {MAX_ATTEMPTS} times while it made this image; report this"
             self._fail(job, "server_error", message)
         except QueueFullError as error:
@@ -250,15 +251,17 @@ class RayBackend:
 
     def _on_event(self, job: Job, event: TaskEvent) -> None:
         match event:
-            case Started(task_id) if task_id in job.waiting:  # or else it was begun before, on another replica
+            case Started(task_id) if task_id in job.waiting:
                 self._metrics.queued.dec()
                 self._metrics.running.inc()
                 self._metrics.queue_time.observe(time.monotonic() - job.accepted)
                 job.start(event)
-            case Finished() | Failed():
-                self._end(job, event)
-            case _:
+            case Started():  # it was begun before, on a replica that has ended
+                pass
+            case PartialImage():
                 job.put(event)
+            case _:
+                self._end(job, event)
 
     def _end(self, job: Job, event: Finished | Failed) -> None:
         gauge = self._metrics.queued if event.id in job.waiting else self._metrics.running
