@@ -117,12 +117,13 @@ def png(image: Image.Image) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def other_bundle(change_a_weight: Callable[[Path, str, float], None], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return DEFAULT_MODEL
+def other_bundle(bundles: Callable[[str], Path]) -> Path:
+    """The same model in fp16, whose images differ a little."""
+    return bundles("fp16")
 
 
 @pytest.fixture(scope="module")
-def client() -> Generator[openai.OpenAI]:
+def client(other_bundle: Path) -> Generator[openai.OpenAI]:
     """Of two replicas that may have two models each."""
     import ray
     from ray import serve
@@ -133,8 +134,9 @@ def client() -> Generator[openai.OpenAI]:
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        models = {"first": str(DEFAULT_MODEL), "second": str(DEFAULT_MODEL)}
-        serve.run(app(RayOptions(models=models, device="cpu", max_batch=2, min_replicas=2, max_replicas=2)))
+        models = {"first": str(DEFAULT_MODEL), "second": str(other_bundle)}
+        replicas = {"max_batch": 4, "max_wait": 200, "min_replicas": 2, "max_replicas": 2}
+        serve.run(app(RayOptions.model_validate({"models": models, "device": "cpu", **replicas})))
         url = f"http://127.0.0.1:{port}/v1"
         yield openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
     finally:
@@ -161,23 +163,27 @@ def workers() -> dict[int, psutil.Process]:
 
 @pytest.mark.long
 def test_two_replicas_answer_for_two_models_and_one_that_ends_loses_nothing(
-    client: openai.OpenAI, pipe: MigePipeline, scene: Image.Image
+    client: openai.OpenAI, pipe: MigePipeline, other_bundle: Path, scene: Image.Image
 ) -> None:
     assert [model.id for model in client.models.list()] == ["first", "second"]
     with pytest.raises(openai.NotFoundError, match="there is no model 'third'"):
         edit(client, "third", scene, 0)
-    expected = [pipe(PROMPT, source=scene, seed=seed, num_inference_steps=4).images[0].tobytes() for seed in range(12)]
+    pipes = pipe, MigePipeline.from_pretrained(other_bundle, device="cpu")
+    expected = [
+        pipes[seed % 2](PROMPT, source=scene, seed=seed, num_inference_steps=4).images[0].tobytes()
+        for seed in range(12)
+    ]
     with ThreadPoolExecutor(12) as pool:
         images = pool.map(lambda seed: edit(client, ("first", "second")[seed % 2], scene, seed).tobytes(), range(12))
         assert list(images) == expected
     running = workers()
-    assert len(running) == 2, running  # a replica's worker is started by its first request
+    assert len(running) == 2  # a replica's workers are started by its first requests: both had some
     with ThreadPoolExecutor(6) as pool:
-        answers = [pool.submit(edit, client, "first", scene, seed, 100) for seed in range(6)]
+        answers = [pool.submit(edit, client, "first", scene, seed, 40) for seed in range(6)]
         victim = max(running, key=lambda replica: running[replica].cpu_times().user)
         os.kill(victim, signal.SIGKILL)
         for seed, answer in enumerate(answers):
-            alone = pipe(PROMPT, source=scene, seed=seed, num_inference_steps=100).images[0]
+            alone = pipe(PROMPT, source=scene, seed=seed, num_inference_steps=40).images[0]
             assert answer.result().tobytes() == alone.tobytes()
     stream = client.images.edit(
         image=png(scene), prompt=PROMPT, stream=True, partial_images=1, extra_body={"num_inference_steps": 4}
