@@ -8,16 +8,19 @@ import signal
 import socket
 from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import openai
 import psutil
 import pytest
+import yaml
 from PIL import Image
 from pydantic import ValidationError
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
+from ray.serve.schema import ServeDeploySchema
 
 from mige_rt.bundle import DEFAULT_MODEL
 from mige_rt.pipeline import MigePipeline
@@ -28,6 +31,7 @@ from mige_rt.serve.metrics import Metrics
 from mige_rt.serve.protocol import Failed, Finished, ImageTask, Started, TaskEvent, TokenUsage
 from mige_rt.serve.ray import RayBackend, RayOptions, app
 
+DEPLOY = Path(__file__).parents[3] / "deploy"
 PROMPT = "make the background blue"
 
 
@@ -105,6 +109,20 @@ def test_a_request_that_cannot_be_made_fails_with_the_reason() -> None:
     assert isinstance(events[-1], Failed) and f"ended {MAX_ATTEMPTS} times" in events[-1].message
     with pytest.raises(ValidationError, match="modelz"):
         RayOptions.model_validate({"modelz": {}})
+
+
+def test_the_example_of_a_config_file_is_one_of_this_application() -> None:
+    config = ServeDeploySchema.model_validate(yaml.safe_load((DEPLOY / "ray-serve.yaml").read_text()))
+    (application,) = config.applications
+    module, _, name = application.import_path.partition(":")
+    options = RayOptions.model_validate(application.args)
+    built = getattr(import_module(module), name)(options)
+    api = built._bound_deployment
+    assert api.name == "ApiServer"
+    engine = api.init_args[0]._bound_deployment
+    assert [deployment.name for deployment in application.deployments] == [engine.name] == ["ImageEngine"]
+    scaling = engine._deployment_config.autoscaling_config
+    assert (scaling.max_replicas, scaling.target_ongoing_requests) == (options.max_replicas, options.max_batch)
 
 
 # ---- on a cluster of this machine
