@@ -127,7 +127,7 @@ class SoakResults:
                 self.bad_bodies_accepted
             ),
             f"the worker was killed {self.kills} times and started again {self.restarts} times": (
-                self.kills != self.restarts
+                self.complete and self.kills != self.restarts
             ),
             f"{self.left} images are still counted as waiting or running": self.left,
             f"the log holds {self.tracebacks} tracebacks": self.tracebacks,

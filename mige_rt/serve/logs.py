@@ -3,12 +3,14 @@
 import logging
 from typing import Literal
 
+from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
 LogFormat = Literal["text", "json"]
 
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _FIELDS = ("levelname", "name", "message")
+_LEFT_OUT = [*RESERVED_ATTRS, "color_message"]  # uvicorn's message once more, for terminals
 
 
 def configure_logging(log_format: LogFormat) -> None:
@@ -21,7 +23,7 @@ def configure_logging(log_format: LogFormat) -> None:
     handler = logging.StreamHandler()
     if log_format == "json":
         names = {"levelname": "level", "name": "logger"}
-        handler.setFormatter(JsonFormatter(_FIELDS, rename_fields=names, timestamp=True))
+        handler.setFormatter(JsonFormatter(_FIELDS, rename_fields=names, reserved_attrs=_LEFT_OUT, timestamp=True))
     else:
         handler.setFormatter(logging.Formatter(_TEXT))
     logging.basicConfig(level=logging.INFO, handlers=[handler])

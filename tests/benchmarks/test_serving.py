@@ -88,7 +88,7 @@ def test_a_short_bench_compares_the_three_ways_of_batching(tmp_path: Path) -> No
 
 def test_a_short_soak_loses_nothing(tmp_path: Path) -> None:
     out = tmp_path / "soak"
-    options = ["--soak", "0.1", "--kills", "1", "--num-inference-steps", "3", "--max-growth-mb", "1000"]
+    options = ["--soak", "0.05", "--kills", "1", "--num-inference-steps", "3", "--max-growth-mb", "1000"]
     result = CliRunner().invoke(main, ["bench-serve", *options, "--out", str(out)])
     data = json.loads((out / "soak.json").read_text())
     assert result.exit_code == 0, (result.output, data)
@@ -100,7 +100,8 @@ def test_a_short_soak_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_a_soak_says_what_went_wrong() -> None:
-    good = SoakResults(SoakOptions(minutes=1.0, max_growth_mb=50), memory=[(1.0, 300_000_000), (59.0, 349_000_000)])
+    memory = [(1.0, 300_000_000), (59.0, 349_000_000)]
+    good = SoakResults(SoakOptions(minutes=1.0, max_growth_mb=50), memory=memory, complete=True)
     assert good.failures == []
     broken = {
         "504 it has waited": replace(good, lost=["504 it has waited"]),

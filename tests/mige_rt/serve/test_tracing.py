@@ -102,7 +102,7 @@ def test_lines_of_the_log_are_json_without_the_prompt(client: TestClient, monkey
     try:
         body = {"prompt": f"a red apple {SECRET_WORD}", "num_inference_steps": 2}
         answer = client.post("/v1/images/generations", json=body, headers={"traceparent": f"00-{TRACE}-{PARENT}-01"})
-        logging.getLogger("elsewhere").error("it has %s", "failed")
+        logging.getLogger("elsewhere").error("it has %s", "failed", extra={"color_message": "in red"})
     finally:
         root.setLevel(level)
     lines = [json.loads(line) for line in stderr.getvalue().splitlines()]
@@ -112,4 +112,5 @@ def test_lines_of_the_log_are_json_without_the_prompt(client: TestClient, monkey
     assert request["path"] == "/v1/images/generations" and request["seconds"] > 0
     assert request["timestamp"].startswith("20") and "T" in request["timestamp"]
     assert lines[-1]["message"] == "it has failed" and lines[-1]["level"] == "ERROR"
+    assert lines[-1].keys() == {"message", "level", "logger", "timestamp"}
     assert SECRET_WORD not in stderr.getvalue()
