@@ -153,13 +153,13 @@ def requests(case: Case) -> list[ResolvedRequest]:
     if subjects:
         prompt = f"put {', '.join([PLACEHOLDER] * subjects)} into {PLACEHOLDER}"
     for k in range(case.batch):
-        source = _sample(SCENES, k)
-        images = [_sample(SUBJECTS, k * subjects + i) for i in range(subjects)]
+        source = sample_image(SCENES, k)
+        images = [sample_image(SUBJECTS, k * subjects + i) for i in range(subjects)]
         batch.append(resolve(Request(prompt, (*images, source), source, k)))
     return batch
 
 
-def _sample(names: Sequence[str], number: int) -> Image.Image:
+def sample_image(names: Sequence[str], number: int) -> Image.Image:
     """Sample images in turn; from the second turn on they are shifted, so that no two are the same."""
     image = open_image(SAMPLES / names[number % len(names)])
     return ImageChops.offset(image, 5 * (number // len(names)))

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from mige_rt.cli.bench import bench
+from mige_rt.cli.bench_serve import bench_serve
 from mige_rt.cli.bundles import build, convert, export, info
 from mige_rt.cli.compare import compare
 from mige_rt.cli.data import COMMANDS as DATA_COMMANDS
@@ -83,7 +84,7 @@ for command in (run, serve, compare):
     limit_options(command)
 for command in (run, serve, convert, export, build, info, push, pull, sign, verify):
     main.add_command(verbose_option(command))
-for command in (bench, compare, train, train_lora):
+for command in (bench, bench_serve, compare, train, train_lora):
     main.add_command(verbose_option(command))
 for command in (*DATA_COMMANDS, *EVAL_COMMANDS):
     verbose_option(command)

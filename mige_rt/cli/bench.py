@@ -2,39 +2,15 @@
 
 import sys
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import click
 
 from engines.factory import ENGINES
-from mige_rt.cli.shared import INTERRUPTED, PATH, Scale, Size, command_line, progress
+from mige_rt.cli.shared import INTERRUPTED, PATH, Scale, Several, Size, command_line, progress
 from mige_rt.config import Precision
 from mige_rt.errors import requires
 from mige_rt.terminal import echo, report
-
-
-class _Values(tuple[Any, ...]):
-    """Values that were given as one text, which they are again as a string."""
-
-    def __str__(self) -> str:
-        return ",".join(
-            "x".join(map(str, cast("tuple[object, ...]", v))) if isinstance(v, tuple) else str(v) for v in self
-        )
-
-
-class _Several(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
-    """Values separated by commas, each of a type."""
-
-    def __init__(self, of: Any, name: str) -> None:
-        self.of, self.name = of, name
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> _Values:
-        if isinstance(value, _Values):
-            return value
-        values = _Values(self.of.convert(part.strip(), param, ctx) for part in str(value).split(","))
-        if len(set(values)) < len(values):
-            self.fail(f"{value!r} names a value twice", param, ctx)
-        return values
 
 
 @click.command()
@@ -46,17 +22,17 @@ class _Several(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
     help="a bundle or a model folder; may be repeated, for bundles of one model in several precisions  [default: the "
     "model that comes with mige-rt]",
 )
-@click.option("--engines", type=_Several(click.Choice(ENGINES), "NAMES"), help="[default: all that work here]")
+@click.option("--engines", type=Several(click.Choice(ENGINES), "NAMES"), help="[default: all that work here]")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1")
 @click.option(
     "--precisions",
-    type=_Several(click.Choice(get_args(Precision)), "NAMES"),
+    type=Several(click.Choice(get_args(Precision)), "NAMES"),
     help="engines other than pytorch need a --model in each  [default: the models' own]",
 )
-@click.option("--sizes", type=_Several(Size(), "SIZES"), help="as 512,768x512  [default: the model's trained size]")
+@click.option("--sizes", type=Several(Size(), "SIZES"), help="as 512,768x512  [default: the model's trained size]")
 @click.option(
     "--references",
-    type=_Several(click.IntRange(1, 4), "NUMBERS"),
+    type=Several(click.IntRange(1, 4), "NUMBERS"),
     default="1",
     show_default=True,
     help="images that a prompt refers to, the edited one included",
@@ -64,7 +40,7 @@ class _Several(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
 @click.option(
     "--batch",
     "batches",
-    type=_Several(click.IntRange(1), "NUMBERS"),
+    type=Several(click.IntRange(1), "NUMBERS"),
     default="1",
     show_default=True,
     help="images made at once",
@@ -72,7 +48,7 @@ class _Several(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
 @click.option(
     "--num-inference-steps",
     "--steps",
-    type=_Several(click.IntRange(2, 1000), "NUMBERS"),
+    type=Several(click.IntRange(2, 1000), "NUMBERS"),
     default="60",
     show_default=True,
 )

@@ -1,18 +1,18 @@
 """`mige-rt serve`."""
 
-import logging
 import math
 import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from mige_rt.cli.limits import given_limits
 from mige_rt.cli.shared import model_options
 from mige_rt.errors import InputError, requires
+from mige_rt.serve.options import Batching
 from mige_rt.terminal import report
 
 
@@ -24,6 +24,13 @@ from mige_rt.terminal import report
 @click.option("--served-model-name", help="what the API calls the model  [default: its own name]")
 @click.option(
     "--max-batch", type=click.IntRange(1), default=8, show_default=True, help="images that advance together at most"
+)
+@click.option(
+    "--batching",
+    type=click.Choice(get_args(Batching)),
+    default="continuous",
+    show_default=True,
+    help="when a waiting image starts: at the next step, when the batch before has ended, or alone",
 )
 @click.option("--max-queue", type=click.IntRange(1), default=64, show_default=True, help="images that wait at most")
 @click.option(
@@ -45,6 +52,18 @@ from mige_rt.terminal import report
 )
 @click.option("--max-n", type=click.IntRange(1), default=10, show_default=True, help="images of a request")
 @click.option("--max-steps", type=click.IntRange(2, 1000), default=100, show_default=True, help="of an image")
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="of the lines on stderr; no prompt is in them",
+)
+@click.option(
+    "--otlp-traces-endpoint",
+    metavar="URL",
+    help="send OpenTelemetry spans there, as http://localhost:4318/v1/traces (extra otel)",
+)
 @click.option("--max-side", type=click.IntRange(1), help="of an image in pixels  [default: twice the trained size]")
 def serve(**values: Any) -> None:
     """Make images over HTTP, in the shapes of OpenAI's images API.
@@ -60,9 +79,11 @@ def serve(**values: Any) -> None:
         import uvicorn
 
         from mige_rt.serve.api import create_app
+        from mige_rt.serve.logs import configure_logging
         from mige_rt.serve.metrics import Metrics
         from mige_rt.serve.options import LOOPBACK_HOSTS, ServerOptions
         from mige_rt.serve.supervisor import QueueLimits, Supervisor
+        from mige_rt.serve.tracing import otlp_provider, trace_requests
         from mige_rt.serve.worker import WorkerOptions
     from mige_rt.bundle import DEFAULT_MODEL
 
@@ -70,21 +91,26 @@ def serve(**values: Any) -> None:
         raise InputError("--api-key is empty; leave it out for none")
     if values["host"] not in LOOPBACK_HOSTS and values["api_key"] is None:
         report(f"warning: whoever reaches {values['host']} can use the server; --api-key keeps others out")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logging(values["log_format"])
+    endpoint: str | None = values["otlp_traces_endpoint"]
+    provider = None if endpoint is None else otlp_provider(endpoint)
     worker = WorkerOptions(
         model=values["model"] or str(DEFAULT_MODEL),
         engine=values["engine"],
         device=values["device"],
         precision=values["precision"],
         max_batch=values["max_batch"],
+        batching=values["batching"],
         limits=given_limits(),
     )
     timeout: float = values["request_timeout"]
     limits = QueueLimits(max_queue=values["max_queue"], max_wait=values["max_wait_ms"] / 1000, timeout=timeout)
-    supervisor = Supervisor(worker, limits, Metrics())
+    metrics = Metrics()
+    supervisor = Supervisor(worker, limits, metrics)
     model = supervisor.model
+    name: str = values["served_model_name"] or _shown_name(model.name)
     options = ServerOptions(
-        model_name=values["served_model_name"] or _shown_name(model.name),
+        model_names=(name,),
         api_key=values["api_key"],
         any_host=values["host"] not in LOOPBACK_HOSTS,
         max_body=values["max_body_mb"] * 1024 * 1024,
@@ -94,9 +120,12 @@ def serve(**values: Any) -> None:
         max_steps=values["max_steps"],
         max_side=values["max_side"] or 2 * model.size,
     )
-    report(f"model {options.model_name}, engine {model.engine}")
+    report(f"model {name}, engine {model.engine}")
+    app = create_app(options, {name: supervisor}, metrics)
+    if provider is not None:
+        trace_requests(app, provider)
     config = uvicorn.Config(
-        create_app(options, supervisor),
+        app,
         host=values["host"],
         port=values["port"],
         log_config=None,  # as the root logger was configured above

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
 import click
 from click.core import ParameterSource
@@ -155,6 +155,31 @@ def engine_for(engine: str, loras: Sequence[Lora]) -> str:
     engine = "pytorch" if engine == "auto" else engine
     require_pytorch(engine)
     return engine
+
+
+class _Values(tuple[Any, ...]):
+    """Values that were given as one text, which they are again as a string."""
+
+    def __str__(self) -> str:
+        return ",".join(
+            "x".join(map(str, cast("tuple[object, ...]", v))) if isinstance(v, tuple) else str(v) for v in self
+        )
+
+
+class Several(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
+    """Values separated by commas, each of a type."""
+
+    def __init__(self, of: Any, name: str) -> None:
+        self.of, self.name = of, name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> _Values:
+        """See `click.ParamType.convert`."""
+        if isinstance(value, _Values):
+            return value
+        values = _Values(self.of.convert(part.strip(), param, ctx) for part in str(value).split(","))
+        if len(set(values)) < len(values):
+            self.fail(f"{value!r} names a value twice", param, ctx)
+        return values
 
 
 class Part(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]

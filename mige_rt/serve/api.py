@@ -3,7 +3,7 @@
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
@@ -13,9 +13,11 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from mige_rt.serve.backend import Backend
 from mige_rt.serve.errors import ApiError
 from mige_rt.serve.image_data import ImageDecoder
 from mige_rt.serve.image_service import ImageService
+from mige_rt.serve.metrics import Metrics
 from mige_rt.serve.options import LOOPBACK_HOSTS, ServerOptions
 from mige_rt.serve.schemas import (
     IMAGE_REFERENCES,
@@ -26,23 +28,30 @@ from mige_rt.serve.schemas import (
     ImagesResponse,
     ModelEntry,
     ModelList,
+    check_model,
 )
-from mige_rt.serve.supervisor import Supervisor
 
 _PIXEL = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
 )
 
 
-def create_app(options: ServerOptions, supervisor: Supervisor) -> FastAPI:
-    """The application, whose end is the worker's, too."""
+def create_app(options: ServerOptions, backends: Mapping[str, Backend], metrics: Metrics) -> FastAPI:
+    """The application, with which its backends begin and end.
+
+    Args:
+        options: What it allows.
+        backends: By the names of their models.
+        metrics: Which they count in, too.
+    """
     decoder = ImageDecoder()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
-        supervisor.attach()
+        for backend in backends.values():
+            backend.attach()
         yield
-        await supervisor.close()
+        await asyncio.gather(*(backend.close() for backend in backends.values()))
         await asyncio.to_thread(decoder.close)
 
     app = FastAPI(
@@ -52,8 +61,8 @@ def create_app(options: ServerOptions, supervisor: Supervisor) -> FastAPI:
         lifespan=lifespan,
     )
     _add_error_handlers(app)
-    app.include_router(_operation_routes(supervisor))
-    app.include_router(_api_routes(options, ImageService(options, supervisor, decoder)))
+    app.include_router(_operation_routes(backends, metrics))
+    app.include_router(_api_routes(options, ImageService(options, backends, metrics, decoder)))
     return app
 
 
@@ -82,21 +91,20 @@ def _api_routes(options: ServerOptions, service: ImageService) -> APIRouter:
 
     @router.get("/models")
     async def models() -> ModelList:
-        """The model that this server has."""
-        return ModelList(data=[ModelEntry(id=options.model_name, created=created)])
+        """The models that this server has."""
+        return ModelList(data=[ModelEntry(id=name, created=created) for name in options.model_names])
 
     @router.get("/models/{name:path}")
     async def model(name: str) -> ModelEntry:
         """A model by its name."""
-        if name != options.model_name:
-            raise ApiError(404, f"there is no model {name!r}; this server has {options.model_name!r}", param="model")
+        check_model(name, options)
         return ModelEntry(id=name, created=created)
 
     del generate, edit, models, model  # the router has them
     return router
 
 
-def _operation_routes(supervisor: Supervisor) -> APIRouter:
+def _operation_routes(backends: Mapping[str, Backend], metrics: Metrics) -> APIRouter:
     router = APIRouter()
 
     @router.get("/health")
@@ -107,14 +115,15 @@ def _operation_routes(supervisor: Supervisor) -> APIRouter:
     @router.get("/ready", responses={503: {"description": "The engine worker is being started."}})
     async def ready() -> JSONResponse:
         """Whether it makes images now."""
-        return JSONResponse({"status": "ready"}) if supervisor.is_ready else JSONResponse({"status": "starting"}, 503)
+        is_ready = all(backend.is_ready for backend in backends.values())
+        return JSONResponse({"status": "ready"}) if is_ready else JSONResponse({"status": "starting"}, 503)
 
     @router.get("/metrics")
-    async def metrics() -> Response:
+    async def metrics_text() -> Response:
         """What the server counts, for Prometheus."""
-        return Response(supervisor.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    del health, ready, metrics  # the router has them
+    del health, ready, metrics_text  # the router has them
     return router
 
 

@@ -13,6 +13,7 @@ _STATUSES = {
     "invalid_request": (400, None),
     "server_error": (500, "engine_error"),
     "timeout": (504, "deadline_exceeded"),
+    "queue_full": (429, "queue_full"),
     "cancelled": (CLIENT_CLOSED_REQUEST, None),
 }
 
@@ -45,7 +46,8 @@ class ApiError(Exception):
     def of(cls, failure: Failed) -> "ApiError":
         """The error that a failed image's request is answered with."""
         status, code = _STATUSES[failure.kind]
-        return cls(status, failure.message, code=code)
+        headers = {} if failure.retry_after is None else {"Retry-After": str(failure.retry_after)}
+        return cls(status, failure.message, code=code, headers=headers)
 
     def content(self) -> dict[str, object]:
         """In OpenAI's shape."""

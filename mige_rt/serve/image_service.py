@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,9 +20,11 @@ from mige_rt.errors import InputError
 from mige_rt.instruction import count_placeholders
 from mige_rt.requests import Request as PromptRequest
 from mige_rt.requests import resolve
+from mige_rt.serve.backend import Backend, Job, QueueFullError
 from mige_rt.serve.body import read_body
 from mige_rt.serve.errors import CLIENT_CLOSED_REQUEST, ApiError
 from mige_rt.serve.image_data import ImageDecoder, encode_image
+from mige_rt.serve.metrics import Metrics
 from mige_rt.serve.options import ServerOptions
 from mige_rt.serve.protocol import Failed, Finished, ImageTask, PartialImage
 from mige_rt.serve.schemas import (
@@ -35,7 +37,7 @@ from mige_rt.serve.schemas import (
     Usage,
     parse_request,
 )
-from mige_rt.serve.supervisor import Job, QueueFullError, Supervisor
+from mige_rt.serve.tracing import trace_id, tracer
 
 EventPrefix = Literal["image_generation", "image_edit"]
 
@@ -51,6 +53,7 @@ class _Exchange:
     id: str
     path: str
     began: float
+    trace: str | None
     images: int = 0
 
 
@@ -60,6 +63,7 @@ class _Work:
 
     fields: ImageRequest
     tasks: Sequence[ImageTask]
+    backend: Backend
     job: Job
     watcher: asyncio.Task[None]
 
@@ -67,8 +71,10 @@ class _Work:
 class ImageService:
     """Answers requests for images."""
 
-    def __init__(self, options: ServerOptions, supervisor: Supervisor, decoder: ImageDecoder) -> None:
-        self._options, self._supervisor, self._decoder = options, supervisor, decoder
+    def __init__(
+        self, options: ServerOptions, backends: Mapping[str, Backend], metrics: Metrics, decoder: ImageDecoder
+    ) -> None:
+        self._options, self._backends, self._metrics, self._decoder = options, backends, metrics, decoder
 
     async def answer(self, request: Request, model: type[ImageRequest], prefix: EventPrefix) -> Response:
         """The images, or a stream of events.
@@ -81,10 +87,11 @@ class ImageService:
         Raises:
             ApiError: There will be no image.
         """
-        exchange = _Exchange(uuid.uuid4().hex, request.url.path, time.monotonic())
+        exchange = _Exchange(uuid.uuid4().hex, request.url.path, time.monotonic(), trace_id())
         headers = {"X-Request-Id": exchange.id}
         try:
-            fields, tasks = await self._read(request, model)
+            with tracer.start_as_current_span("read", record_exception=False, set_status_on_exception=False):
+                fields, tasks = await self._read(request, model)
             exchange.images = len(tasks)
             work = self._start(request, fields, tasks)
             if fields.stream:
@@ -107,7 +114,7 @@ class ImageService:
 
     async def _read(self, request: Request, model: type[ImageRequest]) -> tuple[ImageRequest, list[ImageTask]]:
         options = self._options
-        self._check_room(1)  # before a body is read for nothing
+        self._check_room()  # before a body is read for nothing
         try:
             async with asyncio.timeout(options.body_timeout):
                 body = await read_body(request, options)
@@ -123,23 +130,30 @@ class ImageService:
         except InputError as error:
             raise ApiError(400, str(error)) from error
 
-    def _check_room(self, images: int) -> None:
-        try:
-            self._supervisor.check_room(images)
-        except QueueFullError as error:
-            raise _queue_full(error) from error
+    def _check_room(self) -> None:
+        """Raises ApiError when there is room for an image of no model."""
+        full: QueueFullError | None = None
+        for backend in self._backends.values():
+            try:
+                backend.check_room(1)
+                return
+            except QueueFullError as error:
+                full = error
+        if full is not None:
+            raise _queue_full(full.retry_after)
 
     def _start(self, request: Request, fields: ImageRequest, tasks: Sequence[ImageTask]) -> _Work:
+        backend = self._backends[fields.model or self._options.model_names[0]]
         try:
-            job = self._supervisor.submit(tasks)
+            job = backend.submit(tasks)
         except QueueFullError as error:
-            raise _queue_full(error) from error
-        return _Work(fields, tasks, job, asyncio.create_task(self._cancel_on_disconnect(request, job)))
+            raise _queue_full(error.retry_after) from error
+        return _Work(fields, tasks, backend, job, asyncio.create_task(_cancel_on_disconnect(request, backend, job)))
 
     def _end(self, work: _Work) -> None:
         """Let go of a request; what of it is still being made is not needed any more."""
         work.watcher.cancel()
-        self._supervisor.cancel(work.job)
+        work.backend.cancel(work.job)
 
     async def _check_start(self, work: _Work) -> None:
         """Wait for the first event: an error that comes before anything was sent has a status of its own."""
@@ -147,11 +161,6 @@ class ImageService:
         if isinstance(event, Failed):
             self._end(work)
             raise ApiError.of(event)
-
-    async def _cancel_on_disconnect(self, request: Request, job: Job) -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        self._supervisor.cancel(job)
 
     async def _stream(self, exchange: _Exchange, work: _Work, prefix: EventPrefix) -> AsyncGenerator[str]:
         """Server-sent events: partial images, and the last one or an error."""
@@ -179,22 +188,23 @@ class ImageService:
             self._record(exchange, status)
 
     def _record(self, exchange: _Exchange, status: int) -> None:
-        seconds, metrics = time.monotonic() - exchange.began, self._supervisor.metrics
+        seconds, metrics = time.monotonic() - exchange.began, self._metrics
         metrics.requests.labels(str(status)).inc()
         metrics.latency.labels(str(status)).observe(seconds)
-        _log.info(
-            "request=%s path=%s images=%d status=%d seconds=%.3f",
-            exchange.id,
-            exchange.path,
-            exchange.images,
-            status,
-            seconds,
-        )
+        values = {"request": exchange.id, "path": exchange.path, "images": exchange.images, "status": status}
+        values |= {"seconds": round(seconds, 3)} | ({"trace": exchange.trace} if exchange.trace else {})
+        _log.info(" ".join(f"{name}={value}" for name, value in values.items()), extra=values)
 
 
-def _queue_full(error: QueueFullError) -> ApiError:
-    message = f"the queue is full; try again in {error.retry_after} seconds"
-    return ApiError(429, message, code="queue_full", headers={"Retry-After": str(error.retry_after)})
+async def _cancel_on_disconnect(request: Request, backend: Backend, job: Job) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    backend.cancel(job)
+
+
+def _queue_full(retry_after: int) -> ApiError:
+    message = f"the queue is full; try again in {retry_after} seconds"
+    return ApiError(429, message, code="queue_full", headers={"Retry-After": str(retry_after)})
 
 
 def _tasks(fields: ImageRequest, images: Sequence[Image]) -> list[ImageTask]:
@@ -257,7 +267,8 @@ async def _event(fields: ImageRequest, task: ImageTask, image: Image) -> dict[st
 
 
 async def _base64(fields: ImageRequest, image: Image) -> str:
-    content = await asyncio.to_thread(encode_image, image, fields.output_format, fields.output_compression)
+    with tracer.start_as_current_span("encode"):
+        content = await asyncio.to_thread(encode_image, image, fields.output_format, fields.output_compression)
     return base64.b64encode(content).decode()
 
 

@@ -1,6 +1,10 @@
 """What the server allows; every limit has a safe default."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+# When a waiting image starts. continuous: at the next step; static: when the batch before has ended; none: alone.
+Batching = Literal["continuous", "static", "none"]
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
@@ -10,7 +14,7 @@ class ServerOptions:
     """What a request may ask for, and who may ask.
 
     Attributes:
-        model_name: What the model is called.
+        model_names: What the models are called; the first one is that of requests that name none.
         api_key: That requests must carry; None: none.
         any_host: Answer requests whatever their Host header says. Off where the server listens on loopback: a web page
             whose own name was pointed there could then read what it answers.
@@ -23,7 +27,7 @@ class ServerOptions:
         max_side: Longest side of an image in pixels.
     """
 
-    model_name: str
+    model_names: tuple[str, ...]
     api_key: str | None = None
     any_host: bool = False
     max_body: int = 64 * 1024 * 1024

@@ -12,8 +12,8 @@ from PIL.Image import Image
 from mige_rt.requests import ResolvedRequest
 from mige_rt.sampling_params import SamplingParams
 
-# invalid_request: the client's to mend. timeout, cancelled: only the server says so.
-FailureKind = Literal["invalid_request", "server_error", "timeout", "cancelled"]
+# invalid_request: the client's to mend. timeout, queue_full, cancelled: only the server says so.
+FailureKind = Literal["invalid_request", "server_error", "timeout", "queue_full", "cancelled"]
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,19 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """A task has ended without an image."""
+    """A task has ended without an image.
+
+    Attributes:
+        id: The task's.
+        kind: Who can do what about it.
+        message: One sentence.
+        retry_after: Seconds after which there may be room; None where the queue was not full.
+    """
 
     id: str
     kind: FailureKind
     message: str
+    retry_after: int | None = None
 
 
 TaskEvent = Started | PartialImage | Finished | Failed

@@ -47,9 +47,8 @@ class ImageRequest(BaseModel):
     def check(self, options: ServerOptions) -> None:
         """Raises ApiError when a limit of the server is passed, or two fields exclude each other."""
         steps = self.num_inference_steps
-        if self.model not in (None, options.model_name):
-            message = f"there is no model {self.model!r}; this server has {options.model_name!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+        if self.model is not None:
+            check_model(self.model, options)
         if self.n > options.max_n:
             raise ApiError(400, f"n is {self.n}; at most {options.max_n} images a request are made", param="n")
         if steps is not None and steps > options.max_steps:
@@ -112,6 +111,15 @@ def parse_request(model: type[R], body: Body, options: ServerOptions) -> R:
         raise ApiError(400, validation_message(error, "the request", model), param=param) from error
     request.check(options)
     return request
+
+
+def check_model(name: str, options: ServerOptions) -> None:
+    """Raises ApiError unless the server has a model of this name."""
+    if name not in options.model_names:
+        names = ", ".join(map(repr, options.model_names))
+        raise ApiError(
+            404, f"there is no model {name!r}; this server has {names}", param="model", code="model_not_found"
+        )
 
 
 class ImageData(BaseModel):

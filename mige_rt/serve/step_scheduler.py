@@ -17,6 +17,7 @@ from mige_rt.denoise import LoopInputs, coefficient_rows, loop_inputs, solver_st
 from mige_rt.errors import InputError
 from mige_rt.pipeline import MigePipeline
 from mige_rt.sampling_plan import SamplingPlan
+from mige_rt.serve.options import Batching
 from mige_rt.serve.protocol import Failed, Finished, ImageTask, PartialImage, Started, StepReport, TaskEvent, TokenUsage
 
 GroupKey = tuple[tuple[int, ...], str]  # shape of the latents, and the task's id where each has a call of its own
@@ -96,19 +97,30 @@ class StepScheduler:
     """Advances the images of a pipeline's model together, first come first served.
 
     A waiting image starts at the next step when fewer than `max_batch` are running and its entries fit into the call
-    for its size. None overtakes another. Not safe for several threads.
+    for its size. None overtakes another. With static batching, it also waits until none is running that started before.
+    Not safe for several threads.
     """
 
-    def __init__(self, pipe: MigePipeline, max_batch: int, *, one_image_a_call: bool | None = None) -> None:
+    def __init__(
+        self,
+        pipe: MigePipeline,
+        max_batch: int,
+        *,
+        batching: Batching = "continuous",
+        one_image_a_call: bool | None = None,
+    ) -> None:
         """Prepare to make images.
 
         Args:
             pipe: Of the model.
             max_batch: How many images advance together at most; fewer where the engine's graphs take fewer.
+            batching: `static`, as a server without steps would do it, is there to be measured; so is `none`, which is a
+                `max_batch` of 1.
             one_image_a_call: Call the denoiser for each image by itself. None: where images in one call would change
                 each other, and little is gained by it, see `images_change_each_other`.
         """
-        self.pipe, self.max_batch = pipe, max_batch
+        self.pipe, self.max_batch = pipe, 1 if batching == "none" else max_batch
+        self._static = batching == "static"
         limit = pipe.engine.limits.get("R")
         self._max_entries = sys.maxsize if limit is None else limit.max
         self._one_image_a_call = images_change_each_other(pipe.engine) if one_image_a_call is None else one_image_a_call
@@ -156,6 +168,8 @@ class StepScheduler:
 
     def _start_waiting(self) -> list[TaskEvent]:
         events: list[TaskEvent] = []
+        if self._static and self.running:
+            return events
         while self._waiting and self.running < self.max_batch:
             task, plan = self._waiting[0]
             group = self._groups.setdefault((plan.noise.shape, task.id if self._one_image_a_call else ""), _Group())

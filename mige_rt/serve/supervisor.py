@@ -13,6 +13,7 @@ from queue import SimpleQueue
 from threading import Thread
 
 from mige_rt.errors import InputError
+from mige_rt.serve.backend import MAX_ATTEMPTS, Job, QueueFullError
 from mige_rt.serve.metrics import Metrics
 from mige_rt.serve.protocol import (
     Cancel,
@@ -29,23 +30,10 @@ from mige_rt.serve.protocol import (
 )
 from mige_rt.serve.worker import WorkerOptions, run_worker
 
-MAX_ATTEMPTS = 3  # how often an image is begun: one that ends the worker each time must not do so for ever
 _LONGEST_PAUSE = 30.0  # seconds between two starts of a worker that does not start
 _END_OF_MESSAGES = None
 
 _log = logging.getLogger(__name__)
-
-
-class QueueFullError(Exception):
-    """As many images are waiting as may wait.
-
-    Attributes:
-        retry_after: Seconds after which a place may be free.
-    """
-
-    def __init__(self, retry_after: int) -> None:
-        super().__init__(retry_after)
-        self.retry_after = retry_after
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,32 +49,6 @@ class QueueLimits:
     max_queue: int
     max_wait: float
     timeout: float
-
-
-class Job:
-    """The images of one request, from their acceptance to their end."""
-
-    def __init__(self, tasks: Sequence[ImageTask]) -> None:
-        self.tasks = {task.id: task for task in tasks}  # those that have not ended
-        self.accepted = time.monotonic()
-        self.waiting = set(self.tasks)  # ids of those that have not started
-        self.has_started = False  # one of them
-        self.attempts = dict.fromkeys(self.tasks, 0)
-        self.timers: list[asyncio.TimerHandle] = []
-        self._events: asyncio.Queue[TaskEvent] = asyncio.Queue()
-        self._to_come = len(self.tasks)
-
-    def put(self, event: TaskEvent) -> None:
-        """Add an event about one of the tasks."""
-        self._events.put_nowait(event)
-
-    async def next_event(self) -> TaskEvent | None:
-        """What happens next to one of the images; None when each is finished or has failed."""
-        if not self._to_come:
-            return None
-        event = await self._events.get()
-        self._to_come -= isinstance(event, Finished | Failed)
-        return event
 
 
 class Supervisor:
@@ -106,6 +68,8 @@ class Supervisor:
         self._worker: _Worker | None = _Worker(options)
         self.model = self._worker.ready
         self._jobs: dict[str, Job] = {}  # by the ids of their tasks, in the order of acceptance
+        self._attempts: dict[str, int] = {}  # how often each of them was begun
+        self._timers: dict[Job, list[asyncio.TimerHandle]] = {}  # of jobs that have not ended
         self._loop: asyncio.AbstractEventLoop | None = None
         self._restart: asyncio.Task[None] | None = None
         self._closing = False
@@ -115,6 +79,11 @@ class Supervisor:
     def is_ready(self) -> bool:
         """Whether there is a worker with an open model."""
         return self._worker is not None and not self._closing
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there are images that have not ended."""
+        return bool(self._jobs)
 
     @property
     def waiting(self) -> int:
@@ -152,12 +121,12 @@ class Supervisor:
         self.check_room(len(tasks))
         job = Job(tasks)
         timeout = self.limits.timeout
-        job.timers = [
+        self._timers[job] = [
             self._loop.call_later(self.limits.max_wait, self._expire_waiting, job),
             self._loop.call_later(timeout, self._expire, job, f"it is not done after {timeout:g} seconds"),
         ]
         for task in tasks:
-            self._jobs[task.id] = job
+            self._jobs[task.id], self._attempts[task.id] = job, 0
             if self._worker is not None:
                 self._worker.send(task)
         self._count()
@@ -180,13 +149,12 @@ class Supervisor:
     def _end(self, event: Finished | Failed) -> None:
         """Pass on a task's last event, and forget the task."""
         job = self._jobs.pop(event.id)
-        del job.tasks[event.id]
-        job.waiting.discard(event.id)
+        del self._attempts[event.id]
+        job.end(event)
         if not job.tasks:
-            for timer in job.timers:
+            for timer in self._timers.pop(job):
                 timer.cancel()
             self._mean_latency += (time.monotonic() - job.accepted - self._mean_latency) / 8
-        job.put(event)
         self._count()
 
     def _count(self) -> None:
@@ -210,12 +178,10 @@ class Supervisor:
                 pass
 
     def _on_started(self, job: Job, event: Started) -> None:
-        job.attempts[event.id] += 1
+        self._attempts[event.id] += 1
         if event.id in job.waiting:  # or else it was begun before, by a worker that has ended
-            job.waiting.remove(event.id)
-            job.has_started = True
+            job.start(event)
             self.metrics.queue_time.observe(time.monotonic() - job.accepted)
-            job.put(event)
         self._count()
 
     def _listen(self, worker: "_Worker") -> None:
@@ -253,7 +219,8 @@ class Supervisor:
                 await asyncio.sleep(pause)
         self._worker = worker
         for task_id, job in list(self._jobs.items()):
-            if job.attempts[task_id] < MAX_ATTEMPTS:
+            job.spans[task_id].restart()
+            if self._attempts[task_id] < MAX_ATTEMPTS:
                 worker.send(job.tasks[task_id])
             else:
                 message = f"the engine has ended {MAX_ATTEMPTS} times while it made this image; report this"

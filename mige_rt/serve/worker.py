@@ -11,6 +11,7 @@ from PIL import Image
 from mige_rt.config import Precision
 from mige_rt.errors import InputError
 from mige_rt.pipeline import MigePipeline
+from mige_rt.serve.options import Batching
 from mige_rt.serve.protocol import Cancel, Failed, ImageTask, NotOpened, Ready
 from mige_rt.serve.step_scheduler import StepScheduler
 
@@ -24,6 +25,7 @@ class WorkerOptions:
     device: str
     precision: Precision | str
     max_batch: int
+    batching: Batching = "continuous"
     limits: Mapping[str, Any] = field(default_factory=dict[str, Any])  # trust and memory_limit, where they were given
 
 
@@ -42,7 +44,7 @@ def run_worker(connection: Connection, options: WorkerOptions) -> None:
     engine = pipe.engine
     description = f"{engine.name} on {engine.device} in {engine.precision}"
     connection.send(Ready(pipe.model_name, pipe.config.size, description, options.max_batch))
-    scheduler = StepScheduler(pipe, options.max_batch)
+    scheduler = StepScheduler(pipe, options.max_batch, batching=options.batching)
     try:
         while True:
             while connection.poll(None if scheduler.idle else 0):

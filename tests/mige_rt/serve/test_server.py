@@ -4,19 +4,14 @@ import base64
 import http.client
 import io
 import json
-import re
 import signal
 import socket
 import struct
-import subprocess
-import sys
-import threading
 import time
 import zlib
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +21,10 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from benchmarks.serving.server_process import ServerProcess
 from mige_rt.cli import main
 from mige_rt.pipeline import MigePipeline
-from mige_rt.serve.supervisor import MAX_ATTEMPTS
+from mige_rt.serve.backend import MAX_ATTEMPTS
 
 SECRET_WORD = "zanzibar"  # in every prompt; logs and metrics must not have it
 BLUE = f"make the background blue {SECRET_WORD}"
@@ -38,13 +34,8 @@ BOUNDARY = "----a-boundary"
 KEY = "the key"
 
 
-@dataclass
-class Server:
-    """A server's process."""
-
-    process: subprocess.Popen[str]
-    port: int
-    log: list[str] = field(default_factory=list)
+class Server(ServerProcess):
+    """With what its clients do."""
 
     def client(self, api_key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=api_key, max_retries=0, timeout=120)
@@ -64,22 +55,6 @@ class Server:
         content_type = f"multipart/form-data; boundary={BOUNDARY}"
         return self.request("POST", path, form, {"Content-Type": content_type, "Authorization": f"Bearer {KEY}"})
 
-    def metric(self, name: str) -> float:
-        text = self.request("GET", "/metrics")[2].decode()
-        match = re.search(rf"^mige:diffusion_{re.escape(name)} (\S+)$", text, re.MULTILINE)
-        assert match is not None, name
-        return float(match[1])
-
-    def wait_until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 60
-        while not condition():
-            assert time.monotonic() < deadline and self.process.poll() is None, "".join(self.log)
-            time.sleep(0.05)
-
-    def worker(self) -> psutil.Process:
-        """The engine worker, which is the largest of the server's processes."""
-        return max(psutil.Process(self.process.pid).children(), key=lambda process: process.memory_info().rss)
-
     def start_long_request(self) -> socket.socket:
         """A streamed request that has left the queue; the caller closes the connection."""
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=120)
@@ -96,24 +71,8 @@ class Server:
 
 @contextmanager
 def running_server(*options: str) -> Iterator[Server]:
-    command = [sys.executable, "-m", "mige_rt.cli", "serve", "--port", "0", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    server = Server(process, 0)
-    try:
-        for line in process.stderr:
-            server.log.append(line)
-            if match := re.search(r"running on http://127\.0\.0\.1:(\d+)", line):
-                server.port = int(match[1])
-                break
-        assert server.port, "".join(server.log)
-        reader = threading.Thread(target=lambda: server.log.extend(process.stderr or ()))
-        reader.start()
+    with Server(*options) as server:
         yield server
-    finally:
-        process.kill()
-        process.wait()
-    reader.join()
     assert SECRET_WORD not in "".join(server.log)
 
 

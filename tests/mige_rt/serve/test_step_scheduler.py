@@ -14,6 +14,7 @@ from mige_rt.errors import InputError
 from mige_rt.pipeline import MigePipeline
 from mige_rt.requests import Request, resolve
 from mige_rt.sampling_params import SamplingParams
+from mige_rt.serve.options import Batching
 from mige_rt.serve.protocol import Failed, Finished, ImageTask, PartialImage, Started, StepReport, TaskEvent
 from mige_rt.serve.step_scheduler import StepScheduler, partial_image_steps
 
@@ -109,6 +110,29 @@ def test_images_start_in_the_order_in_which_they_came(pipe: MigePipeline, tasks:
     assert [event.id for event in events if isinstance(event, Started)] == [task.id for task in tasks]
     for event in events:
         assert not isinstance(event, StepReport) or sum(event.batch_sizes) <= 3
+
+
+@pytest.mark.parametrize(("batching", "sizes"), [("static", [3, 3, 1]), ("none", [1] * 7)])
+def test_with_static_batching_none_joins_a_batch_that_has_begun_and_with_none_each_is_alone(
+    pipe: MigePipeline, tasks: list[ImageTask], batching: Batching, sizes: list[int]
+) -> None:
+    scheduler = StepScheduler(pipe, 3, batching=batching)
+    chosen = [replace(task, params=replace(task.params, num_inference_steps=2 + i % 2)) for i, task in enumerate(tasks)]
+    for task in chosen[:7]:
+        scheduler.submit(task)
+    batches: list[int] = []  # how many started at once
+    running = [0]  # after each step
+    images: dict[str, Image.Image] = {}
+    while not scheduler.idle:
+        events = scheduler.step()
+        started = sum(isinstance(event, Started) for event in events)
+        assert not started or running[-1] == 0
+        batches += [started] if started else []
+        running.append(scheduler.running)
+        images |= finished(events)
+    assert images.keys() == {task.id for task in chosen[:7]}
+    assert batches == sizes
+    assert batching == "none" or running[1:4] == [3, 1, 0]  # those that are done leave the others
 
 
 def test_a_call_takes_no_more_entries_than_the_graphs(pipe: MigePipeline, tasks: list[ImageTask]) -> None:
