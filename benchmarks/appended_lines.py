@@ -1,4 +1,4 @@
-"""JSON lines that people's judgements are written to: only ever added to, each line on the disk before it is answered."""
+"""JSON lines of people's judgements: only ever added to, each on the disk before the page answers."""
 
 import json
 import os

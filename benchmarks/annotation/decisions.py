@@ -1,4 +1,4 @@
-"""Decisions of annotators: JSON lines that are only added to. What has been undone is still there, and so is the undo."""
+"""Decisions of annotators: JSON lines that are only added to; what was undone is still there, as is the undo."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -220,12 +220,12 @@ def progress_rows(categories: Mapping[str, tuple[Row, str]], decisions: Mapping[
         decisions: The annotator's, by pair; what a kept pair was corrected to counts.
     """
     counts: dict[tuple[str, str], list[int]] = {}
-    for pair, (row, category) in categories.items():
+    for pair, proposed in categories.items():
         decision = decisions.get(pair)
-        if decision is not None and decision.annotation is not None:
-            row, category = decision.annotation.row, decision.annotation.category
+        annotation = None if decision is None else decision.annotation
+        place_of_pair = proposed if annotation is None else (annotation.row, annotation.category)
         action = None if decision is None else decision.action
-        for place in ((row, category), ("all", "")):
+        for place in (place_of_pair, ("all", "")):
             of_place = counts.setdefault(place, [0, 0, 0])
             of_place[0] += 1
             of_place[1] += action == "keep"

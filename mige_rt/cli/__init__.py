@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from mige_rt.cli.annotate import COMMANDS as ANNOTATE_COMMANDS
+from mige_rt.cli.annotate import annotate
 from mige_rt.cli.bench import bench
 from mige_rt.cli.bundles import build, convert, export, info
 from mige_rt.cli.compare import compare
@@ -83,6 +85,7 @@ for command in (run, serve, convert, export, build, info, push, pull, sign, veri
     main.add_command(verbose_option(command))
 for command in (bench, compare, convert_data, prepare, train, train_lora):
     main.add_command(verbose_option(command))
-for command in EVAL_COMMANDS:
+for command in (*EVAL_COMMANDS, *ANNOTATE_COMMANDS):
     verbose_option(command)
 main.add_command(evaluate)
+main.add_command(annotate)
