@@ -15,7 +15,7 @@ from mige_rt.errors import InputError
 from mige_rt.images import open_image
 from mige_rt.instruction import PLACEHOLDER
 
-FIGURE = 160  # pixels of a shown image's longer side
+FIGURE = 132  # pixels of a shown image's longer side
 
 
 def inputs_html(pair: EditingPair) -> str:

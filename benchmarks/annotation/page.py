@@ -18,7 +18,7 @@ from benchmarks.annotation.figures import cuts_html, inputs_html
 from benchmarks.annotation.pairs import CATEGORIES
 from mige_rt.errors import InputError
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
+os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}  # before it is imported
 
 import gradio as gr
 from fastapi import FastAPI, Request
@@ -33,7 +33,7 @@ _POLICY = (  # what Gradio's own page needs; other hosts are no part of it
 _KEYS = """
 <script>
 document.addEventListener("keydown", (event) => {
-  const button = {k: "keep", d: "drop", s: "skip", u: "undo"}[event.key.toLowerCase()];
+  const button = {c: "cut", d: "drop", k: "keep", s: "skip", u: "undo"}[event.key.toLowerCase()];
   const typing = event.target.closest("input, textarea, select, [contenteditable]");
   if (!button || typing || event.repeat || event.ctrlKey || event.altKey || event.metaKey) return;
   document.getElementById(button)?.click();
@@ -44,9 +44,9 @@ _CSS = """
 .strip { display: flex; flex-wrap: wrap; gap: .8rem; align-items: flex-end; }
 .strip figure { margin: 0; }
 .strip img { display: block; border-radius: 4px; border: 1px solid #cbd2da; }
-.strip figcaption, .about { font-size: .85rem; color: var(--body-text-color-subdued); }
+.strip figcaption, .about { font-size: .85rem; opacity: .75; }
 .about { margin-top: .4rem; }
-#pair { display: none; }
+.form:has(> #pair), #pair { display: none; }
 #buttons { position: sticky; bottom: 0; z-index: 10; padding: .6rem 0; background: var(--body-background-fill); }
 """
 
@@ -71,7 +71,6 @@ def create_app(annotating: Annotating) -> FastAPI:
         css=_CSS,
         head=_KEYS,
         footer_links=[],
-        run_history=False,
         ssr_mode=False,
         enable_monitoring=False,
     )
@@ -92,6 +91,7 @@ class _Layout:
     inputs: gr.HTML
     fields: tuple[gr.Textbox | gr.Dropdown, ...]
     cuts: gr.HTML
+    cut: gr.Button
     buttons: gr.Row
     keep: gr.Button
     drop: gr.Button
@@ -125,9 +125,11 @@ def _layout() -> _Layout:
     with gr.Row(visible=False) as work:
         with gr.Column(scale=5, min_width=360):
             editor = _editor()
+            cut = gr.Button("Cut out again (C)", size="sm", elem_id="cut")
         with gr.Column(scale=5, min_width=360):
             pair_id = gr.Textbox(elem_id="pair")
             inputs = gr.HTML(elem_id="inputs")
+            cuts = gr.HTML(elem_id="cuts")
             prompt = gr.Textbox(label="Instruction", lines=2, elem_id="prompt")
             subject = gr.Textbox(label="The subject is called", elem_id="subject")
             caption = gr.Textbox(label="Caption of the target", elem_id="caption")
@@ -137,7 +139,6 @@ def _layout() -> _Layout:
                 category = gr.Dropdown(
                     choices, label="Category", allow_custom_value=True, min_width=120, elem_id="category"
                 )
-            cuts = gr.HTML(elem_id="cuts")
     with gr.Row(visible=False, elem_id="buttons") as buttons:
         keep = gr.Button("Keep (K)", variant="primary", min_width=90, elem_id="keep")
         drop = gr.Button("Drop (D)", variant="stop", min_width=90, elem_id="drop")
@@ -157,6 +158,7 @@ def _layout() -> _Layout:
         inputs=inputs,
         fields=(prompt, subject, caption, row, category),
         cuts=cuts,
+        cut=cut,
         buttons=buttons,
         keep=keep,
         drop=drop,
@@ -170,7 +172,7 @@ def _layout() -> _Layout:
 def _editor() -> gr.ImageEditor:
     red, blue = ((f"rgb{color}", OPACITY) for color in (RED, BLUE))
     return gr.ImageEditor(
-        label="Target: red is the subject's mask, blue its box",
+        label="Target: mask in red, box in blue",
         type="pil",
         format="png",
         sources=(),
@@ -224,7 +226,7 @@ def _wire(page: _Layout, annotating: Annotating) -> None:
             raise gr.Error("There is nothing to undo.")
         return update(Session(now.annotator, shown))
 
-    def draw(now: Session, drawn: dict[str, Any] | None) -> str:
+    def cut(now: Session, drawn: dict[str, Any] | None) -> str:
         return "" if now.shown is None else cuts_html(now.shown, drawn)
 
     quiet: dict[str, Any] = {"show_progress": "hidden"}
@@ -234,7 +236,8 @@ def _wire(page: _Layout, annotating: Annotating) -> None:
     page.drop.click(drop, seen, page.all, **quiet)
     page.skip.click(skip, seen, page.all, **quiet)
     page.undo.click(undo, page.session, page.all, **quiet)
-    page.editor.input(draw, [page.session, page.editor], page.cuts, trigger_mode="always_last", **quiet)
+    # Not at each stroke: every event of the editor sends all of its images.
+    page.cut.click(cut, [page.session, page.editor], page.cuts, **quiet)
 
 
 def _line(annotating: Annotating, now: Session) -> str:

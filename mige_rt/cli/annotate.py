@@ -49,7 +49,8 @@ def page(manifest: Path, root: Path | None, decisions: Path, host: str, port: in
         raise InputError(f"{decisions} cannot be written: {decisions.parent} is no folder; make it first")
     pairs = open_pairs(manifest, root)
     annotating = Annotating(pairs, DecisionLog(decisions))
-    report(f"{len(pairs)} editing pairs; decisions go to {decisions}")
+    address = f"; the page is at http://{host}:{port}" if port else ""
+    report(f"{len(pairs)} editing pairs; decisions go to {decisions}{address}")
     uvicorn.run(create_app(annotating), host=host, port=port, log_level="warning")
 
 
