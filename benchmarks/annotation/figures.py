@@ -11,30 +11,22 @@ from benchmarks.annotation.annotating import Shown
 from benchmarks.annotation.editor import read_drawing
 from benchmarks.annotation.masks import cut_out
 from benchmarks.annotation.pairs import EditingPair
+from benchmarks.evaluation.sample import image_labels
 from mige_rt.errors import InputError
 from mige_rt.images import open_image
-from mige_rt.instruction import PLACEHOLDER
 
 FIGURE = 132  # pixels of a shown image's longer side
 
 
 def inputs_html(pair: EditingPair) -> str:
     """The source, and what else the instruction refers to, in its order."""
+    images = [*image_labels(pair.sample.images, pair.sample.source).items(), (pair.sample.target, "target")]
     figures: list[str] = []
-    labels = {pair.source: "source"}
-    for k, path in enumerate(pair.sample.images):
-        labels.setdefault(path, "subject" if k == pair.entity else f"image {k + 1}")
-    for path, label in labels.items():
-        places = [f"{k + 1}" for k, image in enumerate(pair.sample.images) if image == path]
-        caption = f"{label} ({PLACEHOLDER} {' and '.join(places)})" if places else label
+    for path, label in images:
         try:
-            figures.append(_figure(open_image(path), caption))
+            figures.append(_figure(open_image(path), label))
         except InputError as error:
             figures.append(f"<p>{html.escape(f'{label}: {error}')}</p>")
-    try:
-        figures.append(_figure(open_image(pair.sample.target), "target"))
-    except InputError as error:
-        figures.append(f"<p>{html.escape(f'target: {error}')}</p>")
     return f'<div class="strip">{"".join(figures)}</div>'
 
 

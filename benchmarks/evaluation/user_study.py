@@ -20,7 +20,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from benchmarks.appended_lines import AppendedLines
 from benchmarks.evaluation.preference import Choice, Vote, read_votes
 from benchmarks.evaluation.results import Results, check_benchmark
-from benchmarks.evaluation.sample import AnyImageFile, Benchmark, BenchmarkSample, ImageFile
+from benchmarks.evaluation.sample import AnyImageFile, Benchmark, BenchmarkSample, ImageFile, image_labels
 from mige_rt.errors import InputError
 
 Side = Literal["left", "right"]
@@ -104,10 +104,10 @@ def create_app(study: Study) -> FastAPI:
     @app.get("/")
     def page(voter: str = "") -> HTMLResponse:
         pair = study.next_pair(voter) if voter else None
-        inputs = _inputs(pair.sample) if pair else {}
+        inputs = image_labels(pair.sample.images, pair.sample.source).values() if pair else ()
         done, total = study.progress(voter)
         text = templates.get_template("user-study.html.j2").render(
-            voter=voter, pair=pair, inputs=list(inputs), done=done, total=total
+            voter=voter, pair=pair, inputs=inputs, done=done, total=total
         )
         return HTMLResponse(text, headers={"Cache-Control": "no-store"})
 
@@ -116,12 +116,13 @@ def create_app(study: Study) -> FastAPI:
         known = _known(study, pair)
         return _png(ImageFile(known.images[study.system(voter, pair, side)]))
 
-    @app.get("/input/{pair}/{label}")
-    def input_image(pair: str, label: str) -> Response:
-        inputs = _inputs(_known(study, pair).sample)
-        if label not in inputs:
+    @app.get("/input/{pair}/{number}")
+    def input_image(pair: str, number: int) -> Response:
+        sample = _known(study, pair).sample
+        inputs = list(image_labels(sample.images, sample.source))
+        if not 0 <= number < len(inputs):
             raise HTTPException(404, "there is no such image")
-        return _png(inputs[label])
+        return _png(inputs[number])
 
     @app.post("/vote")
     def vote(voter: Voter, pair: Annotated[str, Form()], choice: Annotated[Choice, Form()]) -> RedirectResponse:
@@ -135,13 +136,6 @@ def _known(study: Study, pair: str) -> Pair:
     if pair not in study.pairs:
         raise HTTPException(404, "there is no such pair")
     return study.pairs[pair]
-
-
-def _inputs(sample: BenchmarkSample) -> dict[str, AnyImageFile]:
-    """What the request was made of, by its label."""
-    references = [image for image in dict.fromkeys(sample.images) if image != sample.source]
-    inputs = {} if sample.source is None else {"source": sample.source}
-    return inputs | {f"reference-{k}": image for k, image in enumerate(references, 1)}
 
 
 def _png(image: AnyImageFile) -> Response:
