@@ -1,5 +1,6 @@
 """JSON lines of people's judgements: only ever added to, each on the disk before the page answers."""
 
+import errno
 import json
 import os
 import threading
@@ -27,9 +28,18 @@ class AppendedLines:
                 file.write_bytes(content[: content.rfind(b"\n") + 1])
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Write a line; it is on the disk when this returns. Raises OSError when the disk is full, for one."""
-        line = json.dumps(record) + "\n"
-        with self._lock, self._path.open("a", encoding="utf-8") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        """Write a line; it is on the disk when this returns.
+
+        Raises:
+            OSError: It cannot be, since the disk is full, for one. Nothing of it is left in the file.
+        """
+        line = (json.dumps(record) + "\n").encode()
+        with self._lock, self._path.open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)
+                raise

@@ -199,8 +199,8 @@ def _wire(page: _Layout, annotating: Annotating) -> None:
         return [now, *begun, *texts, *active, *values]
 
     def begin(annotator: str) -> list[Any]:
-        if not annotator.strip():
-            raise gr.Error("Write your name first.")
+        if not 0 < len(annotator.strip()) <= MAX_NAME:
+            raise gr.Error(f"Write your name first, in at most {MAX_NAME} characters.")
         return update(annotating.begin(annotator.strip()))
 
     def keep(now: Session, pair: str, drawn: dict[str, Any] | None, *texts: str) -> list[Any]:
@@ -220,6 +220,7 @@ def _wire(page: _Layout, annotating: Annotating) -> None:
         return update(annotating.go_on(_checked(now, pair)))
 
     def undo(now: Session) -> list[Any]:
+        _check_begun(now)
         with _reported():
             shown = annotating.undo(now.annotator)
         if shown is None:
@@ -230,12 +231,14 @@ def _wire(page: _Layout, annotating: Annotating) -> None:
         return "" if now.shown is None else cuts_html(now.shown, drawn)
 
     quiet: dict[str, Any] = {"show_progress": "hidden"}
+    # In turn, or two keys pressed at once would both decide on the pair that the first of them leaves.
+    in_turn: dict[str, Any] = {**quiet, "concurrency_id": "decisions", "concurrency_limit": 1}
     seen = [page.session, page.pair_id]
-    gr.on([page.begin.click, page.name.submit], begin, page.name, page.all, **quiet)
-    page.keep.click(keep, [*seen, page.editor, *page.fields], page.all, **quiet)
-    page.drop.click(drop, seen, page.all, **quiet)
-    page.skip.click(skip, seen, page.all, **quiet)
-    page.undo.click(undo, page.session, page.all, **quiet)
+    gr.on([page.begin.click, page.name.submit], begin, page.name, page.all, **in_turn)
+    page.keep.click(keep, [*seen, page.editor, *page.fields], page.all, **in_turn)
+    page.drop.click(drop, seen, page.all, **in_turn)
+    page.skip.click(skip, seen, page.all, **in_turn)
+    page.undo.click(undo, page.session, page.all, **in_turn)
     # Not at each stroke: every event of the editor sends all of its images.
     page.cut.click(cut, [page.session, page.editor], page.cuts, **quiet)
 
@@ -258,9 +261,15 @@ def _values(shown: Shown) -> list[Any]:
 
 def _checked(now: Session, pair: str) -> Shown:
     """What is shown, if the browser agrees: a decision must not be of another pair than the one that was seen."""
+    _check_begun(now)
     if now.shown is None or now.shown.pair.id != pair:
-        raise gr.Error("The page was started again: reload it and write your name. What you decided is still there.")
+        raise gr.Error("The page was still changing, so nothing was written. Look at what it shows now.")
     return now.shown
+
+
+def _check_begun(now: Session) -> None:
+    if not now.annotator:
+        raise gr.Error("The page was started again: reload it and write your name. What you decided is still there.")
 
 
 @contextmanager

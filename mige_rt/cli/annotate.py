@@ -1,6 +1,8 @@
 """`mige-rt annotate`: people make a benchmark of editing pairs."""
 
+import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import click
 
@@ -41,8 +43,9 @@ def page(manifest: Path, root: Path | None, decisions: Path, host: str, port: in
     with requires("annotate", "the annotation page"):
         import uvicorn
 
+        from benchmarks.annotation.annotating import Annotating
         from benchmarks.annotation.decisions import DecisionLog
-        from benchmarks.annotation.page import Annotating, create_app
+        from benchmarks.annotation.page import create_app
         from benchmarks.annotation.pairs import open_pairs
 
     if not decisions.absolute().parent.is_dir():
@@ -51,7 +54,9 @@ def page(manifest: Path, root: Path | None, decisions: Path, host: str, port: in
     annotating = Annotating(pairs, DecisionLog(decisions))
     address = f"; the page is at http://{host}:{port}" if port else ""
     report(f"{len(pairs)} editing pairs; decisions go to {decisions}{address}")
-    uvicorn.run(create_app(annotating), host=host, port=port, log_level="warning")
+    with TemporaryDirectory(prefix="mige-rt-annotate-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # the images that it has shown do not stay
+        uvicorn.run(create_app(annotating), host=host, port=port, log_level="warning")
 
 
 @annotate.command()

@@ -1,6 +1,7 @@
 """Annotating without a browser: the file of decisions, masks drawn and undrawn, agreement, and exported benchmarks."""
 
 import json
+import resource
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,21 @@ def test_a_killed_page_goes_on_where_it_was_and_half_a_line_does_not_count(
     path.write_text("nothing\n" + whole)
     with pytest.raises(InputError, match="line 1 is no JSON"):
         DecisionLog(path)
+
+
+def test_a_full_disk_leaves_no_half_line(annotating: Annotating, tmp_path: Path) -> None:
+    path = tmp_path / "decisions.jsonl"
+    _keep(annotating)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+        with pytest.raises(OSError, match="No space|File too large"):
+            annotating.drop(_shown(annotating, "Ann"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and annotating.progress("Ann").startswith("1 of")
+    annotating.drop(_shown(annotating, "Ann"))
+    assert [decision.action for decision in read_decisions([path])] == ["keep", "drop"]
 
 
 def test_every_annotator_walks_all_pairs_and_may_skip_some(annotating: Annotating, pairs: list[EditingPair]) -> None:
