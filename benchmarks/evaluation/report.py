@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 from benchmarks.evaluation.judge import Judged, Judgement, TableRow
 from benchmarks.evaluation.metrics import METRICS, higher_is_better
 from benchmarks.evaluation.paper import PAPER
-from benchmarks.evaluation.sample import AnyImageFile, BenchmarkSample, ImageFile
+from benchmarks.evaluation.sample import AnyImageFile, BenchmarkSample, ImageFile, image_labels
 from export.formatting import json_text, markdown_table
 from mige_rt.atomic import atomic_file
 from mige_rt.errors import InputError
@@ -169,13 +169,13 @@ def _gallery(judgement: Judgement) -> list[tuple[str, list[Tile]]]:
 
 
 def _tile(title: str, name: str, sample: BenchmarkSample, judged: Judged) -> Tile:
-    shown: dict[str, AnyImageFile | None] = {
-        "source": sample.source,
-        "reference": next((image for image in sample.images if image != sample.source), None),
-        "ground truth": sample.truth if sample.truth != sample.source else None,
-        "result": ImageFile(judged.results.image(name)),
+    shown: dict[str, AnyImageFile] = {
+        label: image for image, label in image_labels(sample.images, sample.source).items()
     }
-    images = {label: _data_url(image) for label, image in shown.items() if image is not None}
+    if sample.truth is not None and sample.truth != sample.source:
+        shown["ground truth"] = sample.truth
+    shown["result"] = ImageFile(judged.results.image(name))
+    images = {label: _data_url(image) for label, image in shown.items()}
     return Tile(f"{title} ({name})", sample.prompt, images)
 
 

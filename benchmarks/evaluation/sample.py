@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from mige_rt.errors import InputError
 from mige_rt.images import READABLE, decode_image, open_image
+from mige_rt.instruction import PLACEHOLDER
 
 LISTED = 20  # missing files that an error lists
 
@@ -77,6 +78,29 @@ def _read_row_group(path: Path, group: int, column: str) -> list[Any]:
 
 
 AnyImageFile = ImageFile | ParquetImage
+Named = TypeVar("Named")  # an image's file, or its path
+
+
+def image_labels(images: Sequence[Named], source: Named | None) -> dict[Named, str]:
+    """What a page calls the images of a request, and which placeholders of the prompt they are.
+
+    Args:
+        images: Of the placeholders, in their order.
+        source: The image to edit, or None.
+
+    Returns:
+        Such as "source (<imagehere> 2)" and "reference 1 (<imagehere> 1)", the source first.
+    """
+    references = [image for image in dict.fromkeys(images) if image != source]
+    names = ({} if source is None else {source: "source"}) | {
+        image: f"reference {number}" if len(references) > 1 else "reference"
+        for number, image in enumerate(references, 1)
+    }
+    places = {image: [str(k) for k, other in enumerate(images, 1) if other == image] for image in names}
+    return {
+        image: f"{name} ({PLACEHOLDER} {' and '.join(places[image])})" if places[image] else name
+        for image, name in names.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,6 @@ Which system's image is on the left depends on the voter and the request alone, 
 Images are sent without their metadata, which name the model.
 """
 
-import json
-import os
-import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -20,10 +17,10 @@ import jinja2
 from fastapi import FastAPI, Form, HTTPException
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
+from benchmarks.appended_lines import AppendedLines
 from benchmarks.evaluation.preference import Choice, Vote, read_votes
 from benchmarks.evaluation.results import Results, check_benchmark
-from benchmarks.evaluation.sample import AnyImageFile, Benchmark, BenchmarkSample, ImageFile
-from mige_rt.atomic import atomic_file
+from benchmarks.evaluation.sample import AnyImageFile, Benchmark, BenchmarkSample, ImageFile, image_labels
 from mige_rt.errors import InputError
 
 Side = Literal["left", "right"]
@@ -74,9 +71,7 @@ class Study:
         """
         self.pairs = {pair.name: pair for pair in pairs}
         self.systems = systems
-        self._votes = votes
-        self._lock = threading.Lock()
-        _remove_cut_line(votes)
+        self._votes = AppendedLines(votes)
         before = read_votes([votes]) if votes.is_file() and votes.stat().st_size else []
         self._done = {(vote.voter, vote.pair) for vote in before}
 
@@ -97,12 +92,8 @@ class Study:
         """Write a vote down, to the disk, before anything else is answered."""
         left, right = (self.systems[self.system(voter, pair, side)] for side in ("left", "right"))
         time = datetime.now(UTC).isoformat(timespec="seconds")
-        line = json.dumps(asdict(Vote(pair, voter, left, right, choice, time))) + "\n"
-        with self._lock, self._votes.open("a", encoding="utf-8") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-            self._done.add((voter, pair))
+        self._votes.add(asdict(Vote(pair, voter, left, right, choice, time)))
+        self._done.add((voter, pair))
 
 
 def create_app(study: Study) -> FastAPI:
@@ -113,10 +104,10 @@ def create_app(study: Study) -> FastAPI:
     @app.get("/")
     def page(voter: str = "") -> HTMLResponse:
         pair = study.next_pair(voter) if voter else None
-        inputs = _inputs(pair.sample) if pair else {}
+        inputs = image_labels(pair.sample.images, pair.sample.source).values() if pair else ()
         done, total = study.progress(voter)
         text = templates.get_template("user-study.html.j2").render(
-            voter=voter, pair=pair, inputs=list(inputs), done=done, total=total
+            voter=voter, pair=pair, inputs=inputs, done=done, total=total
         )
         return HTMLResponse(text, headers={"Cache-Control": "no-store"})
 
@@ -125,12 +116,13 @@ def create_app(study: Study) -> FastAPI:
         known = _known(study, pair)
         return _png(ImageFile(known.images[study.system(voter, pair, side)]))
 
-    @app.get("/input/{pair}/{label}")
-    def input_image(pair: str, label: str) -> Response:
-        inputs = _inputs(_known(study, pair).sample)
-        if label not in inputs:
+    @app.get("/input/{pair}/{number}")
+    def input_image(pair: str, number: int) -> Response:
+        sample = _known(study, pair).sample
+        inputs = list(image_labels(sample.images, sample.source))
+        if not 0 <= number < len(inputs):
             raise HTTPException(404, "there is no such image")
-        return _png(inputs[label])
+        return _png(inputs[number])
 
     @app.post("/vote")
     def vote(voter: Voter, pair: Annotated[str, Form()], choice: Annotated[Choice, Form()]) -> RedirectResponse:
@@ -140,25 +132,10 @@ def create_app(study: Study) -> FastAPI:
     return app
 
 
-def _remove_cut_line(votes: Path) -> None:
-    """Remove what a killed server has left of a vote, so that the next one has a line of its own."""
-    content = votes.read_bytes() if votes.is_file() else b""
-    if content and not content.endswith(b"\n"):
-        with atomic_file(votes) as file:
-            file.write_bytes(content[: content.rfind(b"\n") + 1])
-
-
 def _known(study: Study, pair: str) -> Pair:
     if pair not in study.pairs:
         raise HTTPException(404, "there is no such pair")
     return study.pairs[pair]
-
-
-def _inputs(sample: BenchmarkSample) -> dict[str, AnyImageFile]:
-    """What the request was made of, by its label."""
-    references = [image for image in dict.fromkeys(sample.images) if image != sample.source]
-    inputs = {} if sample.source is None else {"source": sample.source}
-    return inputs | {f"reference-{k}": image for k, image in enumerate(references, 1)}
 
 
 def _png(image: AnyImageFile) -> Response:

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from mige_rt.cli.annotate import COMMANDS as ANNOTATE_COMMANDS
+from mige_rt.cli.annotate import annotate
 from mige_rt.cli.bench import bench
 from mige_rt.cli.bench_serve import bench_serve
 from mige_rt.cli.bundles import build, convert, export, info
@@ -86,9 +88,9 @@ for command in (run, serve, convert, export, build, info, push, pull, sign, veri
     main.add_command(verbose_option(command))
 for command in (bench, bench_serve, compare, train, train_lora):
     main.add_command(verbose_option(command))
-for command in (*DATA_COMMANDS, *EVAL_COMMANDS):
+for command in (*ANNOTATE_COMMANDS, *DATA_COMMANDS, *EVAL_COMMANDS):
     verbose_option(command)
-for command in (data_group, evaluate):
+for command in (annotate, data_group, evaluate):
     main.add_command(command)
 for name, command in (("convert-data", convert_data), ("prepare", prepare)):  # their names before there was `data`
     former = copy(command)

@@ -38,6 +38,9 @@ _ENCODERS = (
     click.option("--dino", help="the same  [default: facebook/dino-vits16]"),
     click.option("--detector", help="the same, a Grounding DINO  [default: IDEA-Research/grounding-dino-base]"),
     click.option("--segmenter", help="the same, a SAM  [default: facebook/sam-vit-huge]"),
+    click.option(
+        "--stand-in", is_flag=True, help="EfficientNet-Lite0, which a package ships, for the encoders not named"
+    ),
     click.option("--judge-device", default="cpu", show_default=True, help="of the encoders: cpu, cuda, cuda:1"),
     click.option("--against", type=PATH, help="another results folder: how much its metrics differ, image by image"),
 )
@@ -91,8 +94,8 @@ def judge(results: Path, benchmark: str, out: Path, **options: Any) -> None:
       mige-rt eval judge results --benchmark dreambench:dreambooth/dataset --out report
 
     Encoders come from folders here or from the hub's cache; nothing is downloaded. For one that is missing, the report
-    has the command that gets it, and the other metrics go on. On the synthetic world a stand-in judges, unless
-    encoders are named.
+    has the command that gets it, and the other metrics go on. On the synthetic world, and by --stand-in
+    elsewhere, EfficientNet-Lite0 judges, and the encoders that are named.
     """
     _judge(results, benchmark, out, options)
 
@@ -199,21 +202,21 @@ def _judge(results: Path, spec: str, out: Path, options: dict[str, Any]) -> None
 
     opened, folder = open_benchmark(spec), open_results(results)
     against = None if options["against"] is None else open_results(options["against"])
-    encoders = _encoder_options(opened.layout, options)
+    encoders = _encoder_options(options["stand_in"] or opened.layout == "synthetic", options)
     with progress("judging") as advance:
         judgement = judge(opened, folder, out, encoders, against=against, on_progress=advance)
     report_lines(write_report(judgement, out, command_line()))
     echo(out)
 
 
-def _encoder_options(layout: str, options: dict[str, Any]) -> "EncoderOptions":
-    """The encoders that were named, and for the others the paper's; on the synthetic world the stand-in."""
+def _encoder_options(stand_in: bool, options: dict[str, Any]) -> "EncoderOptions":
+    """The encoders that were named, and for the others the paper's, or the stand-in."""
     from benchmarks.evaluation.encoders import EncoderOptions
 
     names = ("clip", "dino", "detector", "segmenter")
-    synthetic: dict[str, Any] = {**dict.fromkeys(names), "lpips": False, "efficientnet": True}
+    instead: dict[str, Any] = {**dict.fromkeys(names), "lpips": False, "efficientnet": True}
     given = {name: options[name] for name in names if options[name] is not None}
-    return EncoderOptions(**{**(synthetic if layout == "synthetic" else {}), **given}, device=options["judge_device"])
+    return EncoderOptions(**{**(instead if stand_in else {}), **given}, device=options["judge_device"])
 
 
 limit_options(generate)

@@ -1,34 +1,13 @@
 """The report, opened in a real browser: nothing broken, nothing cut off, at phone and desktop width (tables scroll)."""
 
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from selenium.webdriver import Chrome
-from selenium.webdriver.chrome.options import Options
-from selenium.webdriver.chrome.service import Service
 
 WIDTHS = (390, 1280)
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Chrome]:
-    if BROWSER is None or DRIVER is None:
-        pytest.skip("no Chromium with its driver is installed here (Debian: chromium, chromium-driver)")
-    options = Options()
-    options.binary_location = BROWSER
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking"):
-        options.add_argument(flag)
-    options.add_argument("--disable-dev-shm-usage")
-    driver = Chrome(options=options, service=Service(DRIVER))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture(params=WIDTHS, ids=["phone", "desktop"])

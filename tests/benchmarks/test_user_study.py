@@ -86,7 +86,7 @@ def test_the_page_shows_the_request_and_refuses_what_it_does_not_know(
     client = TestClient(create_app(Study(open_pairs(benchmark, systems), SYSTEMS, tmp_path / "votes.jsonl")))
     assert "Your name" in client.get("/").text
     edit = next(name for sample, _, name in benchmark.image_names() if sample.source is not None)
-    assert client.get(f"/input/{edit}/source").headers["content-type"] == "image/png"
+    assert client.get(f"/input/{edit}/0").headers["content-type"] == "image/png"
     assert client.get(f"/input/{edit}/../../etc").status_code == 404
     assert client.get("/image/nothing/left", params={"voter": "a"}).status_code == 404
     data = {"voter": "a", "pair": edit, "choice": "both"}
