@@ -1,12 +1,14 @@
-"""`mige-rt serve`."""
+"""`mige-rt serve` and `mige-rt ui`."""
 
 import logging
 import math
 import signal
 import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -15,37 +17,78 @@ from mige_rt.cli.shared import model_options
 from mige_rt.errors import InputError, requires
 from mige_rt.terminal import report
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _server_options(port: int) -> Callable[[F], F]:
+    """The options of a server's command; port: its default."""
+    options = (
+        click.option(
+            "--host", default="127.0.0.1", show_default=True, help="address to listen on; 0.0.0.0: all of them"
+        ),
+        click.option("--port", type=click.IntRange(0, 65535), default=port, show_default=True, help="0: a free one"),
+        click.option("--api-key", envvar="MIGE_RT_API_KEY", help="that requests must carry; better in MIGE_RT_API_KEY"),
+        model_options,
+        click.option("--served-model-name", help="what the API calls the model  [default: its own name]"),
+        click.option(
+            "--max-batch",
+            type=click.IntRange(1),
+            default=8,
+            show_default=True,
+            help="images that advance together at most",
+        ),
+        click.option(
+            "--max-queue", type=click.IntRange(1), default=64, show_default=True, help="images that wait at most"
+        ),
+        click.option(
+            "--max-wait-ms",
+            type=click.IntRange(1),
+            default=60_000,
+            show_default=True,
+            help="how long an image waits for its first step at most",
+        ),
+        click.option(
+            "--request-timeout",
+            type=click.FloatRange(1),
+            default=300,
+            show_default=True,
+            help="seconds to a request's end",
+        ),
+        click.option(
+            "--body-timeout",
+            type=click.FloatRange(0.1),
+            default=60,
+            show_default=True,
+            help="seconds for a request to arrive",
+        ),
+        click.option("--max-body-mb", type=click.IntRange(1), default=64, show_default=True, help="size of a request"),
+        click.option(
+            "--max-input-pixels",
+            type=click.IntRange(1),
+            default=32_000_000,
+            show_default=True,
+            help="of a request's images",
+        ),
+        click.option("--max-n", type=click.IntRange(1), default=10, show_default=True, help="images of a request"),
+        click.option("--max-steps", type=click.IntRange(2, 1000), default=100, show_default=True, help="of an image"),
+        click.option(
+            "--max-side", type=click.IntRange(1), help="of an image in pixels  [default: twice the trained size]"
+        ),
+    )
+
+    def add(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
 
 @click.command()
-@click.option("--host", default="127.0.0.1", show_default=True, help="address to listen on; 0.0.0.0: all of them")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one")
-@click.option("--api-key", envvar="MIGE_RT_API_KEY", help="that requests must carry; better in MIGE_RT_API_KEY")
-@model_options
-@click.option("--served-model-name", help="what the API calls the model  [default: its own name]")
+@_server_options(port=8000)
 @click.option(
-    "--max-batch", type=click.IntRange(1), default=8, show_default=True, help="images that advance together at most"
+    "--page/--no-page", default=True, help="the page at /ui, where the extra ui is installed  [default: page]"
 )
-@click.option("--max-queue", type=click.IntRange(1), default=64, show_default=True, help="images that wait at most")
-@click.option(
-    "--max-wait-ms",
-    type=click.IntRange(1),
-    default=60_000,
-    show_default=True,
-    help="how long an image waits for its first step at most",
-)
-@click.option(
-    "--request-timeout", type=click.FloatRange(1), default=300, show_default=True, help="seconds to a request's end"
-)
-@click.option(
-    "--body-timeout", type=click.FloatRange(0.1), default=60, show_default=True, help="seconds for a request to arrive"
-)
-@click.option("--max-body-mb", type=click.IntRange(1), default=64, show_default=True, help="size of a request")
-@click.option(
-    "--max-input-pixels", type=click.IntRange(1), default=32_000_000, show_default=True, help="of a request's images"
-)
-@click.option("--max-n", type=click.IntRange(1), default=10, show_default=True, help="images of a request")
-@click.option("--max-steps", type=click.IntRange(2, 1000), default=100, show_default=True, help="of an image")
-@click.option("--max-side", type=click.IntRange(1), help="of an image in pixels  [default: twice the trained size]")
 def serve(**values: Any) -> None:
     r"""Make images over HTTP, in the shapes of OpenAI's images API.
 
@@ -56,14 +99,38 @@ def serve(**values: Any) -> None:
     Requests advance together, a step at a time; an image is the same whatever is made beside it. /docs describes the
     API, /metrics is for Prometheus. SIGTERM ends the server after the requests that it has accepted.
     """
+    _serve(values, page=values["page"] and find_spec("gradio") is not None)
+
+
+@click.command()
+@_server_options(port=7860)
+def ui(**values: Any) -> None:
+    r"""Make and edit images on a page in the browser.
+
+    \b
+      mige-rt ui
+      mige-rt ui --model my-bundle --port 8080
+
+    It is the page of `mige-rt serve`, at /ui of the same server. Programs reach the model over MCP, too, at
+    /ui/gradio_api/mcp. Nothing of it is reachable from elsewhere unless --host says so.
+    """
+    _serve(values, page=True)
+
+
+def _serve(values: dict[str, Any], *, page: bool) -> None:
+    """Run a server until it is told to end. page: with the page, which needs the extra ui."""
     with requires("serve", "serving"):
         import uvicorn
 
         from mige_rt.serve.api import create_app
+        from mige_rt.serve.image_service import ImageService
         from mige_rt.serve.metrics import Metrics
         from mige_rt.serve.options import LOOPBACK_HOSTS, ServerOptions
         from mige_rt.serve.supervisor import QueueLimits, Supervisor
         from mige_rt.serve.worker import WorkerOptions
+    if page:
+        with requires("ui", "the page"):
+            from mige_rt.ui.mount import mount_page
     from mige_rt.bundle import DEFAULT_MODEL
 
     if values["api_key"] == "":
@@ -92,11 +159,15 @@ def serve(**values: Any) -> None:
         max_input_pixels=values["max_input_pixels"],
         max_n=min(values["max_n"], values["max_queue"]),
         max_steps=values["max_steps"],
-        max_side=values["max_side"] or 2 * model.size,
+        max_side=values["max_side"] or 2 * model.config.size,
     )
-    report(f"model {options.model_name}, engine {model.engine}")
+    report(f"model {options.model_name}, engine {model.runs_on}")
+    service = ImageService(options, supervisor)
+    app = create_app(service)
+    if page:
+        mount_page(app, service)
     config = uvicorn.Config(
-        create_app(options, supervisor),
+        app,
         host=values["host"],
         port=values["port"],
         log_config=None,  # as the root logger was configured above

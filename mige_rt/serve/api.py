@@ -1,6 +1,5 @@
 """The HTTP application: routes, who may ask, errors, and the OpenAPI page."""
 
-import asyncio
 import hmac
 import time
 from collections.abc import AsyncGenerator
@@ -14,7 +13,6 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from mige_rt.serve.errors import ApiError
-from mige_rt.serve.image_data import ImageDecoder
 from mige_rt.serve.image_service import ImageService
 from mige_rt.serve.options import LOOPBACK_HOSTS, ServerOptions
 from mige_rt.serve.schemas import (
@@ -34,16 +32,14 @@ _PIXEL = (
 )
 
 
-def create_app(options: ServerOptions, supervisor: Supervisor) -> FastAPI:
-    """The application, whose end is the worker's, too."""
-    decoder = ImageDecoder()
+def create_app(service: ImageService) -> FastAPI:
+    """The application, whose end is the service's, too."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
-        supervisor.attach()
+        service.supervisor.attach()
         yield
-        await supervisor.close()
-        await asyncio.to_thread(decoder.close)
+        await service.close()
 
     app = FastAPI(
         title="mige-rt",
@@ -52,16 +48,16 @@ def create_app(options: ServerOptions, supervisor: Supervisor) -> FastAPI:
         lifespan=lifespan,
     )
     _add_error_handlers(app)
-    app.include_router(_operation_routes(supervisor))
-    app.include_router(_api_routes(options, ImageService(options, supervisor, decoder)))
+    app.include_router(_operation_routes(service.supervisor))
+    app.include_router(_api_routes(service))
     return app
 
 
-def _api_routes(options: ServerOptions, service: ImageService) -> APIRouter:
-    created = int(time.time())
+def _api_routes(service: ImageService) -> APIRouter:
+    options, created = service.options, int(time.time())
 
     async def check_caller(request: Request) -> None:
-        _check_origin(request, options)
+        check_origin(request, options)
         _check_key(request, options)
 
     router = APIRouter(
@@ -118,7 +114,7 @@ def _operation_routes(supervisor: Supervisor) -> APIRouter:
     return router
 
 
-def _check_origin(request: Request, options: ServerOptions) -> None:
+def check_origin(request: Request, options: ServerOptions) -> None:
     """Web pages of others may not ask. Raises ApiError."""
     host, origin = request.headers.get("host", ""), request.headers.get("origin")
     if origin is not None and urlsplit(origin).netloc != host:

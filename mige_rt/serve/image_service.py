@@ -8,7 +8,7 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fastapi import Request, Response
@@ -20,7 +20,7 @@ from mige_rt.errors import InputError
 from mige_rt.instruction import count_placeholders
 from mige_rt.requests import Request as PromptRequest
 from mige_rt.requests import resolve
-from mige_rt.serve.body import read_body
+from mige_rt.serve.body import Body, read_body
 from mige_rt.serve.errors import CLIENT_CLOSED_REQUEST, ApiError
 from mige_rt.serve.image_data import ImageDecoder, encode_image
 from mige_rt.serve.options import ServerOptions
@@ -45,12 +45,12 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass
-class _Exchange:
+class Exchange:
     """A request on its way, for the log and the metrics, which hold nothing of its content."""
 
-    id: str
     path: str
-    began: float
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    began: float = field(default_factory=time.monotonic)
     images: int = 0
 
 
@@ -65,10 +65,16 @@ class _Work:
 
 
 class ImageService:
-    """Answers requests for images."""
+    """Answers requests for images, those of HTTP and those of the page."""
 
-    def __init__(self, options: ServerOptions, supervisor: Supervisor, decoder: ImageDecoder) -> None:
-        self._options, self._supervisor, self._decoder = options, supervisor, decoder
+    def __init__(self, options: ServerOptions, supervisor: Supervisor) -> None:
+        self.options, self.supervisor = options, supervisor
+        self._decoder = ImageDecoder()
+
+    async def close(self) -> None:
+        """End the worker, and the process that decodes images."""
+        await self.supervisor.close()
+        await asyncio.to_thread(self._decoder.close)
 
     async def answer(self, request: Request, model: type[ImageRequest], prefix: EventPrefix) -> Response:
         """The images, or a stream of events.
@@ -81,7 +87,7 @@ class ImageService:
         Raises:
             ApiError: There will be no image.
         """
-        exchange = _Exchange(uuid.uuid4().hex, request.url.path, time.monotonic())
+        exchange = Exchange(request.url.path)
         headers = {"X-Request-Id": exchange.id}
         try:
             fields, tasks = await self._read(request, model)
@@ -96,17 +102,48 @@ class ImageService:
             finally:
                 self._end(work)
         except ApiError as error:
-            self._record(exchange, error.status)
+            self.record(exchange, error.status)
             error.headers |= headers
             raise
         except Exception:
-            self._record(exchange, 500)
+            self.record(exchange, 500)
             raise
-        self._record(exchange, 200)
+        self.record(exchange, 200)
         return JSONResponse(content.model_dump(), headers=headers)
 
+    async def prepare(self, model: type[ImageRequest], body: Body) -> tuple[ImageRequest, list[ImageTask]]:
+        """Check a request's fields, and decode its images.
+
+        Args:
+            model: What the body holds.
+            body: Fields, and contents of image files.
+
+        Returns:
+            The fields, and a task for each image to make.
+
+        Raises:
+            ApiError: It cannot be used.
+        """
+        fields = parse_request(model, body, self.options)
+        try:
+            images = await self._decoder.decode(body.images, self.options.max_input_pixels)
+            return fields, await asyncio.to_thread(_tasks, fields, images)
+        except InputError as error:
+            raise ApiError(400, str(error)) from error
+
+    def submit(self, tasks: Sequence[ImageTask]) -> Job:
+        """Accept a request's images; whoever gets the job cancels it if its client goes.
+
+        Raises:
+            ApiError: The queue is full.
+        """
+        try:
+            return self.supervisor.submit(tasks)
+        except QueueFullError as error:
+            raise _queue_full(error) from error
+
     async def _read(self, request: Request, model: type[ImageRequest]) -> tuple[ImageRequest, list[ImageTask]]:
-        options = self._options
+        options = self.options
         self._check_room(1)  # before a body is read for nothing
         try:
             async with asyncio.timeout(options.body_timeout):
@@ -116,30 +153,22 @@ class ImageService:
             raise ApiError(408, message) from error
         except ClientDisconnect as error:
             raise ApiError(CLIENT_CLOSED_REQUEST, "the client has gone") from error
-        fields = parse_request(model, body, options)
-        try:
-            images = await self._decoder.decode(body.images, options.max_input_pixels)
-            return fields, await asyncio.to_thread(_tasks, fields, images)
-        except InputError as error:
-            raise ApiError(400, str(error)) from error
+        return await self.prepare(model, body)
 
     def _check_room(self, images: int) -> None:
         try:
-            self._supervisor.check_room(images)
+            self.supervisor.check_room(images)
         except QueueFullError as error:
             raise _queue_full(error) from error
 
     def _start(self, request: Request, fields: ImageRequest, tasks: Sequence[ImageTask]) -> _Work:
-        try:
-            job = self._supervisor.submit(tasks)
-        except QueueFullError as error:
-            raise _queue_full(error) from error
+        job = self.submit(tasks)
         return _Work(fields, tasks, job, asyncio.create_task(self._cancel_on_disconnect(request, job)))
 
     def _end(self, work: _Work) -> None:
         """Let go of a request; what of it is still being made is not needed any more."""
         work.watcher.cancel()
-        self._supervisor.cancel(work.job)
+        self.supervisor.cancel(work.job)
 
     async def _check_start(self, work: _Work) -> None:
         """Wait for the first event: an error that comes before anything was sent has a status of its own."""
@@ -151,9 +180,9 @@ class ImageService:
     async def _cancel_on_disconnect(self, request: Request, job: Job) -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        self._supervisor.cancel(job)
+        self.supervisor.cancel(job)
 
-    async def _stream(self, exchange: _Exchange, work: _Work, prefix: EventPrefix) -> AsyncGenerator[str]:
+    async def _stream(self, exchange: Exchange, work: _Work, prefix: EventPrefix) -> AsyncGenerator[str]:
         """Server-sent events: partial images, and the last one or an error."""
         fields, task = work.fields, work.tasks[0]
         status, sent = CLIENT_CLOSED_REQUEST, 0
@@ -176,10 +205,11 @@ class ImageService:
                         pass
         finally:
             self._end(work)
-            self._record(exchange, status)
+            self.record(exchange, status)
 
-    def _record(self, exchange: _Exchange, status: int) -> None:
-        seconds, metrics = time.monotonic() - exchange.began, self._supervisor.metrics
+    def record(self, exchange: Exchange, status: int) -> None:
+        """Count a request that has ended, and write a line to the log. status: of HTTP."""
+        seconds, metrics = time.monotonic() - exchange.began, self.supervisor.metrics
         metrics.requests.labels(str(status)).inc()
         metrics.latency.labels(str(status)).observe(seconds)
         _log.info(

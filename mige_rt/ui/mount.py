@@ -1,0 +1,120 @@
+"""The page as a part of the server: where it is, and who may see it."""
+
+import base64
+import binascii
+import hmac
+from importlib.resources import as_file, files
+
+import gradio as gr
+from fastapi import FastAPI
+from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mige_rt.serve.api import check_origin
+from mige_rt.serve.errors import ApiError
+from mige_rt.serve.image_service import ImageService
+from mige_rt.serve.options import ServerOptions
+from mige_rt.ui.page import EXAMPLES, create_page
+
+PATH = "/ui"
+
+# Gradio's scripts are in the page, and make others. Nothing comes from another host, and nothing goes there.
+_CONTENT_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
+_FORM_OVERHEAD = 2**20  # bytes of an upload that are not the file's
+
+
+def mount_page(app: FastAPI, service: ImageService) -> None:
+    """Put the page at /ui of the server, and the way to it at /."""
+    options = service.options
+    gr.mount_gradio_app(
+        app,
+        create_page(service),
+        PATH,
+        allowed_paths=[str(EXAMPLES)],
+        css=_static("page.css"),
+        footer_links=["api", "settings"],
+        head=f"<script>{_static('prompt.js')}</script>",
+        max_file_size=options.max_body,
+        run_history=False,  # would keep prompts in the browser
+        show_error=False,  # what is a user's to mend is said in words; the rest is for the log
+        ssr_mode=False,
+        theme=_theme(),
+    )
+    app.add_middleware(_PageGuard, options=options)
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return RedirectResponse(f"{PATH}/")
+
+    del index  # the application has it
+
+
+class _PageGuard:
+    """Asks of the page's callers what the API asks of its own. A browser asks its user for the API key."""
+
+    def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
+        self._app, self._options = app, options
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        path = str(scope.get("path", ""))
+        if scope["type"] != "http" or not (path == PATH or path.startswith(f"{PATH}/")):
+            await self._app(scope, receive, send)
+            return
+        try:
+            self._check(Request(scope))
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+
+        async def send_with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["Content-Security-Policy"] = _CONTENT_POLICY
+                headers["Referrer-Policy"] = "no-referrer"
+            await send(message)
+
+        await self._app(scope, receive, send_with_policy)
+
+    def _check(self, request: Request) -> None:
+        """Raises ApiError."""
+        check_origin(request, self._options)
+        _check_password(request, self._options.api_key)
+        declared, most = request.headers.get("content-length", ""), self._options.max_body + _FORM_OVERHEAD
+        if declared.isdigit() and int(declared) > most:
+            raise ApiError(413, f"the body has {int(declared):,} bytes; at most {most:,} are taken", code="too_large")
+
+
+def _check_password(request: Request, api_key: str | None) -> None:
+    """Raises ApiError unless the key, if there is one, is the password of HTTP's basic authentication, or its token."""
+    if api_key is None:
+        return
+    scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
+    password = credentials.strip().encode("latin-1")
+    if scheme.lower() == "basic":
+        try:
+            password = base64.b64decode(password).partition(b":")[2]
+        except binascii.Error:
+            password = b""
+    if not hmac.compare_digest(password, api_key.encode()):
+        message = "the page asks for the server's API key as the password; the name does not matter"
+        challenge = {"WWW-Authenticate": 'Basic realm="mige-rt", charset="UTF-8"'}
+        raise ApiError(401, message, code="invalid_api_key", headers=challenge)
+
+
+def _static(name: str) -> str:
+    with as_file(files("mige_rt.ui") / "static" / name) as path:
+        return path.read_text(encoding="utf-8")
+
+
+def _theme() -> gr.themes.Base:
+    """The system's fonts: none are fetched."""
+    return gr.themes.Soft(
+        primary_hue="indigo",
+        neutral_hue="slate",
+        radius_size="md",
+        font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
+        font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
+    )

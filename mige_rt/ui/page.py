@@ -1,0 +1,157 @@
+"""The page: its tabs, the gallery of a window's images, and what happens when."""
+
+from collections.abc import AsyncGenerator
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+
+from mige_rt.errors import InputError
+from mige_rt.image_output import read_settings
+from mige_rt.serve.image_service import ImageService
+from mige_rt.serve.protocol import Ready
+from mige_rt.ui.image_run import ImageRuns, Update
+from mige_rt.ui.settings import settings_of
+from mige_rt.ui.tabs import TABS, Tab, status_line
+
+EXAMPLES = Path(__file__).parent / "examples"
+
+_DAY = 24 * 60 * 60  # seconds
+_SHOWN_SETTINGS = ("prompt", "seed", "num_inference_steps", "guidance_scale", "image_guidance_scale", "size", "model")
+# On a phone the result is below what was pressed.
+_SHOW_RESULT = """() => {
+  const outputs = [...document.querySelectorAll(".mige-output")].find((each) => each.checkVisibility());
+  if (window.innerWidth < 768) outputs?.scrollIntoView({behavior: "smooth"});
+}"""
+
+
+def create_page(service: ImageService) -> gr.Blocks:
+    """The page of a service, to be mounted."""
+    with gr.Blocks(title="mige-rt", analytics_enabled=False, delete_cache=(_DAY, _DAY)) as blocks:
+        _Page(service)
+    return blocks.queue(default_concurrency_limit=None)  # the service has the queue
+
+
+class _Page:
+    """Places the components and connects them, in the context of a `gr.Blocks`."""
+
+    def __init__(self, service: ImageService) -> None:
+        self._runs = ImageRuns(service)
+        model = service.supervisor.model
+        gr.HTML(_header(service.options.model_name, model), elem_id="mige-header")
+        self._tabs: dict[str, Tab] = {}
+        with gr.Tabs() as self._titles:
+            for about in TABS:
+                with gr.Tab(about.title, id=about.task, render_children=True):
+                    tab = self._tabs[about.task] = Tab(about, model.config, service.options)
+                    self._place_example(tab)
+        self._place_gallery()
+        for tab in self._tabs.values():
+            self._connect(tab)
+        self._connect_gallery()
+        gr.context.Context.root_block.unload(self._runs.close)
+
+    def _place_example(self, tab: Tab) -> None:
+        about = tab.description
+        subject, scene = str(EXAMPLES / "subject.png"), str(EXAMPLES / "scene.png")
+        inputs: list[Component] = [tab.prompt]
+        values: list[Any] = [about.example]
+        if about.references_label:
+            inputs.insert(0, tab.references)
+            values.insert(0, [subject])
+        if about.source_label:
+            inputs.insert(0, tab.source)
+            values.insert(0, scene)
+        gr.Examples([values], inputs, label="Example", api_visibility="private")
+
+    def _place_gallery(self) -> None:
+        with gr.Accordion("Images of this window, and their settings", open=True):
+            self._history = gr.State([])  # paths, the newest first
+            self._selected = gr.State(None)
+            with gr.Row():
+                self._gallery = gr.Gallery(
+                    label="Gallery",
+                    columns=6,
+                    height=220,
+                    object_fit="contain",
+                    interactive=False,
+                    allow_preview=False,
+                    buttons=[],
+                    elem_id="mige-gallery",
+                    scale=3,
+                )
+                with gr.Column(scale=2, min_width=300):
+                    self._dropped = gr.File(
+                        label="Drop an image made here to get its settings back",
+                        file_types=[".png", ".jpg", ".jpeg", ".webp"],
+                        height=120,
+                        elem_id="mige-settings-file",
+                    )
+                    self._details = gr.HTML(elem_id="mige-details")
+                    self._restore = gr.Button("Use these settings", visible=False, elem_id="mige-restore")
+
+    def _connect(self, tab: Tab) -> None:
+        outputs = [*tab.outputs, self._history, self._gallery]
+
+        async def run(values: Update, request: gr.Request) -> AsyncGenerator[Update]:
+            async for update in self._runs.run(tab, values, request):
+                if isinstance(update, Path):
+                    history = [str(update), *values[self._history]]
+                    yield {self._history: history, self._gallery: history}
+                else:
+                    yield update
+
+        async def cancel(request: gr.Request) -> None:
+            await self._runs.cancel(tab, request)
+
+        inputs = tab.inputs | {self._history}
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        tab.run.click(run, inputs, outputs, **quiet)
+        tab.run.click(None, js=_SHOW_RESULT)
+        tab.cancel.click(cancel, queue=False, **quiet)
+
+    def _connect_gallery(self) -> None:
+        settings = [component for tab in self._tabs.values() for component in tab.settings]
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+        def select(history: list[str], event: gr.SelectData) -> Update:
+            path = Path(history[event.index])
+            return {self._selected: str(path), self._details: _details(path), self._restore: gr.update(visible=True)}
+
+        def restore(path: str | None) -> Update:
+            if path is None:
+                return {self._details: ""}
+            try:
+                found = settings_of(Path(path))
+            except InputError as error:
+                return {self._details: status_line(str(error), is_error=True), self._restore: gr.update(visible=False)}
+            return {
+                **self._tabs[found.task].restored(found),
+                self._titles: gr.update(selected=found.task),
+                self._details: status_line("The settings are in the tab above. Add its images, if they are not there."),
+                self._restore: gr.update(visible=False),
+            }
+
+        outputs = [*settings, self._titles, self._details, self._restore]
+        self._gallery.select(select, self._history, [self._selected, self._details, self._restore], **quiet)
+        self._restore.click(restore, self._selected, outputs, **quiet)
+        self._dropped.upload(restore, self._dropped, outputs, **quiet)
+
+
+def _header(name: str, model: Ready) -> str:
+    return (
+        '<div class="mige-header"><h1>mige-rt</h1>'
+        f'<p><span class="mige-badge" title="model">{escape(name)}</span> '
+        f'<span class="mige-badge" title="engine">{escape(model.engine)} on {escape(model.device)}</span> '
+        f'<span class="mige-badge" title="precision">{escape(model.precision)}</span></p></div>'
+    )
+
+
+def _details(path: Path) -> str:
+    """An image's settings, as HTML."""
+    settings = read_settings(path)
+    names = [name for name in _SHOWN_SETTINGS if name in settings]
+    entries = "".join(f"<dt>{name.replace('_', ' ')}</dt><dd>{escape(settings[name])}</dd>" for name in names)
+    return f'<dl class="mige-settings">{entries}</dl>'
