@@ -159,8 +159,8 @@ async def _follow(job: Job, tab: Tab) -> AsyncGenerator[Update | Finished]:
             case Started():
                 yield {tab.status: status_line("Reading the prompt", done=0)}
             case Progress(_, step, steps) if step == steps or time.monotonic() - shown >= _SHORTEST_PAUSE:
-                shown = time.monotonic()
                 yield {tab.status: status_line(f"Step {step} of {steps}", done=step / steps)}
+                shown = time.monotonic()  # after it was sent: where that is slower than steps, some are left out
             case PartialImage(_, _, image):
                 yield {tab.result: image}
             case Failed():

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import hmac
+from collections.abc import Callable
 from importlib.resources import as_file, files
 
 import gradio as gr
@@ -16,7 +17,8 @@ from mige_rt.serve.api import check_origin
 from mige_rt.serve.errors import ApiError
 from mige_rt.serve.image_service import ImageService
 from mige_rt.serve.options import ServerOptions
-from mige_rt.ui.page import EXAMPLES, create_page
+from mige_rt.ui.page import create_page
+from mige_rt.ui.tabs import EXAMPLES
 
 PATH = "/ui"
 
@@ -44,11 +46,9 @@ def mount_page(app: FastAPI, service: ImageService) -> None:
     )
     app.add_middleware(_PageGuard, options=options)
 
-    @app.get("/", include_in_schema=False)
-    async def index() -> Response:
-        return RedirectResponse(f"{PATH}/")
-
-    del index  # the application has it
+    # Browsers ask for the last two at the root, whatever the page's address is.
+    for path, target in (("/", "/"), ("/manifest.json", "/manifest.json"), ("/favicon.ico", "/favicon.ico")):
+        app.add_route(path, _redirection(PATH + target), include_in_schema=False)
 
 
 class _PageGuard:
@@ -104,6 +104,10 @@ def _check_password(request: Request, api_key: str | None) -> None:
         raise ApiError(401, message, code="invalid_api_key", headers=challenge)
 
 
+def _redirection(target: str) -> Callable[[Request], Response]:
+    return lambda request: RedirectResponse(target)
+
+
 def _static(name: str) -> str:
     with as_file(files("mige_rt.ui") / "static" / name) as path:
         return path.read_text(encoding="utf-8")
@@ -111,10 +115,13 @@ def _static(name: str) -> str:
 
 def _theme() -> gr.themes.Base:
     """The system's fonts: none are fetched."""
-    return gr.themes.Soft(
+    theme = gr.themes.Soft(
         primary_hue="indigo",
         neutral_hue="slate",
         radius_size="md",
         font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
         font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
     )
+    plain = {"background_fill": "*block_background_fill", "text_color": "*body_text_color_subdued"}
+    labels = {f"block_{part}_{name}": value for part in ("label", "title") for name, value in plain.items()}
+    return theme.set(**labels, **{f"{name}_dark": value for name, value in labels.items()})

@@ -16,8 +16,6 @@ from mige_rt.ui.image_run import ImageRuns, Update
 from mige_rt.ui.settings import settings_of
 from mige_rt.ui.tabs import TABS, Tab, status_line
 
-EXAMPLES = Path(__file__).parent / "examples"
-
 _DAY = 24 * 60 * 60  # seconds
 _SHOWN_SETTINGS = ("prompt", "seed", "num_inference_steps", "guidance_scale", "image_guidance_scale", "size", "model")
 # On a phone the result is below what was pressed.
@@ -45,26 +43,12 @@ class _Page:
         with gr.Tabs() as self._titles:
             for about in TABS:
                 with gr.Tab(about.title, id=about.task, render_children=True):
-                    tab = self._tabs[about.task] = Tab(about, model.config, service.options)
-                    self._place_example(tab)
+                    self._tabs[about.task] = Tab(about, model.config, service.options)
         self._place_gallery()
         for tab in self._tabs.values():
             self._connect(tab)
         self._connect_gallery()
         gr.context.Context.root_block.unload(self._runs.close)
-
-    def _place_example(self, tab: Tab) -> None:
-        about = tab.description
-        subject, scene = str(EXAMPLES / "subject.png"), str(EXAMPLES / "scene.png")
-        inputs: list[Component] = [tab.prompt]
-        values: list[Any] = [about.example]
-        if about.references_label:
-            inputs.insert(0, tab.references)
-            values.insert(0, [subject])
-        if about.source_label:
-            inputs.insert(0, tab.source)
-            values.insert(0, scene)
-        gr.Examples([values], inputs, label="Example", api_visibility="private")
 
     def _place_gallery(self) -> None:
         with gr.Accordion("Images of this window, and their settings", open=True):
@@ -76,6 +60,7 @@ class _Page:
                     columns=6,
                     height=220,
                     object_fit="contain",
+                    fit_columns=False,
                     interactive=False,
                     allow_preview=False,
                     buttons=[],
@@ -84,9 +69,9 @@ class _Page:
                 )
                 with gr.Column(scale=2, min_width=300):
                     self._dropped = gr.File(
-                        label="Drop an image made here to get its settings back",
+                        label="Settings from an image made here",
                         file_types=[".png", ".jpg", ".jpeg", ".webp"],
-                        height=120,
+                        height=140,
                         elem_id="mige-settings-file",
                     )
                     self._details = gr.HTML(elem_id="mige-details")
@@ -110,6 +95,7 @@ class _Page:
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         tab.run.click(run, inputs, outputs, **quiet)
         tab.run.click(None, js=_SHOW_RESULT)
+        tab.example.click(lambda: tab.example_values, None, list(tab.example_values), **quiet)
         tab.cancel.click(cancel, queue=False, **quiet)
 
     def _connect_gallery(self) -> None:

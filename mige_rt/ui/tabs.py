@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -15,6 +16,9 @@ from mige_rt.sampling_params import SamplingParams
 from mige_rt.serve.options import ServerOptions
 from mige_rt.serve.schemas import EditRequest, GenerationRequest, ImageRequest
 from mige_rt.ui.settings import PageSettings
+
+EXAMPLES = Path(__file__).parent / "examples"
+_EXAMPLE_SEED = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +49,7 @@ TABS = (
         task="subject",
         title="Make",
         model=GenerationRequest,
-        references_label="Images of things",
+        references_label="Things to show",
         hint="Makes a new image of the things you show. Each chip stands for one image, in their order.",
         example="a <imagehere> on a plain green background",
     ),
@@ -62,7 +66,7 @@ TABS = (
         title="Put into",
         model=EditRequest,
         source_label="Image to edit",
-        references_label="Images of things to put in",
+        references_label="Things to put in",
         hint="Puts what you show into the image. The first chip stands for the image to edit, the next for the things.",
         example="replace the cat face in <imagehere> with <imagehere>",
     ),
@@ -91,6 +95,7 @@ class Tab:
             with gr.Column(scale=1, min_width=320):
                 self._place_inputs()
                 self._place_settings(config, options)
+                self.example = gr.Button(f"Example: {description.example}", size="sm", elem_id=f"{description.task}-example")
             with gr.Column(scale=1, min_width=320, elem_classes="mige-output"):
                 self._place_outputs()
 
@@ -103,6 +108,17 @@ class Tab:
     def outputs(self) -> list[Component]:
         """What a run changes."""
         return [self.status, self.result, self.comparison, self.download, self.run, self.cancel]
+
+    @property
+    def example_values(self) -> dict[Component, Any]:
+        """What the button for the example fills in."""
+        about, subject, scene = self.description, str(EXAMPLES / "subject.png"), str(EXAMPLES / "scene.png")
+        values: dict[Component, Any] = {self.prompt: about.example, self.seed: _EXAMPLE_SEED}
+        if about.source_label:
+            values[self.source] = scene
+        if about.references_label:
+            values[self.references] = [subject]
+        return values
 
     @property
     def settings(self) -> list[Component]:
@@ -146,7 +162,7 @@ class Tab:
                 label=about.source_label,
                 visible=bool(about.source_label),
                 sources=["upload", "clipboard"],
-                height=220,
+                height=200,
                 elem_id=f"{about.task}-source",
             )
             self.references = gr.Gallery(
@@ -155,9 +171,11 @@ class Tab:
                 sources=["upload", "clipboard"],
                 file_types=["image"],
                 interactive=True,
-                height=220,
+                height=200,
                 columns=3,
                 object_fit="contain",
+                fit_columns=False,
+                allow_preview=False,
                 buttons=[],
                 elem_id=f"{about.task}-references",
             )
