@@ -5,6 +5,7 @@ import binascii
 import hmac
 from collections.abc import Callable
 from importlib.resources import as_file, files
+from importlib.util import find_spec
 
 import gradio as gr
 from fastapi import FastAPI
@@ -39,6 +40,7 @@ def mount_page(app: FastAPI, service: ImageService) -> None:
         footer_links=["api", "settings"],
         head=f"<script>{_static('prompt.js')}</script>",
         max_file_size=options.max_body,
+        mcp_server=find_spec("mcp") is not None,
         run_history=False,  # would keep prompts in the browser
         show_error=False,  # what is a user's to mend is said in words; the rest is for the log
         ssr_mode=False,
@@ -122,6 +124,12 @@ def _theme() -> gr.themes.Base:
         font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
         font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
     )
-    plain = {"background_fill": "*block_background_fill", "text_color": "*body_text_color_subdued"}
-    labels = {f"block_{part}_{name}": value for part in ("label", "title") for name, value in plain.items()}
-    return theme.set(**labels, **{f"{name}_dark": value for name, value in labels.items()})
+    colors = {
+        "body_background_fill": "*background_fill_secondary",
+        "block_label_background_fill": "*block_background_fill",
+        "block_label_text_color": "*body_text_color_subdued",
+        "block_title_background_fill": "none",
+        "block_title_text_color": "*body_text_color_subdued",
+    }
+    of_dark = {f"{name}_dark": value for name, value in colors.items() if name != "body_background_fill"}
+    return theme.set(**colors, **of_dark, block_border_width="1px", block_title_padding="0")

@@ -15,6 +15,7 @@ from mige_rt.serve.protocol import Ready
 from mige_rt.ui.image_run import ImageRuns, Update
 from mige_rt.ui.settings import settings_of
 from mige_rt.ui.tabs import TABS, Tab, status_line
+from mige_rt.ui.tools import add_tools
 
 _DAY = 24 * 60 * 60  # seconds
 _SHOWN_SETTINGS = ("prompt", "seed", "num_inference_steps", "guidance_scale", "image_guidance_scale", "size", "model")
@@ -29,6 +30,7 @@ def create_page(service: ImageService) -> gr.Blocks:
     """The page of a service, to be mounted."""
     with gr.Blocks(title="mige-rt", analytics_enabled=False, delete_cache=(_DAY, _DAY)) as blocks:
         _Page(service)
+        add_tools(service)
     return blocks.queue(default_concurrency_limit=None)  # the service has the queue
 
 
