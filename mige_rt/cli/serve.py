@@ -119,17 +119,18 @@ def ui(**values: Any) -> None:
 
 def _serve(values: dict[str, Any], *, page: bool) -> None:
     """Run a server until it is told to end. page: with the page, which needs the extra ui."""
-    with requires("serve", "serving"):
+    with requires("ui", "the page") if page else requires("serve", "serving"):
         import uvicorn
 
         from mige_rt.serve.api import create_app
         from mige_rt.serve.image_service import ImageService
         from mige_rt.serve.metrics import Metrics
         from mige_rt.serve.options import LOOPBACK_HOSTS, ServerOptions
+        from mige_rt.serve.server import Server
         from mige_rt.serve.supervisor import QueueLimits, Supervisor
         from mige_rt.serve.worker import WorkerOptions
-    if page:
-        with requires("ui", "the page"):
+
+        if page:
             from mige_rt.ui.mount import mount_page
     from mige_rt.bundle import DEFAULT_MODEL
 
@@ -164,8 +165,7 @@ def _serve(values: dict[str, Any], *, page: bool) -> None:
     report(f"model {options.model_name}, engine {model.runs_on}")
     service = ImageService(options, supervisor)
     app = create_app(service)
-    if page:
-        mount_page(app, service)
+    end_page = mount_page(app, service) if page else None
     config = uvicorn.Config(
         app,
         host=values["host"],
@@ -176,7 +176,8 @@ def _serve(values: dict[str, Any], *, page: bool) -> None:
         timeout_graceful_shutdown=math.ceil(timeout),  # by then, what was accepted has ended
     )
     signal.signal(signal.SIGTERM, _exit)  # uvicorn sends the signal again when all is done
-    uvicorn.Server(config).run()
+    server = uvicorn.Server(config) if end_page is None else Server(config, end_page)
+    server.run()
 
 
 def _exit(number: int, frame: FrameType | None) -> None:

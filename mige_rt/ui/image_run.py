@@ -51,6 +51,7 @@ class ImageRuns:
     def __init__(self, service: ImageService) -> None:
         self.service = service
         self._sessions: dict[str, Session] = {}
+        self._running = 0
 
     def session(self, request: gr.Request) -> Session:
         """The window that a request comes from."""
@@ -63,6 +64,11 @@ class ImageRuns:
             for job in session.jobs.values():
                 self.service.supervisor.cancel(job)
             shutil.rmtree(session.folder, ignore_errors=True)
+
+    async def wait(self) -> None:
+        """Until nothing is being made."""
+        while self._running:
+            await asyncio.sleep(0.1)
 
     async def cancel(self, tab: Tab, request: gr.Request) -> None:
         """End a tab's run before its next step."""
@@ -94,6 +100,7 @@ class ImageRuns:
         }
         exchange = Exchange("/ui", images=1)
         status = CLIENT_CLOSED_REQUEST
+        self._running += 1
         try:
             async for update in self._make(tab, values, session):
                 yield update
@@ -104,6 +111,7 @@ class ImageRuns:
             text = "Cancelled." if was_cancelled else _sentence(error.message)
             yield {tab.status: status_line(text, is_error=not was_cancelled)}
         finally:
+            self._running -= 1
             self.service.record(exchange, status)
         yield {tab.run: gr.update(visible=True), tab.cancel: gr.update(visible=False)}
 

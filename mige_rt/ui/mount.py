@@ -3,9 +3,9 @@
 import base64
 import binascii
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from importlib.resources import as_file, files
-from importlib.util import find_spec
+from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
@@ -28,19 +28,24 @@ _CONTENT_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:;
 _FORM_OVERHEAD = 2**20  # bytes of an upload that are not the file's
 
 
-def mount_page(app: FastAPI, service: ImageService) -> None:
-    """Put the page at /ui of the server, and the way to it at /."""
+def mount_page(app: FastAPI, service: ImageService) -> Callable[[], Coroutine[Any, Any, None]]:
+    """Put the page at /ui of the server, and the way to it at /.
+
+    Returns:
+        What ends the connections that open windows hold, when their images are made: else a server could not end.
+    """
     options = service.options
+    blocks, runs = create_page(service)
     gr.mount_gradio_app(
         app,
-        create_page(service),
+        blocks,
         PATH,
         allowed_paths=[str(EXAMPLES)],
         css=_static("page.css"),
         footer_links=["api", "settings"],
         head=f"<script>{_static('prompt.js')}</script>",
         max_file_size=options.max_body,
-        mcp_server=find_spec("mcp") is not None,
+        mcp_server=True,
         run_history=False,  # would keep prompts in the browser
         show_error=False,  # what is a user's to mend is said in words; the rest is for the log
         ssr_mode=False,
@@ -51,6 +56,12 @@ def mount_page(app: FastAPI, service: ImageService) -> None:
     # Browsers ask for the last two at the root, whatever the page's address is.
     for path, target in (("/", "/"), ("/manifest.json", "/manifest.json"), ("/favicon.ico", "/favicon.ico")):
         app.add_route(path, _redirection(PATH + target), include_in_schema=False)
+
+    async def end() -> None:
+        await runs.wait()
+        blocks.app.stop_event.set()
+
+    return end
 
 
 class _PageGuard:

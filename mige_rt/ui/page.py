@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.components import Component
 
 from mige_rt.errors import InputError
 from mige_rt.image_output import read_settings
@@ -26,19 +25,21 @@ _SHOW_RESULT = """() => {
 }"""
 
 
-def create_page(service: ImageService) -> gr.Blocks:
-    """The page of a service, to be mounted."""
+def create_page(service: ImageService) -> tuple[gr.Blocks, ImageRuns]:
+    """The page of a service, to be mounted, and what runs on it."""
+    runs = ImageRuns(service)
     with gr.Blocks(title="mige-rt", analytics_enabled=False, delete_cache=(_DAY, _DAY)) as blocks:
-        _Page(service)
+        _Page(service, runs)
         add_tools(service)
-    return blocks.queue(default_concurrency_limit=None)  # the service has the queue
+        blocks.unload(runs.close)
+    return blocks.queue(default_concurrency_limit=None), runs  # the service has the queue
 
 
 class _Page:
     """Places the components and connects them, in the context of a `gr.Blocks`."""
 
-    def __init__(self, service: ImageService) -> None:
-        self._runs = ImageRuns(service)
+    def __init__(self, service: ImageService, runs: ImageRuns) -> None:
+        self._runs = runs
         model = service.supervisor.model
         gr.HTML(_header(service.options.model_name, model), elem_id="mige-header")
         self._tabs: dict[str, Tab] = {}
@@ -50,7 +51,6 @@ class _Page:
         for tab in self._tabs.values():
             self._connect(tab)
         self._connect_gallery()
-        gr.context.Context.root_block.unload(self._runs.close)
 
     def _place_gallery(self) -> None:
         with gr.Accordion("Images of this window, and their settings", open=True):

@@ -73,18 +73,6 @@ TABS = (
 )
 
 
-class ImageUpload(gr.Image):
-    """An image file as it was uploaded: decoding is the image service's."""
-
-    def preprocess(self, payload: ImageData | None) -> str | None:
-        """The path of the file."""
-        return None if payload is None else payload.path
-
-    def get_block_name(self) -> str:
-        """The component in the browser."""
-        return "image"
-
-
 class Tab:
     """A tab's components. What a task has no use for is there, too, but not to be seen."""
 
@@ -95,7 +83,9 @@ class Tab:
             with gr.Column(scale=1, min_width=320):
                 self._place_inputs()
                 self._place_settings(config, options)
-                self.example = gr.Button(f"Example: {description.example}", size="sm", elem_id=f"{description.task}-example")
+                self.example = gr.Button(
+                    f"Example: {description.example}", size="sm", elem_id=f"{description.task}-example"
+                )
             with gr.Column(scale=1, min_width=320, elem_classes="mige-output"):
                 self._place_outputs()
 
@@ -158,13 +148,15 @@ class Tab:
     def _place_inputs(self) -> None:
         about = self.description
         with gr.Row(elem_classes="mige-images"):
-            self.source = ImageUpload(
+            self.source = gr.Image(
                 label=about.source_label,
                 visible=bool(about.source_label),
                 sources=["upload", "clipboard"],
                 height=200,
                 elem_id=f"{about.task}-source",
             )
+            # Of this component alone: Gradio writes stub files beside the source of a class that is made from its own.
+            self.source.preprocess = _uploaded_path
             self.references = gr.Gallery(
                 label=about.references_label,
                 visible=bool(about.references_label),
@@ -255,6 +247,11 @@ class Tab:
             elem_classes="mige-result",
         )
         self.download = gr.DownloadButton("Download", visible=False, elem_id=f"{about.task}-download")
+
+
+def _uploaded_path(payload: ImageData | None) -> str | None:
+    """An image file as it was uploaded: decoding is the image service's."""
+    return None if payload is None else payload.path
 
 
 def status_line(text: str, *, done: float | None = None, is_error: bool = False) -> str:

@@ -3,6 +3,8 @@
 Images come as data URLs, and links are not followed, as everywhere in the server.
 """
 
+import shutil
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import mkdtemp
@@ -16,6 +18,9 @@ from mige_rt.serve.image_service import Exchange, ImageService
 from mige_rt.serve.protocol import Failed, Finished
 from mige_rt.serve.schemas import EditRequest, GenerationRequest, ImageRequest
 from mige_rt.ui import FILES
+
+_FILES_KEPT = 64  # an answer holds its image, and a link to the file, too
+_latest_files = deque[Path]()
 
 
 def add_tools(service: ImageService) -> None:
@@ -85,4 +90,7 @@ async def _make(
         service.record(exchange, status)
     path = Path(mkdtemp(dir=FILES.name)) / "image.png"
     made.image.save(path)
+    _latest_files.append(path)
+    while len(_latest_files) > _FILES_KEPT:
+        shutil.rmtree(_latest_files.popleft().parent, ignore_errors=True)
     return gr.FileData(path=str(path), mime_type="image/png", orig_name=path.name).model_dump()
