@@ -9,9 +9,11 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
+from gradio.routes import App
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
+from starlette.routing import Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mige_rt.serve.api import check_origin
@@ -51,6 +53,8 @@ def mount_page(app: FastAPI, service: ImageService) -> Callable[[], Coroutine[An
         ssr_mode=False,
         theme=_theme(),
     )
+    page = next(route.app for route in app.routes if isinstance(route, Mount) and route.path == PATH)
+    assert isinstance(page, App)
     app.add_middleware(_PageGuard, options=options)
 
     # Browsers ask for the last two at the root, whatever the page's address is.
@@ -59,7 +63,7 @@ def mount_page(app: FastAPI, service: ImageService) -> Callable[[], Coroutine[An
 
     async def end() -> None:
         await runs.wait()
-        blocks.app.stop_event.set()
+        page.stop_event.set()
 
     return end
 

@@ -206,14 +206,14 @@ new MutationObserver(() => {
 def test_errors_are_said_in_words(page: Page, tmp_path: Path) -> None:
     page.open_tab("Edit")
     page.click("#edit-run")
-    assert page.status("edit", "image") == "There is no image to edit; drop one above."
+    assert page.status("edit", "drop") == "There is no image to edit; drop one above."
     (tmp_path / "broken.png").write_bytes(SCENE.read_bytes()[:2000])
     page.drop(tmp_path / "broken.png", "#edit-source button")
-    wait_for(lambda: page.script("return document.querySelector('#edit-source img')"))
+    wait_for(lambda: page.script("return document.querySelector('#edit-source img[src$=\"broken.png\"]')"))
     page.click("#edit-prompt .mige-editor")
     page.browser.switch_to.active_element.send_keys(BLUE)
     page.click("#edit-run")
-    assert re.search(r"image\[0\] \(2000 bytes\)", page.status("edit", r"2000"))
+    assert "mage[0] (2000 bytes)" in page.status("edit", "2000")
     page.open_tab("Make")
     page.click("#subject-prompt .mige-editor")
     page.browser.switch_to.active_element.send_keys("a <imagehere> in the sky")
