@@ -5,6 +5,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -131,7 +132,7 @@ def _serve(values: dict[str, Any], *, page: bool) -> None:
         from mige_rt.serve.worker import WorkerOptions
 
         if page:
-            from mige_rt.ui.mount import mount_page
+            import_module("mige_rt.ui.mount")  # now, since opening the model takes longer
     from mige_rt.bundle import DEFAULT_MODEL
 
     if values["api_key"] == "":
@@ -165,7 +166,11 @@ def _serve(values: dict[str, Any], *, page: bool) -> None:
     report(f"model {options.model_name}, engine {model.runs_on}")
     service = ImageService(options, supervisor)
     app = create_app(service)
-    end_page = mount_page(app, service) if page else None
+    end_page = None
+    if page:
+        from mige_rt.ui.mount import mount_page
+
+        end_page = mount_page(app, service)
     config = uvicorn.Config(
         app,
         host=values["host"],

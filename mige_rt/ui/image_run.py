@@ -1,6 +1,7 @@
 """One press of a tab's button: from its inputs to an image, with what is shown on the way, and the end of it."""
 
 import asyncio
+import logging
 import shutil
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -10,7 +11,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import gradio as gr
-from gradio.components import Component
+from gradio.blocks import Block
 
 from mige_rt.batch.images import MadeBy, image_metadata, request_metadata
 from mige_rt.image_output import save_image
@@ -27,7 +28,9 @@ from mige_rt.ui.tabs import Tab, TabDescription, status_line
 PARTIAL_IMAGES = 3
 _SHORTEST_PAUSE = 0.1  # seconds between two reports of steps
 
-Update = dict[Component, Any]
+_log = logging.getLogger(__name__)
+
+Update = dict[Block, Any]
 
 
 @dataclass
@@ -36,11 +39,13 @@ class Session:
 
     Attributes:
         folder: Of its images.
+        images: Files of what was made, the newest first.
         jobs: What is being made, by the tab's task.
         cancelled: Tabs whose run is to end although it has no job yet.
     """
 
     folder: Path = field(default_factory=lambda: Path(mkdtemp(dir=FILES.name)))
+    images: list[Path] = field(default_factory=list[Path])
     jobs: dict[str, Job] = field(default_factory=dict[str, Job])
     cancelled: set[str] = field(default_factory=set[str])
 
@@ -55,15 +60,18 @@ class ImageRuns:
 
     def session(self, request: gr.Request) -> Session:
         """The window that a request comes from."""
-        return self._sessions.setdefault(str(request.session_hash), Session())
+        name = str(request.session_hash)
+        if name not in self._sessions:
+            self._sessions[name] = Session()
+        return self._sessions[name]
 
-    def close(self, request: gr.Request) -> None:
+    async def close(self, request: gr.Request) -> None:
         """A window was closed: nothing of it is needed any more."""
         session = self._sessions.pop(str(request.session_hash), None)
         if session is not None:
             for job in session.jobs.values():
                 self.service.supervisor.cancel(job)
-            shutil.rmtree(session.folder, ignore_errors=True)
+            await asyncio.to_thread(shutil.rmtree, session.folder, ignore_errors=True)
 
     async def wait(self) -> None:
         """Until nothing is being made."""
@@ -77,7 +85,7 @@ class ImageRuns:
         if task in session.jobs:
             self.service.supervisor.cancel(session.jobs[task], message="cancelled")
 
-    async def run(self, tab: Tab, values: Update, request: gr.Request) -> AsyncGenerator[Update | Path]:
+    async def run(self, tab: Tab, values: Update, request: gr.Request) -> AsyncGenerator[Update | list[Path]]:
         """Make an image.
 
         Args:
@@ -86,7 +94,7 @@ class ImageRuns:
             request: From the browser.
 
         Yields:
-            What changes on the page, and the file of the image.
+            What changes on the page, and all of the window's images when there is a new one.
         """
         session = self.session(request)
         session.cancelled.discard(tab.description.task)
@@ -110,12 +118,16 @@ class ImageRuns:
             was_cancelled = tab.description.task in session.cancelled
             text = "Cancelled." if was_cancelled else _sentence(error.message)
             yield {tab.status: status_line(text, is_error=not was_cancelled)}
+        except Exception:
+            status = 500
+            _log.exception("a run of the page has failed")
+            yield {tab.status: status_line("The server has made a mistake; its log says more.", is_error=True)}
         finally:
             self._running -= 1
             self.service.record(exchange, status)
         yield {tab.run: gr.update(visible=True), tab.cancel: gr.update(visible=False)}
 
-    async def _make(self, tab: Tab, values: Update, session: Session) -> AsyncGenerator[Update | Path]:
+    async def _make(self, tab: Tab, values: Update, session: Session) -> AsyncGenerator[Update | list[Path]]:
         """Raises ApiError."""
         service, about = self.service, tab.description
         files = await asyncio.to_thread(_read_files, about, values[tab.source], values[tab.references])
@@ -134,16 +146,17 @@ class ImageRuns:
                 if isinstance(update, Finished):
                     paths = await asyncio.to_thread(self._save, session.folder, task, fields, update)
                     yield _result(tab, task, paths)
-                    yield paths[-1]
+                    session.images.insert(0, paths[-1])
+                    yield session.images
                 else:
                     yield update
         finally:
             session.jobs.pop(about.task, None)
             service.supervisor.cancel(job)
 
-    def _save(self, folder: Path, task: ImageTask, fields: ImageRequest, made: Finished) -> list[Path]:
+    def _save(self, folder: Path, task: ImageTask, fields: ImageRequest, finished: Finished) -> list[Path]:
         """The files of the image before, if one was edited, and of the one made, whose file has its settings."""
-        model, request, image = self.service.supervisor.model, task.request, made.image
+        model, request, image = self.service.supervisor.model, task.request, finished.image
         folder = Path(mkdtemp(dir=folder))
         paths: list[Path] = []
         if request.source is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 from fastapi import FastAPI
 from gradio.routes import App
+from gradio.themes import Base, Soft
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
@@ -38,7 +39,7 @@ def mount_page(app: FastAPI, service: ImageService) -> Callable[[], Coroutine[An
     """
     options = service.options
     blocks, runs = create_page(service)
-    gr.mount_gradio_app(
+    gr.mount_gradio_app(  # pyright: ignore[reportUnknownMemberType]
         app,
         blocks,
         PATH,
@@ -130,9 +131,9 @@ def _static(name: str) -> str:
         return path.read_text(encoding="utf-8")
 
 
-def _theme() -> gr.themes.Base:
+def _theme() -> Base:
     """The system's fonts: none are fetched."""
-    theme = gr.themes.Soft(
+    theme = Soft(
         primary_hue="indigo",
         neutral_hue="slate",
         radius_size="md",
@@ -147,4 +148,6 @@ def _theme() -> gr.themes.Base:
         "block_title_text_color": "*body_text_color_subdued",
     }
     of_dark = {f"{name}_dark": value for name, value in colors.items() if name != "body_background_fill"}
-    return theme.set(**colors, **of_dark, block_border_width="1px", block_title_padding="0")
+    return theme.set(  # pyright: ignore[reportUnknownMemberType]
+        **colors, **of_dark, block_border_width="1px", block_title_padding="0"
+    )

@@ -54,7 +54,6 @@ class _Page:
 
     def _place_gallery(self) -> None:
         with gr.Accordion("Images of this window, and their settings", open=True):
-            self._history = gr.State([])  # paths, the newest first
             self._selected = gr.State(None)
             with gr.Row():
                 self._gallery = gr.Gallery(
@@ -80,50 +79,44 @@ class _Page:
                     self._restore = gr.Button("Use these settings", visible=False, elem_id="mige-restore")
 
     def _connect(self, tab: Tab) -> None:
-        outputs = [*tab.outputs, self._history, self._gallery]
-
         async def run(values: Update, request: gr.Request) -> AsyncGenerator[Update]:
             async for update in self._runs.run(tab, values, request):
-                if isinstance(update, Path):
-                    history = [str(update), *values[self._history]]
-                    yield {self._history: history, self._gallery: history}
-                else:
-                    yield update
+                yield {self._gallery: list(map(str, update))} if isinstance(update, list) else update
 
         async def cancel(request: gr.Request) -> None:
             await self._runs.cancel(tab, request)
 
-        inputs = tab.inputs | {self._history}
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        tab.run.click(run, inputs, outputs, **quiet)
+        tab.run.click(run, tab.inputs, [*tab.outputs, self._gallery], **quiet)
         tab.run.click(None, js=_SHOW_RESULT)
         tab.example.click(lambda: tab.example_values, None, list(tab.example_values), **quiet)
         tab.cancel.click(cancel, queue=False, **quiet)
 
     def _connect_gallery(self) -> None:
-        settings = [component for tab in self._tabs.values() for component in tab.settings]
+        fields = [component for tab in self._tabs.values() for component in tab.settings]
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
-        def select(history: list[str], event: gr.SelectData) -> Update:
-            path = Path(history[event.index])
+        def select(event: gr.SelectData, request: gr.Request) -> Update:
+            index: int = event.index
+            path = self._runs.session(request).images[index]
             return {self._selected: str(path), self._details: _details(path), self._restore: gr.update(visible=True)}
 
         def restore(path: str | None) -> Update:
             if path is None:
                 return {self._details: ""}
             try:
-                found = settings_of(Path(path))
+                settings = settings_of(Path(path))
             except InputError as error:
                 return {self._details: status_line(str(error), is_error=True), self._restore: gr.update(visible=False)}
             return {
-                **self._tabs[found.task].restored(found),
-                self._titles: gr.update(selected=found.task),
+                **self._tabs[settings.task].restored(settings),
+                self._titles: gr.update(selected=settings.task),
                 self._details: status_line("The settings are in the tab above. Add its images, if they are not there."),
                 self._restore: gr.update(visible=False),
             }
 
-        outputs = [*settings, self._titles, self._details, self._restore]
-        self._gallery.select(select, self._history, [self._selected, self._details, self._restore], **quiet)
+        outputs = [*fields, self._titles, self._details, self._restore]
+        self._gallery.select(select, None, [self._selected, self._details, self._restore], **quiet)
         self._restore.click(restore, self._selected, outputs, **quiet)
         self._dropped.upload(restore, self._dropped, outputs, **quiet)
 

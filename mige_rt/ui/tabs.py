@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.components import Component
+from gradio.blocks import Block
 from gradio.data_classes import ImageData
 
 from mige_rt.config import ModelConfig
@@ -90,20 +90,20 @@ class Tab:
                 self._place_outputs()
 
     @property
-    def inputs(self) -> set[Component]:
+    def inputs(self) -> set[Block]:
         """What a run reads."""
         return {self.source, self.references, *self._settings()}
 
     @property
-    def outputs(self) -> list[Component]:
+    def outputs(self) -> list[Block]:
         """What a run changes."""
         return [self.status, self.result, self.comparison, self.download, self.run, self.cancel]
 
     @property
-    def example_values(self) -> dict[Component, Any]:
+    def example_values(self) -> dict[Block, Any]:
         """What the button for the example fills in."""
         about, subject, scene = self.description, str(EXAMPLES / "subject.png"), str(EXAMPLES / "scene.png")
-        values: dict[Component, Any] = {self.prompt: about.example, self.seed: _EXAMPLE_SEED}
+        values: dict[Block, Any] = {self.prompt: about.example, self.seed: _EXAMPLE_SEED}
         if about.source_label:
             values[self.source] = scene
         if about.references_label:
@@ -111,11 +111,11 @@ class Tab:
         return values
 
     @property
-    def settings(self) -> list[Component]:
+    def settings(self) -> list[Block]:
         """What `restored` changes."""
         return list(self._settings())
 
-    def restored(self, settings: PageSettings) -> dict[Component, Any]:
+    def restored(self, settings: PageSettings) -> dict[Block, Any]:
         """The values of an image's settings; what the image does not say stays as it is."""
         width, height = settings.size or (None, None)
         values = (
@@ -130,7 +130,7 @@ class Tab:
         pairs = zip(self._settings(), values, strict=True)
         return {component: value for component, value in pairs if value is not None}
 
-    def fields(self, values: dict[Component, Any]) -> dict[str, Any]:
+    def fields(self, values: dict[Block, Any]) -> dict[str, Any]:
         """The fields of a request. values: of the inputs."""
         fields = {
             "prompt": values[self.prompt] or "",
@@ -142,7 +142,7 @@ class Tab:
         }
         return {name: value for name, value in fields.items() if value is not None}
 
-    def _settings(self) -> Sequence[Component]:
+    def _settings(self) -> Sequence[Block]:
         return (self.prompt, self.seed, self.steps, self.guidance, self.image_guidance, self.width, self.height)
 
     def _place_inputs(self) -> None:

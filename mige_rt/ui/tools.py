@@ -11,6 +11,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import gradio as gr
+from gradio.events import api
 
 from mige_rt.serve.body import Body, image_of_reference
 from mige_rt.serve.errors import CLIENT_CLOSED_REQUEST, ApiError
@@ -59,7 +60,7 @@ def add_tools(service: ImageService) -> None:
         return await _make(service, EditRequest, {"prompt": prompt, "seed": seed}, [image, *things])
 
     for tool in (make_image, edit_image, put_into_image):
-        gr.api(tool, queue=False)  # the service has the queue
+        api(tool, queue=False)  # the service has the queue
 
 
 async def _make(
@@ -74,12 +75,11 @@ async def _make(
         _, tasks = await service.prepare(model, Body(fields, files))
         job = service.submit(tasks)
         try:
-            made = await job.next_event()
-            while not isinstance(made, Finished):
-                assert made is not None
-                if isinstance(made, Failed):
-                    raise ApiError.of(made)
-                made = await job.next_event()
+            event = await job.next_event()
+            while not isinstance(event, Finished):
+                if isinstance(event, Failed):
+                    raise ApiError.of(event)
+                event = await job.next_event()
         finally:
             service.supervisor.cancel(job)
         status = 200
@@ -89,7 +89,7 @@ async def _make(
     finally:
         service.record(exchange, status)
     path = Path(mkdtemp(dir=FILES.name)) / "image.png"
-    made.image.save(path)
+    event.image.save(path)
     _latest_files.append(path)
     while len(_latest_files) > _FILES_KEPT:
         shutil.rmtree(_latest_files.popleft().parent, ignore_errors=True)

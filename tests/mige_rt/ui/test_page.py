@@ -144,6 +144,7 @@ class Page:
     def status(self, task: str, pattern: str) -> str:
         """What the tab says, when it matches."""
         match = wait_for(lambda: re.search(f"^.*{pattern}.*$", self.text(f"#{task}-status"), re.MULTILINE))
+        assert match is not None
         return match[0]
 
     def drop(self, file: Path, selector: str) -> None:
