@@ -4,7 +4,7 @@ import base64
 import binascii
 import hmac
 from collections.abc import Callable, Coroutine
-from importlib.resources import as_file, files
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -56,7 +56,7 @@ def mount_page(app: FastAPI, service: ImageService) -> Callable[[], Coroutine[An
     )
     page = next(route.app for route in app.routes if isinstance(route, Mount) and route.path == PATH)
     assert isinstance(page, App)
-    app.add_middleware(_PageGuard, options=options)
+    app.add_middleware(PageGuard, options=options)
 
     # Browsers ask for the last two at the root, whatever the page's address is.
     for path, target in (("/", "/"), ("/manifest.json", "/manifest.json"), ("/favicon.ico", "/favicon.ico")):
@@ -69,7 +69,7 @@ def mount_page(app: FastAPI, service: ImageService) -> Callable[[], Coroutine[An
     return end
 
 
-class _PageGuard:
+class PageGuard:
     """Asks of the page's callers what the API asks of its own. A browser asks its user for the API key."""
 
     def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
@@ -127,8 +127,7 @@ def _redirection(target: str) -> Callable[[Request], Response]:
 
 
 def _static(name: str) -> str:
-    with as_file(files("mige_rt.ui") / "static" / name) as path:
-        return path.read_text(encoding="utf-8")
+    return (Path(__file__).parent / "static" / name).read_text(encoding="utf-8")
 
 
 def _theme() -> Base:
