@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import shutil
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -217,4 +218,6 @@ def _waiting(ahead: int) -> str:
 
 
 def _sentence(message: str) -> str:
+    """An error of the API, whose images are counted from 0, as the page says it."""
+    message = re.sub(r"image\[(\d+)\]", lambda match: f"image {int(match[1]) + 1}", message)
     return f"{message[:1].upper()}{message[1:]}."

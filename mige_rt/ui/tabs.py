@@ -1,6 +1,5 @@
 """The page's three tabs: what each is for, and its components."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -92,7 +91,7 @@ class Tab:
     @property
     def inputs(self) -> set[Block]:
         """What a run reads."""
-        return {self.source, self.references, *self._settings()}
+        return {self.source, self.references, *self.settings}
 
     @property
     def outputs(self) -> list[Block]:
@@ -113,7 +112,7 @@ class Tab:
     @property
     def settings(self) -> list[Block]:
         """What `restored` changes."""
-        return list(self._settings())
+        return [self.prompt, self.seed, self.steps, self.guidance, self.image_guidance, self.width, self.height]
 
     def restored(self, settings: PageSettings) -> dict[Block, Any]:
         """The values of an image's settings; what the image does not say stays as it is."""
@@ -127,7 +126,7 @@ class Tab:
             width,
             height,
         )
-        pairs = zip(self._settings(), values, strict=True)
+        pairs = zip(self.settings, values, strict=True)
         return {component: value for component, value in pairs if value is not None}
 
     def fields(self, values: dict[Block, Any]) -> dict[str, Any]:
@@ -142,9 +141,6 @@ class Tab:
         }
         return {name: value for name, value in fields.items() if value is not None}
 
-    def _settings(self) -> Sequence[Block]:
-        return (self.prompt, self.seed, self.steps, self.guidance, self.image_guidance, self.width, self.height)
-
     def _place_inputs(self) -> None:
         about = self.description
         with gr.Row(elem_classes="mige-images"):
@@ -152,6 +148,7 @@ class Tab:
                 label=about.source_label,
                 visible=bool(about.source_label),
                 sources=["upload", "clipboard"],
+                type="filepath",
                 height=200,
                 elem_id=f"{about.task}-source",
             )

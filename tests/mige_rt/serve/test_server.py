@@ -96,7 +96,7 @@ class Server:
 
 @contextmanager
 def running_server(*options: str) -> Iterator[Server]:
-    command = [sys.executable, "-m", "mige_rt.cli", "serve", "--port", "0", *options]
+    command = [sys.executable, "-m", "mige_rt.cli", "serve", "--no-page", "--port", "0", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     server = Server(process, 0)
