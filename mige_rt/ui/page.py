@@ -118,7 +118,8 @@ class _Page:
         outputs = [*fields, self._titles, self._details, self._restore]
         self._gallery.select(select, None, [self._selected, self._details, self._restore], **quiet)
         self._restore.click(restore, self._selected, outputs, **quiet)
-        self._dropped.upload(restore, self._dropped, outputs, **quiet)
+        dropped = self._dropped.upload(restore, self._dropped, outputs, **quiet)
+        dropped.then(lambda: None, None, self._dropped, **quiet)  # makes room for the next
 
 
 def _header(name: str, model: Ready) -> str:
