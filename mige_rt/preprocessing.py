@@ -40,12 +40,13 @@ def vae_pixels(image: Image.Image, width: int, height: int, fit: Fit) -> NDArray
     Returns:
         float32 [3,height,width].
     """
-    fitted = _padded(image, width, height) if fit == "pad" else _cropped(image, width, height)
+    fitted = _padded(image, width, height) if fit == "pad" else crop(image, width, height)
     values = np.asarray(fitted, dtype=np.float32) / 127.5 - 1  # [height,width,3]
     return np.ascontiguousarray(values.transpose(2, 0, 1))
 
 
-def _cropped(image: Image.Image, width: int, height: int) -> Image.Image:
+def crop(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Scale an image (bilinear) until it covers a size in pixels, and cut out the middle."""
     source_width, source_height = image.size
     if width * source_height >= height * source_width:
         covering = (width, width * source_height // source_width)

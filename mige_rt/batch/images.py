@@ -16,7 +16,7 @@ from mige_rt.instruction import EditScope, Task
 from mige_rt.known_files import sha256
 from mige_rt.pipeline import CallbackOnStepEnd, MigePipeline
 from mige_rt.requests import RequestRecord, ResolvedRequest, resolve
-from mige_rt.sampling_params import SamplingParams
+from mige_rt.sampling_params import ResolvedParams, SamplingParams
 
 AT_ONCE = 4  # images of one request made together
 
@@ -56,6 +56,16 @@ class ImageSettings:
         """
         request = record.open(folder, seed, self.task, max_pixels=self.max_pixels)
         return resolve(request, self.edit_scope)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeBy:
+    """What made an image, for its metadata."""
+
+    model: str
+    engine: str
+    device: str
+    precision: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,15 +113,9 @@ def make_images(
         InputError: See `MigePipeline.generate` and `save_image`.
     """
     resolved = settings.params.with_defaults(pipe.config, job.request.task)
-    metadata = {
-        "prompt": job.prompt,
-        "model": pipe.model_name,
-        "task": job.request.task,
-        "edit_scope": settings.edit_scope,
-    }
-    metadata |= {"engine": pipe.engine.name, "device": pipe.engine.device, "precision": pipe.engine.precision}
-    sizes = ("width", "height")  # each image's own stands under `size`
-    metadata |= {k: str(v) for k, v in asdict(resolved).items() if v is not None and k not in sizes}
+    engine = pipe.engine
+    made_by = MadeBy(model=pipe.model_name, engine=engine.name, device=engine.device, precision=engine.precision)
+    metadata = request_metadata(job.prompt, job.request.task, resolved, made_by, edit_scope=settings.edit_scope)
     if pipe.loras:
         metadata["lora"] = ", ".join(map(str, pipe.loras))
     if job.digest:
@@ -127,8 +131,30 @@ def make_images(
         )
         for request, path, image in zip(requests, paths, images, strict=True):
             if path not in job.finished:
-                of_image = {"seed": str(request.seed), "size": f"{image.width}x{image.height}"}
-                yield _save(image, path, metadata | of_image, settings)
+                yield _save(image, path, metadata | image_metadata(image, request.seed), settings)
+
+
+def request_metadata(
+    prompt: str, task: Task, params: ResolvedParams, made_by: MadeBy, *, edit_scope: EditScope = "local"
+) -> dict[str, str]:
+    """What all images of a request say of themselves in their files.
+
+    Args:
+        prompt: The user's own.
+        task: Which of the three uses it is.
+        params: How it is sampled.
+        made_by: What makes it.
+        edit_scope: See `MigePipeline.__call__`.
+    """
+    metadata = {"prompt": prompt, "model": made_by.model, "task": task, "edit_scope": edit_scope}
+    metadata |= {"engine": made_by.engine, "device": made_by.device, "precision": made_by.precision}
+    sizes = ("width", "height")  # each image's own stands under `size`
+    return metadata | {k: str(v) for k, v in asdict(params).items() if v is not None and k not in sizes}
+
+
+def image_metadata(image: Image, seed: int) -> dict[str, str]:
+    """What sets one image of a request apart."""
+    return {"seed": str(seed), "size": f"{image.width}x{image.height}"}
 
 
 def _save(image: Image, path: Path, metadata: dict[str, str], settings: ImageSettings) -> Path:

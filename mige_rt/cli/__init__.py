@@ -22,7 +22,7 @@ from mige_rt.cli.eval import evaluate
 from mige_rt.cli.hub import pull, push
 from mige_rt.cli.limits import limit_options
 from mige_rt.cli.run import run
-from mige_rt.cli.serve import serve
+from mige_rt.cli.serve import serve, ui
 from mige_rt.cli.shared import is_verbose, verbose_option
 from mige_rt.cli.signing import sign, verify
 from mige_rt.cli.train import train
@@ -82,9 +82,9 @@ def main() -> None:
     """MIGE: put the subject of an image into a new scene, edit an image as told, or both at once."""
 
 
-for command in (run, serve, compare):
+for command in (run, serve, ui, compare):
     limit_options(command)
-for command in (run, serve, convert, export, build, info, push, pull, sign, verify):
+for command in (run, serve, ui, convert, export, build, info, push, pull, sign, verify):
     main.add_command(verbose_option(command))
 for command in (bench, bench_serve, compare, train, train_lora):
     main.add_command(verbose_option(command))

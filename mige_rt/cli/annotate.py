@@ -30,7 +30,7 @@ def annotate() -> None:
 @click.option("--host", default="127.0.0.1", show_default=True, help="address to listen on; 0.0.0.0: all of them")
 @click.option("--port", type=click.IntRange(0, 65535), default=8002, show_default=True, help="0: a free one")
 def page(manifest: Path, root: Path | None, decisions: Path, host: str, port: int) -> None:
-    r"""Show the pairs of a manifest on a page, to keep, correct or drop.
+    """Show the pairs of a manifest on a page, to keep, correct or drop.
 
     \b
       mige-rt annotate page data/manifest.jsonl --decisions decisions.jsonl

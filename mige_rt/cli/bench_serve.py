@@ -51,7 +51,7 @@ _FOR_SOAKS = ("kills", "max_growth_mb")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="of when calls come")
 @click.option("--out", type=PATH, default=Path("report"), show_default=True, help="folder to make for the report")
 def bench_serve(out: Path, **values: Any) -> None:
-    r"""Measure what mige-rt serve does under load, or try it for a while under kills, bad bodies and clients that go.
+    """Measure what mige-rt serve does under load, or try it for a while under kills, bad bodies and clients that go.
 
     \b
       mige-rt bench-serve --out serving

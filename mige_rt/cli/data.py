@@ -170,7 +170,7 @@ def prepare(manifest: Path, out: Path, model: str, **options: Any) -> None:
     "--dry-run", "shown", type=click.IntRange(1), metavar="N", help="show what comes of N records: OUT/dry-run.png"
 )
 def build(config_file: Path, data: Path, out: Path, ray: str, limit: int | None, shown: int | None) -> None:
-    r"""Make training samples of raw images and texts, by one of the paper's pipelines.
+    """Make training samples of raw images and texts, by one of the paper's pipelines.
 
     \b
       mige-rt data build --config trainer/configs/pipelines/add.yaml --data sa-1b --out data/add --dry-run 20

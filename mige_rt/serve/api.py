@@ -1,9 +1,8 @@
 """The HTTP application: routes, who may ask, errors, and the OpenAPI page."""
 
-import asyncio
 import hmac
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
@@ -13,11 +12,8 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from mige_rt.serve.backend import Backend
 from mige_rt.serve.errors import ApiError
-from mige_rt.serve.image_data import ImageDecoder
 from mige_rt.serve.image_service import ImageService
-from mige_rt.serve.metrics import Metrics
 from mige_rt.serve.options import LOOPBACK_HOSTS, ServerOptions
 from mige_rt.serve.schemas import (
     IMAGE_REFERENCES,
@@ -36,23 +32,14 @@ _PIXEL = (
 )
 
 
-def create_app(options: ServerOptions, backends: Mapping[str, Backend], metrics: Metrics) -> FastAPI:
-    """The application, with which its backends begin and end.
-
-    Args:
-        options: What it allows.
-        backends: By the names of their models.
-        metrics: Which they count in, too.
-    """
-    decoder = ImageDecoder()
+def create_app(service: ImageService) -> FastAPI:
+    """The application, with which the service's backends begin and end."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
-        for backend in backends.values():
-            backend.attach()
+        service.attach()
         yield
-        await asyncio.gather(*(backend.close() for backend in backends.values()))
-        await asyncio.to_thread(decoder.close)
+        await service.close()
 
     app = FastAPI(
         title="mige-rt",
@@ -61,16 +48,16 @@ def create_app(options: ServerOptions, backends: Mapping[str, Backend], metrics:
         lifespan=lifespan,
     )
     _add_error_handlers(app)
-    app.include_router(_operation_routes(backends, metrics))
-    app.include_router(_api_routes(options, ImageService(options, backends, metrics, decoder)))
+    app.include_router(_operation_routes(service))
+    app.include_router(_api_routes(service))
     return app
 
 
-def _api_routes(options: ServerOptions, service: ImageService) -> APIRouter:
-    created = int(time.time())
+def _api_routes(service: ImageService) -> APIRouter:
+    options, created = service.options, int(time.time())
 
     async def check_caller(request: Request) -> None:
-        _check_origin(request, options)
+        check_origin(request, options)
         _check_key(request, options)
 
     router = APIRouter(
@@ -104,7 +91,7 @@ def _api_routes(options: ServerOptions, service: ImageService) -> APIRouter:
     return router
 
 
-def _operation_routes(backends: Mapping[str, Backend], metrics: Metrics) -> APIRouter:
+def _operation_routes(service: ImageService) -> APIRouter:
     router = APIRouter()
 
     @router.get("/health")
@@ -115,19 +102,19 @@ def _operation_routes(backends: Mapping[str, Backend], metrics: Metrics) -> APIR
     @router.get("/ready", responses={503: {"description": "The engine worker is being started."}})
     async def ready() -> JSONResponse:
         """Whether it makes images now."""
-        is_ready = all(backend.is_ready for backend in backends.values())
+        is_ready = all(backend.is_ready for backend in service.backends.values())
         return JSONResponse({"status": "ready"}) if is_ready else JSONResponse({"status": "starting"}, 503)
 
     @router.get("/metrics")
     async def metrics_text() -> Response:
         """What the server counts, for Prometheus."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     del health, ready, metrics_text  # the router has them
     return router
 
 
-def _check_origin(request: Request, options: ServerOptions) -> None:
+def check_origin(request: Request, options: ServerOptions) -> None:
     """Web pages of others may not ask. Raises ApiError."""
     host, origin = request.headers.get("host", ""), request.headers.get("origin")
     if origin is not None and urlsplit(origin).netloc != host:

@@ -91,15 +91,15 @@ def _json_body(content: bytes, options: ServerOptions) -> Body:
     entries = cast("list[object]", references)
     if len(entries) > options.max_images:
         raise _too_many_images(options)
-    return Body(fields, [_image_of_reference(i, entry) for i, entry in enumerate(entries)])
+    return Body(fields, [image_of_reference(i, entry) for i, entry in enumerate(entries)])
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"it holds {name}, which JSON does not have")
 
 
-def _image_of_reference(i: int, reference: object) -> bytes:
-    """The content of {"image_url": "data:..."}."""
+def image_of_reference(i: int, reference: object) -> bytes:
+    """The content of {"image_url": "data:..."}; i: its place among the images. Raises ApiError when it is no such."""
     param = f"images[{i}]"
     url = cast("dict[str, object]", reference).get("image_url") if isinstance(reference, dict) else None
     if not isinstance(url, str) or len(cast("dict[str, object]", reference)) != 1:

@@ -8,7 +8,7 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fastapi import Request, Response
@@ -21,7 +21,7 @@ from mige_rt.instruction import count_placeholders
 from mige_rt.requests import Request as PromptRequest
 from mige_rt.requests import resolve
 from mige_rt.serve.backend import Backend, Job, QueueFullError
-from mige_rt.serve.body import read_body
+from mige_rt.serve.body import Body, read_body
 from mige_rt.serve.errors import CLIENT_CLOSED_REQUEST, ApiError
 from mige_rt.serve.image_data import ImageDecoder, encode_image
 from mige_rt.serve.metrics import Metrics
@@ -47,13 +47,13 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass
-class _Exchange:
+class Exchange:
     """A request on its way, for the log and the metrics, which hold nothing of its content."""
 
-    id: str
     path: str
-    began: float
-    trace: str | None
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    began: float = field(default_factory=time.monotonic)
+    trace: str | None = field(default_factory=trace_id)
     images: int = 0
 
 
@@ -69,12 +69,28 @@ class _Work:
 
 
 class ImageService:
-    """Answers requests for images."""
+    """Answers requests for images, those of HTTP and those of the page."""
 
-    def __init__(
-        self, options: ServerOptions, backends: Mapping[str, Backend], metrics: Metrics, decoder: ImageDecoder
-    ) -> None:
-        self._options, self._backends, self._metrics, self._decoder = options, backends, metrics, decoder
+    def __init__(self, options: ServerOptions, backends: Mapping[str, Backend], metrics: Metrics) -> None:
+        """Answer within some limits.
+
+        Args:
+            options: What is allowed.
+            backends: By the names of their models.
+            metrics: Which they count in, too.
+        """
+        self.options, self.backends, self.metrics = options, backends, metrics
+        self._decoder = ImageDecoder()
+
+    def attach(self) -> None:
+        """Begin, in the running event loop."""
+        for backend in self.backends.values():
+            backend.attach()
+
+    async def close(self) -> None:
+        """End the backends, and the process that decodes images."""
+        await asyncio.gather(*(backend.close() for backend in self.backends.values()))
+        await asyncio.to_thread(self._decoder.close)
 
     async def answer(self, request: Request, model: type[ImageRequest], prefix: EventPrefix) -> Response:
         """The images, or a stream of events.
@@ -87,7 +103,7 @@ class ImageService:
         Raises:
             ApiError: There will be no image.
         """
-        exchange = _Exchange(uuid.uuid4().hex, request.url.path, time.monotonic(), trace_id())
+        exchange = Exchange(request.url.path)
         headers = {"X-Request-Id": exchange.id}
         try:
             with tracer.start_as_current_span("read", record_exception=False, set_status_on_exception=False):
@@ -103,17 +119,56 @@ class ImageService:
             finally:
                 self._end(work)
         except ApiError as error:
-            self._record(exchange, error.status)
+            self.record(exchange, error.status)
             error.headers |= headers
             raise
         except Exception:
-            self._record(exchange, 500)
+            self.record(exchange, 500)
             raise
-        self._record(exchange, 200)
+        self.record(exchange, 200)
         return JSONResponse(content.model_dump(), headers=headers)
 
+    async def prepare(self, model: type[ImageRequest], body: Body) -> tuple[ImageRequest, list[ImageTask]]:
+        """Check a request's fields, and decode its images.
+
+        Args:
+            model: What the body holds.
+            body: Fields, and contents of image files.
+
+        Returns:
+            The fields, and a task for each image to make.
+
+        Raises:
+            ApiError: It cannot be used.
+        """
+        fields = parse_request(model, body, self.options)
+        try:
+            images = await self._decoder.decode(body.images, self.options.max_input_pixels)
+            return fields, await asyncio.to_thread(_tasks, fields, images)
+        except InputError as error:
+            raise ApiError(400, str(error)) from error
+
+    def submit(self, tasks: Sequence[ImageTask], model: str | None = None) -> Job:
+        """Accept a request's images; whoever gets the job cancels it if its client goes.
+
+        Args:
+            tasks: The images.
+            model: Which makes them; None: the first one.
+
+        Raises:
+            ApiError: The queue is full.
+        """
+        try:
+            return self.backend(model).submit(tasks)
+        except QueueFullError as error:
+            raise _queue_full(error.retry_after) from error
+
+    def backend(self, model: str | None) -> Backend:
+        """What makes a model's images, the first one's where none is named."""
+        return self.backends[model or self.options.model_names[0]]
+
     async def _read(self, request: Request, model: type[ImageRequest]) -> tuple[ImageRequest, list[ImageTask]]:
-        options = self._options
+        options = self.options
         self._check_room()  # before a body is read for nothing
         try:
             async with asyncio.timeout(options.body_timeout):
@@ -123,17 +178,12 @@ class ImageService:
             raise ApiError(408, message) from error
         except ClientDisconnect as error:
             raise ApiError(CLIENT_CLOSED_REQUEST, "the client has gone") from error
-        fields = parse_request(model, body, options)
-        try:
-            images = await self._decoder.decode(body.images, options.max_input_pixels)
-            return fields, await asyncio.to_thread(_tasks, fields, images)
-        except InputError as error:
-            raise ApiError(400, str(error)) from error
+        return await self.prepare(model, body)
 
     def _check_room(self) -> None:
         """Raises ApiError when there is room for an image of no model."""
         full: QueueFullError | None = None
-        for backend in self._backends.values():
+        for backend in self.backends.values():
             try:
                 backend.check_room(1)
                 return
@@ -143,11 +193,7 @@ class ImageService:
             raise _queue_full(full.retry_after)
 
     def _start(self, request: Request, fields: ImageRequest, tasks: Sequence[ImageTask]) -> _Work:
-        backend = self._backends[fields.model or self._options.model_names[0]]
-        try:
-            job = backend.submit(tasks)
-        except QueueFullError as error:
-            raise _queue_full(error.retry_after) from error
+        backend, job = self.backend(fields.model), self.submit(tasks, fields.model)
         return _Work(fields, tasks, backend, job, asyncio.create_task(_cancel_on_disconnect(request, backend, job)))
 
     def _end(self, work: _Work) -> None:
@@ -162,7 +208,7 @@ class ImageService:
             self._end(work)
             raise ApiError.of(event)
 
-    async def _stream(self, exchange: _Exchange, work: _Work, prefix: EventPrefix) -> AsyncGenerator[str]:
+    async def _stream(self, exchange: Exchange, work: _Work, prefix: EventPrefix) -> AsyncGenerator[str]:
         """Server-sent events: partial images, and the last one or an error."""
         fields, task = work.fields, work.tasks[0]
         status, sent = CLIENT_CLOSED_REQUEST, 0
@@ -185,10 +231,11 @@ class ImageService:
                         pass
         finally:
             self._end(work)
-            self._record(exchange, status)
+            self.record(exchange, status)
 
-    def _record(self, exchange: _Exchange, status: int) -> None:
-        seconds, metrics = time.monotonic() - exchange.began, self._metrics
+    def record(self, exchange: Exchange, status: int) -> None:
+        """Count a request that has ended, and write a line to the log. status: of HTTP."""
+        seconds, metrics = time.monotonic() - exchange.began, self.metrics
         metrics.requests.labels(str(status)).inc()
         metrics.latency.labels(str(status)).observe(seconds)
         values = {"request": exchange.id, "path": exchange.path, "images": exchange.images, "status": status}

@@ -9,6 +9,7 @@ from typing import Literal
 
 from PIL.Image import Image
 
+from mige_rt.config import ModelConfig
 from mige_rt.requests import ResolvedRequest
 from mige_rt.sampling_params import SamplingParams
 
@@ -25,12 +26,14 @@ class ImageTask:
         request: What to make, with its seed.
         params: How to sample.
         partial_images: How many images are sent before the last one.
+        report_steps: Whether an event is sent after each step.
     """
 
     id: str
     request: ResolvedRequest
     params: SamplingParams
     partial_images: int = 0
+    report_steps: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,15 +49,24 @@ class Ready:
 
     Attributes:
         name: The model's.
-        size: Side of the images that it was trained for, in pixels.
-        engine: The engine's name, device and precision, as `onnxruntime on cpu in fp32`.
+        config: The model's sizes and defaults.
+        engine: What runs it.
+        device: Where it runs.
+        precision: Of its graphs.
         max_batch: How many images advance together at most.
     """
 
     name: str
-    size: int
+    config: ModelConfig
     engine: str
+    device: str
+    precision: str
     max_batch: int
+
+    @property
+    def runs_on(self) -> str:
+        """Engine, device and precision, as `onnxruntime on cpu in fp32`."""
+        return f"{self.engine} on {self.device} in {self.precision}"
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,21 @@ class Started:
     """A task has left the queue."""
 
     id: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A task has made a step.
+
+    Attributes:
+        id: The task's.
+        step: How many it has made.
+        steps: How many it will make.
+    """
+
+    id: str
+    step: int
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -127,7 +154,7 @@ class Failed:
     retry_after: int | None = None
 
 
-TaskEvent = Started | PartialImage | Finished | Failed
+TaskEvent = Started | Progress | PartialImage | Finished | Failed
 
 
 @dataclass(frozen=True)

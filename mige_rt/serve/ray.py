@@ -21,6 +21,7 @@ from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 from mige_rt.bundle import DEFAULT_MODEL
 from mige_rt.serve.api import create_app
 from mige_rt.serve.backend import MAX_ATTEMPTS, Job, QueueFullError
+from mige_rt.serve.image_service import ImageService
 from mige_rt.serve.metrics import Metrics
 from mige_rt.serve.options import ServerOptions
 from mige_rt.serve.protocol import Failed, FailureKind, Finished, ImageTask, PartialImage, Started, TaskEvent
@@ -117,7 +118,8 @@ def _api(options: RayOptions) -> FastAPI:
         max_n=min(10, options.max_queue),
     )
     engine = _serve.get_deployment_handle(_ENGINE, app_name=_serve.get_replica_context().app_name)
-    return create_app(limits, {name: RayBackend(engine, name, metrics) for name in options.models}, metrics)
+    backends = {name: RayBackend(engine, name, metrics) for name in options.models}
+    return create_app(ImageService(limits, backends, metrics))
 
 
 def _engine_class(max_models: int) -> type:

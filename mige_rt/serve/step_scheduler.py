@@ -18,7 +18,17 @@ from mige_rt.errors import InputError
 from mige_rt.pipeline import MigePipeline
 from mige_rt.sampling_plan import SamplingPlan
 from mige_rt.serve.options import Batching
-from mige_rt.serve.protocol import Failed, Finished, ImageTask, PartialImage, Started, StepReport, TaskEvent, TokenUsage
+from mige_rt.serve.protocol import (
+    Failed,
+    Finished,
+    ImageTask,
+    PartialImage,
+    Progress,
+    Started,
+    StepReport,
+    TaskEvent,
+    TokenUsage,
+)
 
 GroupKey = tuple[tuple[int, ...], str]  # shape of the latents, and the task's id where each has a call of its own
 
@@ -217,6 +227,8 @@ class StepScheduler:
             first += image.branches
         group.images = []
         for image in images:
+            if image.task.report_steps:
+                events.append(Progress(image.task.id, image.step, image.steps))
             try:
                 events += self._images_due(image)
             except InputError as error:  # the model overflowed

@@ -23,6 +23,7 @@ from mige_rt.serve.protocol import (
     ImageTask,
     NotOpened,
     PartialImage,
+    Progress,
     Ready,
     Started,
     StepReport,
@@ -172,7 +173,7 @@ class Supervisor:
                 self._end(message)
             case Started(task_id) if task_id in self._jobs:
                 self._on_started(self._jobs[task_id], message)
-            case PartialImage(task_id) if task_id in self._jobs:
+            case PartialImage(task_id) | Progress(task_id) if task_id in self._jobs:
                 self._jobs[task_id].put(message)
             case _:  # about a task that was cancelled while it was on its way
                 pass

@@ -42,8 +42,9 @@ def run_worker(connection: Connection, options: WorkerOptions) -> None:
         connection.send(NotOpened(str(error)))
         return
     engine = pipe.engine
-    description = f"{engine.name} on {engine.device} in {engine.precision}"
-    connection.send(Ready(pipe.model_name, pipe.config.size, description, options.max_batch))
+    connection.send(
+        Ready(pipe.model_name, pipe.config, engine.name, engine.device, engine.precision, options.max_batch)
+    )
     scheduler = StepScheduler(pipe, options.max_batch, batching=options.batching)
     try:
         while True:

@@ -71,7 +71,7 @@ class Server(ServerProcess):
 
 @contextmanager
 def running_server(*options: str) -> Iterator[Server]:
-    with Server(*options) as server:
+    with Server("--no-page", *options) as server:
         yield server
     assert SECRET_WORD not in "".join(server.log)
 

@@ -15,7 +15,7 @@ from mige_rt.pipeline import MigePipeline
 from mige_rt.requests import Request, resolve
 from mige_rt.sampling_params import SamplingParams
 from mige_rt.serve.options import Batching
-from mige_rt.serve.protocol import Failed, Finished, ImageTask, PartialImage, Started, StepReport, TaskEvent
+from mige_rt.serve.protocol import Failed, Finished, ImageTask, PartialImage, Progress, Started, StepReport, TaskEvent
 from mige_rt.serve.step_scheduler import StepScheduler, partial_image_steps
 
 
@@ -195,6 +195,15 @@ def test_partial_images_come_midway_and_change_nothing(pipe: MigePipeline, tasks
 )
 def test_partial_images_are_spread_evenly(steps: int, partial_images: int, due: list[int]) -> None:
     assert partial_image_steps(steps, partial_images) == due
+
+
+def test_steps_are_reported_of_the_image_that_asks_for_it(pipe: MigePipeline, tasks: list[ImageTask]) -> None:
+    scheduler = StepScheduler(pipe, 2)
+    asking, other = replace(tasks[0], report_steps=True), tasks[2]
+    scheduler.submit(asking)
+    scheduler.submit(other)
+    reports = [event for event in run_until_idle(scheduler) if isinstance(event, Progress)]
+    assert reports == [Progress(asking.id, step, 5) for step in range(1, 6)]
 
 
 def test_an_image_that_cannot_be_made_is_refused_at_once(pipe: MigePipeline, tasks: list[ImageTask]) -> None:
