@@ -14,6 +14,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from mige_rt.bundle import DEFAULT_MODEL
 from mige_rt.serve.api import create_app
+from mige_rt.serve.image_service import ImageService
 from mige_rt.serve.logs import configure_logging
 from mige_rt.serve.metrics import Metrics
 from mige_rt.serve.options import ServerOptions
@@ -36,7 +37,7 @@ def client(exporter: InMemorySpanExporter) -> Generator[TestClient]:
     options = WorkerOptions(model=str(DEFAULT_MODEL), engine="auto", device="cpu", precision="auto", max_batch=4)
     metrics = Metrics()
     supervisor = Supervisor(options, QueueLimits(max_queue=4, max_wait=60, timeout=120), metrics)
-    app = create_app(ServerOptions(model_names=("tiny",), any_host=True), {"tiny": supervisor}, metrics)
+    app = create_app(ImageService(ServerOptions(model_names=("tiny",), any_host=True), {"tiny": supervisor}, metrics))
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     trace_requests(app, provider)
