@@ -4,6 +4,7 @@ Its commands `convert` and `prepare` are also there as `mige-rt convert-data` an
 """
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,11 @@ def convert_data(layout: str, data: Path, out: Path, scores: tuple[str, ...], **
     "--images-root", "root", type=PATH, help="the folder that the manifest's paths are relative to  [default: its own]"
 )
 @click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="that work at once")
+@click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="have a Ray cluster do it, by as many actors as --processes says: auto, HOST:PORT, ray://HOST:PORT, or local",
+)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1")
 @click.option("--shard-samples", type=click.IntRange(1), default=256, show_default=True, help="samples in each shard")
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="images encoded at once")
@@ -133,6 +139,10 @@ def prepare(manifest: Path, out: Path, model: str, **options: Any) -> None:
         from export.exporter import locate_checkpoint
         from trainer.data.prepare import CorruptImage, PrepareOptions
         from trainer.data.prepare import prepare as prepare_manifest
+
+    if options["ray"] is not None:
+        with requires("ray", "--ray"):
+            import_module("ray.data")  # now, since opening the model takes longer
 
     def warn(image: CorruptImage) -> None:
         report(f"warning: {image.id} is left out: {image.error}")

@@ -169,6 +169,15 @@ def test_parts_made_by_several_machines_are_the_whole(manifest: Path, whole: Pat
     assert _bytes(out) == _bytes(whole)
 
 
+def test_a_ray_cluster_makes_the_same_bytes(manifest: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "leave it out with --ray" in _prepare(manifest, out, "--ray", "local", "--part", "1/2").stderr
+    command = [sys.executable, "-m", "mige_rt.cli", *_arguments(manifest, out, "--ray", "local", "--processes", "2")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert _bytes(out) == _bytes(whole)
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [(["--seed", "1"], "seed"), (["--no-filter", "--batch", "2"], "batch, filtered")],

@@ -10,7 +10,7 @@ that are missing, and several machines may each make a part of them in one folde
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,12 +24,12 @@ from mige_rt.atomic import atomic_file
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
 from trainer.checkpoints.open_checkpoint import CheckpointLocation
-from trainer.data.encode import load_encoders
+from trainer.data.encode import Encoders, load_encoders
 from trainer.data.manifest import ManifestSample, open_manifest
 from trainer.data.plan import PLAN_FILE, write_plan
 from trainer.data.prepared import INDEX_FILE, SCHEMA, Index, ShardEntry
 from trainer.data.shards import CorruptImage, Shard, ShardReport, make_shard
-from trainer.data.workers import devices_of_processes, make_here, make_in_processes
+from trainer.data.workers import MakeShard, devices_of_processes, make_here, make_in_processes
 
 CORRUPT_FILE = "corrupt.jsonl"
 MAX_CORRUPT = 0.01  # of the images
@@ -41,6 +41,7 @@ class PrepareOptions:
 
     Attributes:
         processes: How many work at once; each holds the encoders.
+        ray: Address of a Ray cluster whose actors do the work, see `mige_rt.batch.ray_data`; None: this machine.
         device: cpu, cuda (the processes take turns at the GPUs), cuda:1, or auto: cuda where there is a GPU.
         shard_samples: Samples in each shard.
         batch: Images that go through an encoder at once.
@@ -51,6 +52,7 @@ class PrepareOptions:
     """
 
     processes: int = 1
+    ray: str | None = None
     device: str = "auto"
     shard_samples: int = 256
     batch: int = 8
@@ -104,10 +106,16 @@ def prepare(
         InputError: The manifest or the model cannot be used, `out` holds something else, the disk is full, or more than
             MAX_CORRUPT of the images are corrupt: then the run stops as soon as that is certain.
     """
-    device = torch_device(options.device)
-    samples = open_manifest(manifest, options.root)
+    if options.ray is not None and options.part != (1, 1):
+        raise InputError("--part is for machines that share a folder without Ray; leave it out with --ray")
+    # With Ray it is the cluster that has a GPU, or has none.
+    device = options.device if options.ray is not None and options.device != "auto" else torch_device(options.device)
+    root = None if options.root is None else options.root.absolute()
+    manifest, out = manifest.absolute(), out.absolute()  # as actors elsewhere find them
+    samples = open_manifest(manifest, root)
     shards = _shards(samples, out, options)
-    encoders = load_encoders(model, device if options.processes == 1 else "cpu")
+    is_here = options.ray is None and options.processes == 1
+    encoders = load_encoders(model, device if is_here else "cpu")
     config, fingerprint = encoders.config, encoders.fingerprint()
     # All that the shards' bytes depend on.
     plan = {
@@ -129,13 +137,11 @@ def prepare(
     most_corrupt = MAX_CORRUPT * sum(len(sample.paths()) for sample in samples)
     _check_corrupt(total, most_corrupt, out)
     make = partial(make_shard, batch=options.batch, filtered=options.filtered)
-    if options.processes == 1:
+    if is_here:
         reports = make_here(partial(make, encoders), todo, encoders.device)
     else:
         del encoders  # each process has its own
-        reports = make_in_processes(
-            make, todo, partial(load_encoders, model), devices_of_processes(device, options.processes)
-        )
+        reports = _elsewhere(make, todo, partial(load_encoders, model), device, options)
     with closing(reports):  # an error here ends the processes
         for done, report in enumerate(reports, len(shards) - len(todo) + 1):
             total.add(report)
@@ -149,6 +155,17 @@ def prepare(
     if not missing:
         _write_index(out, shards, config, fingerprint)
     return PrepareReport(total, len(shards), missing)
+
+
+def _elsewhere(
+    make: MakeShard, todo: Sequence[Shard], load: Callable[[str], Encoders], device: str, options: PrepareOptions
+) -> Generator[ShardReport, None, None]:
+    """Shards made by several processes of this machine, or of a cluster."""
+    if options.ray is None:
+        return make_in_processes(make, todo, load, devices_of_processes(device, options.processes))
+    from trainer.data.ray_workers import make_on_ray  # which needs the extra ray
+
+    return make_on_ray(make, todo, load, options.ray, options.processes, device)
 
 
 def _shards(samples: Sequence[ManifestSample], out: Path, options: PrepareOptions) -> list[Shard]:

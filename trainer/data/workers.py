@@ -17,6 +17,8 @@ from mige_rt.errors import InputError
 from trainer.data.encode import Encoders
 from trainer.data.shards import Shard, ShardReport
 
+MakeShard = Callable[[Encoders, Shard], ShardReport]
+
 
 def make_here(
     make: Callable[[Shard], ShardReport], work: Sequence[Shard], device: torch.device
@@ -34,7 +36,7 @@ def make_here(
     threads = torch.get_num_threads()
     try:
         for shard in work:
-            _use_one_thread(device)
+            use_one_thread(device)
             yield make(shard)
     finally:
         torch.set_num_threads(threads)
@@ -47,7 +49,7 @@ def devices_of_processes(device: str, processes: int) -> list[str]:
 
 
 def make_in_processes(
-    make: Callable[[Encoders, Shard], ShardReport],
+    make: MakeShard,
     work: Sequence[Shard],
     load: Callable[[str], Encoders],
     devices: Sequence[str],
@@ -92,7 +94,7 @@ def _start_process(load: Callable[[str], Encoders], devices: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoders = load(devices.get())
-    _use_one_thread(_encoders.device)
+    use_one_thread(_encoders.device)
 
 
 def _end_with_parent() -> None:
@@ -108,7 +110,7 @@ def _make_in_process(make: Callable[[Encoders, Shard], ShardReport], shard: Shar
     return make(_encoders, shard)
 
 
-def _use_one_thread(device: torch.device) -> None:
+def use_one_thread(device: torch.device) -> None:
     """On a CPU the number of threads changes the last bits."""
     if device.type == "cpu":
         torch.set_num_threads(1)
