@@ -22,7 +22,10 @@ from trainer.pipelines.language import PROMPTS, Prompts
 from trainer.pipelines.loaders import Roles, identities
 from trainer.pipelines.opencv import GrabCut, Telea, dilate
 from trainer.pipelines.ray_run import group_stages
+from trainer.pipelines.records import Candidate, DroppedError, unpack_mask
 from trainer.pipelines.roles import ServiceError
+from trainer.pipelines.stages import set_mask
+from trainer.pipelines.subject import subject_stages
 from trainer.vision_models import Clip, weights_digest
 
 
@@ -293,3 +296,23 @@ def test_roles_without_a_gpu_share_actors_and_the_others_have_their_own() -> Non
         (["read", "aesthetic", "masks"], 1, 0.5),
         (["complete", "name", "inpaint", "instruct", "write"], 8, 0.0),
     ]
+
+
+def test_roles_that_need_equal_parts_of_a_gpu_have_their_own_actors() -> None:
+    gpu = {"num_gpus": 0.25, "concurrency": 2}
+    roles = {"detector": {"loader": "grounding-dino", **gpu}, "segmenter": {"loader": "sam", **gpu}}
+    content = {"pipeline": {"name": "subject"}, "roles": {"tagger": {"loader": "openai", "model": "m"}, **roles}}
+    config = check_json(PipelineConfig, content, "config")
+    groups = group_stages(config, subject_stages(config))
+    names = [[stage.name for stage in group.stages] for group in groups]
+    assert names == [["read", "tag"], ["detect"], ["segment", "write"]]
+
+
+def test_a_mask_of_another_size_and_an_empty_one_are_left_out() -> None:
+    candidate, mask = Candidate("cat"), np.ones((4, 6), bool)
+    set_mask(candidate, mask, (6, 4))
+    assert (unpack_mask(candidate.mask) == mask).all()
+    with pytest.raises(DroppedError, match="a mask of another size than the image"):
+        set_mask(candidate, mask, (4, 6))
+    with pytest.raises(DroppedError, match="an empty mask"):
+        set_mask(candidate, ~mask, (6, 4))

@@ -15,7 +15,15 @@ from trainer.masks import cut_out, decode_rle, long_side_size, mask_box, on_squa
 from trainer.pipelines.config import AddSettings, PipelineConfig
 from trainer.pipelines.loaders import Roles
 from trainer.pipelines.records import Candidate, DroppedError, Record, Sample, pack_mask, png, unpack_mask
-from trainer.pipelines.stages import Stage, add_candidates, check_score, check_share, for_each_entity, set_mask
+from trainer.pipelines.stages import (
+    Stage,
+    add_candidates,
+    check_mask_size,
+    check_score,
+    check_share,
+    for_each_entity,
+    set_mask,
+)
 
 
 @dataclass(frozen=True)
@@ -81,10 +89,7 @@ def _take_masks(settings: AddSettings, record: Record, roles: Roles) -> None:
 
     def take(candidate: Candidate) -> None:
         lengths = next(masks)
-        if lengths.size != size[::-1]:
-            height, width = lengths.size
-            detail = f"{width}x{height} for an image of {size[0]}x{size[1]}"
-            raise DroppedError("a mask of another size than the image", detail, bad=True)
+        check_mask_size(lengths.size, size)
         try:
             mask = decode_rle(lengths.counts, lengths.size)
         except ValueError as error:

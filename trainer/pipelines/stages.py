@@ -92,13 +92,17 @@ def set_mask(candidate: Candidate, mask: Mask, size: tuple[int, int]) -> None:
     Raises:
         DroppedError: The mask is empty, or of another size than the image.
     """
-    if mask.shape != size[::-1]:
-        height, width = mask.shape
-        detail = f"{width}x{height} for an image of {size[0]}x{size[1]}"
-        raise DroppedError("a mask of another size than the image", detail, bad=True)
+    check_mask_size(mask.shape, size)
     if mask_box(mask) is None:
         raise DroppedError("an empty mask", candidate.words)
     candidate.mask = pack_mask(mask)
+
+
+def check_mask_size(shape: tuple[int, ...], size: tuple[int, int]) -> None:
+    """Raises DroppedError where a mask of (height, width) is not of the size of an image of (width, height)."""
+    if shape != size[::-1]:
+        detail = f"{shape[1]}x{shape[0]} for an image of {size[0]}x{size[1]}"
+        raise DroppedError("a mask of another size than the image", detail, bad=True)
 
 
 def segment(stage: str, record: Record, roles: Roles) -> None:
