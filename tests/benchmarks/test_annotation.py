@@ -139,7 +139,7 @@ def test_a_full_disk_leaves_no_half_line(annotating: Annotating, tmp_path: Path)
     before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
-        with pytest.raises(OSError, match="No space|File too large"):
+        with pytest.raises(OSError, match=r"No space|File too large"):
             annotating.drop(_shown(annotating, "Ann"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
