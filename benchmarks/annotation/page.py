@@ -22,6 +22,7 @@ os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False
 
 import gradio as gr
 from fastapi import FastAPI, Request
+from gradio.themes import Default
 from starlette.middleware.base import RequestResponseEndpoint
 from starlette.responses import Response
 
@@ -66,7 +67,7 @@ def create_app(annotating: Annotating) -> FastAPI:
         app,
         blocks,
         path="/",
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=_CSS,
         head=_KEYS,
         footer_links=[],
