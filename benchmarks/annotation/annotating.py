@@ -8,7 +8,7 @@ from benchmarks.annotation.decisions import Annotation, DecisionLog, Verdict, pr
 from benchmarks.annotation.editor import Drawing, make_drawing, read_drawing
 from benchmarks.annotation.export import agreement_table
 from benchmarks.annotation.masks import decode_mask, encode_mask
-from benchmarks.annotation.pairs import EditingPair
+from benchmarks.annotation.pairs import EditingPair, proposed_categories
 from export.formatting import markdown_table
 from mige_rt.errors import InputError
 from mige_rt.images import open_image
@@ -122,7 +122,7 @@ class Annotating:
 
     def tables(self, annotator: str) -> str:
         """Progress by category, and the agreement with others, in Markdown."""
-        categories = {name: (pair.row, pair.category) for name, pair in self.pairs.items()}
+        categories = proposed_categories(self.pairs.values())
         standing = self.log.standing
         rows = markdown_table(progress_rows(categories, standing.by_pair(annotator)), ("category",))
         agreement = agreement_table(standing, {name: name for name in standing.annotators()})

@@ -22,6 +22,7 @@ os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False
 
 import gradio as gr
 from fastapi import FastAPI, Request
+from gradio.themes import Default
 from starlette.middleware.base import RequestResponseEndpoint
 from starlette.responses import Response
 
@@ -47,7 +48,6 @@ _CSS = """
 .strip figcaption, .about { font-size: .85rem; opacity: .75; }
 .about { margin-top: .4rem; }
 .form:has(> #pair), #pair { display: none; }
-#buttons { position: sticky; bottom: 0; z-index: 10; padding: .6rem 0; background: var(--body-background-fill); }
 """
 
 
@@ -67,7 +67,7 @@ def create_app(annotating: Annotating) -> FastAPI:
         app,
         blocks,
         path="/",
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=_CSS,
         head=_KEYS,
         footer_links=[],
@@ -85,6 +85,11 @@ class _Layout:
     name: gr.Textbox
     begin: gr.Button
     line: gr.Markdown
+    buttons: gr.Row
+    keep: gr.Button
+    drop: gr.Button
+    skip: gr.Button
+    undo: gr.Button
     work: gr.Row
     editor: gr.ImageEditor
     pair_id: gr.Textbox
@@ -92,11 +97,6 @@ class _Layout:
     fields: tuple[gr.Textbox | gr.Dropdown, ...]
     cuts: gr.HTML
     cut: gr.Button
-    buttons: gr.Row
-    keep: gr.Button
-    drop: gr.Button
-    skip: gr.Button
-    undo: gr.Button
     details: gr.Accordion
     tables: gr.Markdown
 
@@ -122,6 +122,11 @@ def _layout() -> _Layout:
         name = gr.Textbox(label=label, max_length=MAX_NAME, autofocus=True, scale=4, elem_id="name")
         begin = gr.Button("Begin", variant="primary", scale=1, min_width=120, elem_id="begin")
     line = gr.Markdown(elem_id="line")
+    with gr.Row(visible=False) as buttons:
+        keep = gr.Button("Keep (K)", variant="primary", min_width=90, elem_id="keep")
+        drop = gr.Button("Drop (D)", variant="stop", min_width=90, elem_id="drop")
+        skip = gr.Button("Skip (S)", min_width=90, elem_id="skip")
+        undo = gr.Button("Undo (U)", min_width=90, elem_id="undo")
     with gr.Row(visible=False) as work:
         with gr.Column(scale=5, min_width=360):
             editor = _editor()
@@ -139,11 +144,6 @@ def _layout() -> _Layout:
                 category = gr.Dropdown(
                     choices, label="Category", allow_custom_value=True, min_width=120, elem_id="category"
                 )
-    with gr.Row(visible=False, elem_id="buttons") as buttons:
-        keep = gr.Button("Keep (K)", variant="primary", min_width=90, elem_id="keep")
-        drop = gr.Button("Drop (D)", variant="stop", min_width=90, elem_id="drop")
-        skip = gr.Button("Skip (S)", min_width=90, elem_id="skip")
-        undo = gr.Button("Undo (U)", min_width=90, elem_id="undo")
     with gr.Accordion("Progress by category, and agreement", open=False, visible=False) as details:
         tables = gr.Markdown(elem_id="tables")
     return _Layout(
@@ -152,6 +152,11 @@ def _layout() -> _Layout:
         name=name,
         begin=begin,
         line=line,
+        buttons=buttons,
+        keep=keep,
+        drop=drop,
+        skip=skip,
+        undo=undo,
         work=work,
         editor=editor,
         pair_id=pair_id,
@@ -159,11 +164,6 @@ def _layout() -> _Layout:
         fields=(prompt, subject, caption, row, category),
         cuts=cuts,
         cut=cut,
-        buttons=buttons,
-        keep=keep,
-        drop=drop,
-        skip=skip,
-        undo=undo,
         details=details,
         tables=tables,
     )

@@ -6,7 +6,7 @@ the published JSON may have `object`, `target_caption`, `category` and `mask_pat
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -152,6 +152,11 @@ def open_pairs(manifest: Path, root: Path | None = None) -> list[EditingPair]:
     if not pairs:
         raise InputError(f"{manifest} has {len(samples)} samples, none of them with a source; editing pairs have one")
     return pairs
+
+
+def proposed_categories(pairs: Iterable[EditingPair]) -> dict[str, tuple[Row, str]]:
+    """The row and the category of each pair by its id, as `decisions.progress_rows` takes them."""
+    return {pair.id: (pair.row, pair.category) for pair in pairs}
 
 
 def _truth(manifest: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -92,10 +92,10 @@ def status(manifest: Path, decisions: tuple[Path, ...], root: Path | None) -> No
     with requires("annotate", "reading decisions"):
         from benchmarks.annotation.decisions import Standing, progress_rows, read_decisions
         from benchmarks.annotation.export import agreement_table
-        from benchmarks.annotation.pairs import open_pairs
+        from benchmarks.annotation.pairs import open_pairs, proposed_categories
         from export.formatting import markdown_table
 
-    categories = {pair.id: (pair.row, pair.category) for pair in open_pairs(manifest, root)}
+    categories = proposed_categories(open_pairs(manifest, root))
     standing = Standing(read_decisions(decisions))
     for name in standing.annotators():
         echo(f"{name}:")
