@@ -54,7 +54,7 @@ class _Page:
         self._connect_gallery()
 
     def _place_gallery(self) -> None:
-        with gr.Accordion("Images of this window, and their settings", open=True):
+        with gr.Accordion("Images of this window", open=True):
             self._selected = gr.State(None)
             with gr.Row():
                 self._gallery = gr.Gallery(
@@ -71,7 +71,7 @@ class _Page:
                 )
                 with gr.Column(scale=2, min_width=300):
                     self._dropped = gr.File(
-                        label="Settings from an image made here",
+                        label="Settings of an image",
                         file_types=[".png", ".jpg", ".jpeg", ".webp"],
                         height=140,
                         elem_id="mige-settings-file",

@@ -11,7 +11,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import gradio as gr
-from gradio.events import api
+from gradio.events import api  # pyright: ignore[reportUnknownVariableType]
 
 from mige_rt.serve.body import Body, image_of_reference
 from mige_rt.serve.errors import CLIENT_CLOSED_REQUEST, ApiError

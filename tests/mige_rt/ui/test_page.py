@@ -281,7 +281,8 @@ def test_settings_come_back_from_an_image(page: Page, tmp_path: Path) -> None:
     value = "return document.querySelector(arguments[0]).value"
     assert page.script(value, "#compose-seed input") == "77"
     assert page.script(value, "#compose-steps input[type=number]") == "9"
-    page.drop(SCENE, "#mige-settings-file button, #mige-settings-file")
+    wait_for(lambda: "Drop File" in page.text("#mige-settings-file"))  # there is room for the next
+    page.drop(SCENE, "#mige-settings-file button")
     assert "holds no settings" in wait_for(lambda: page.text("#mige-details .mige-error"))
 
 
