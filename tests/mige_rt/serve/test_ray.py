@@ -134,13 +134,12 @@ def png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-@pytest.fixture(scope="module")
-def other_bundle(bundles: Callable[[str], Path]) -> Path:
-    """The same model in fp16, whose images differ a little."""
-    return bundles("fp16")
+@pytest.fixture
+def other_bundle(other_model: Callable[..., Path]) -> Path:
+    return other_model("denoiser", "blocks.2.attn.qkv.weight", 1.2)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def client(other_bundle: Path) -> Generator[openai.OpenAI]:
     """Of two replicas that may have two models each."""
     import ray
