@@ -152,10 +152,10 @@ def client(other_bundle: Path) -> Generator[openai.OpenAI]:
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         models = {"first": str(DEFAULT_MODEL), "second": str(other_bundle)}
-        replicas = {"max_batch": 4, "max_wait": 200, "min_replicas": 2, "max_replicas": 2}
+        replicas = {"max_batch": 4, "max_wait": 500, "timeout": 500, "min_replicas": 2, "max_replicas": 2}
         serve.run(app(RayOptions.model_validate({"models": models, "device": "cpu", **replicas})))
         url = f"http://127.0.0.1:{port}/v1"
-        yield openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
+        yield openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=600)
     finally:
         serve.shutdown()
         ray.shutdown()
