@@ -120,3 +120,10 @@ def test_options_of_a_soak_are_refused_without_one(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["bench-serve", "--kills", "3", "--out", str(tmp_path / "out")])
     assert result.exit_code == 2 and "--soak MINUTES" in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
+    options = ["--model", str(tmp_path), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, ["bench-serve", *options])
+    assert result.exit_code == 2 and "mige-rt serve does not start" in result.output
+    assert "Traceback" not in result.output and not (tmp_path / "out").exists()

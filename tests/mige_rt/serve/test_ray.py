@@ -134,13 +134,12 @@ def png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-@pytest.fixture(scope="module")
-def other_bundle(bundles: Callable[[str], Path]) -> Path:
-    """The same model in fp16, whose images differ a little."""
-    return bundles("fp16")
+@pytest.fixture
+def other_bundle(other_model: Callable[..., Path]) -> Path:
+    return other_model("denoiser", "blocks.2.attn.qkv.weight", 1.2)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def client(other_bundle: Path) -> Generator[openai.OpenAI]:
     """Of two replicas that may have two models each."""
     import ray
@@ -153,10 +152,10 @@ def client(other_bundle: Path) -> Generator[openai.OpenAI]:
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         models = {"first": str(DEFAULT_MODEL), "second": str(other_bundle)}
-        replicas = {"max_batch": 4, "max_wait": 200, "min_replicas": 2, "max_replicas": 2}
+        replicas = {"max_batch": 4, "max_wait": 500, "timeout": 500, "min_replicas": 2, "max_replicas": 2}
         serve.run(app(RayOptions.model_validate({"models": models, "device": "cpu", **replicas})))
         url = f"http://127.0.0.1:{port}/v1"
-        yield openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
+        yield openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=600)
     finally:
         serve.shutdown()
         ray.shutdown()
