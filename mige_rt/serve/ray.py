@@ -24,7 +24,7 @@ from mige_rt.serve.backend import MAX_ATTEMPTS, Job, QueueFullError
 from mige_rt.serve.image_service import ImageService
 from mige_rt.serve.metrics import Metrics
 from mige_rt.serve.options import ServerOptions
-from mige_rt.serve.protocol import Failed, FailureKind, Finished, ImageTask, PartialImage, Started, TaskEvent
+from mige_rt.serve.protocol import Failed, FailureKind, Finished, ImageTask, PartialImage, Progress, Started, TaskEvent
 from mige_rt.serve.supervisor import QueueLimits, Supervisor
 from mige_rt.serve.worker import WorkerOptions
 
@@ -260,7 +260,7 @@ class RayBackend:
                 job.start(event)
             case Started():  # it was begun before, on a replica that has ended
                 pass
-            case PartialImage():
+            case PartialImage() | Progress():
                 job.put(event)
             case _:
                 self._end(job, event)

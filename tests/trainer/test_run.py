@@ -223,7 +223,7 @@ def test_validation_measures_shows_and_changes_nothing(alone: RunConfig, tmp_pat
     assert {name: second[name] for name in plain} == plain
     assert saved_runs(tmp_path / "run")[-1].loss == second["validation/loss"]
     shown = [Image.open(tmp_path / f"run/images/step-{step:08d}.png") for step in (1, 2)]
-    assert np.array_equal(*map(np.asarray, shown)) and np.asarray(shown[0]).std() > 10
+    assert np.array_equal(np.asarray(shown[0]), np.asarray(shown[1])) and np.asarray(shown[0]).std() > 10
     other = replace(settings, path=str(tmp_path / "none"))
     with pytest.raises(InputError, match="none is no prepared set"):
         train_run(replace(alone, validation=other), RunOptions(tmp_path / "other"))

@@ -37,7 +37,7 @@ def basic(password: str) -> dict[str, str]:
 
 
 def test_the_page_is_for_this_host_and_its_own_pages() -> None:
-    guarded = client(ServerOptions(model_name="tiny"))
+    guarded = client(ServerOptions(model_names=("tiny",)))
     answer = guarded.get("/ui/")
     assert answer.status_code == 200 and "default-src 'self'" in answer.headers["Content-Security-Policy"]
     assert guarded.get("/ui/", headers={"Host": "elsewhere.example"}).status_code == 403
@@ -46,7 +46,7 @@ def test_the_page_is_for_this_host_and_its_own_pages() -> None:
 
 
 def test_a_key_is_asked_for_as_a_password() -> None:
-    guarded = client(ServerOptions(model_name="tiny", api_key=KEY))
+    guarded = client(ServerOptions(model_names=("tiny",), api_key=KEY))
     answer = guarded.get("/ui/")
     assert answer.status_code == 401 and answer.headers["WWW-Authenticate"].startswith("Basic ")
     assert "API key as the password" in answer.json()["error"]["message"]
@@ -58,6 +58,6 @@ def test_a_key_is_asked_for_as_a_password() -> None:
 
 
 def test_a_large_upload_is_refused_unread() -> None:
-    guarded = client(ServerOptions(model_name="tiny", max_body=1000))
+    guarded = client(ServerOptions(model_names=("tiny",), max_body=1000))
     assert guarded.post("/ui/upload", content=b"x" * 1000).status_code == 200
     assert guarded.post("/ui/upload", content=b"x" * (2**20 + 1001)).status_code == 413
