@@ -80,7 +80,7 @@ def check_command(words: list[str], complete: bool) -> bool:
             spec = importlib.util.find_spec(name)
             assert spec is not None, f"there is no module {name}"
             command = import_module(f"{name}.__main__" if spec.submodule_search_locations else name).main
-        case ["accelerate", "launch", *launched] if "-m" in launched:
+        case ["accelerate", "launch", *launched] | [_, "torchrun", *launched] if "-m" in launched:
             return check_command(["python", *launched[launched.index("-m") :]], complete)
         case ["python", script, *_] if script.endswith(".py"):
             assert (ROOT / script).is_file(), f"there is no script {script}"

@@ -39,6 +39,13 @@ def _server_options(port: int) -> Callable[[F], F]:
             help="images that advance together at most",
         ),
         click.option(
+            "--batching",
+            type=click.Choice(get_args(Batching)),
+            default="continuous",
+            show_default=True,
+            help="when a waiting image starts: at the next step, when the batch before has ended, or alone",
+        ),
+        click.option(
             "--max-queue", type=click.IntRange(1), default=64, show_default=True, help="images that wait at most"
         ),
         click.option(
@@ -101,13 +108,6 @@ def _server_options(port: int) -> Callable[[F], F]:
 @_server_options(port=8000)
 @click.option(
     "--page/--no-page", default=True, help="the page at /ui, where the extra ui is installed  [default: page]"
-)
-@click.option(
-    "--batching",
-    type=click.Choice(get_args(Batching)),
-    default="continuous",
-    show_default=True,
-    help="when a waiting image starts: at the next step, when the batch before has ended, or alone",
 )
 def serve(**values: Any) -> None:
     """Make images over HTTP, in the shapes of OpenAI's images API.

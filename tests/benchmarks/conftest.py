@@ -31,8 +31,16 @@ def report(results: BenchResults, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
+@pytest.fixture
+def browser(chromium: Chrome) -> Chrome:
+    """A browser that shows no page, and has logged nothing."""
+    chromium.get("about:blank")
+    chromium.get_log("browser")  # which empties it
+    return chromium
+
+
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Chrome]:
+def chromium() -> Iterator[Chrome]:
     if BROWSER is None or DRIVER is None:
         pytest.skip("no Chromium with its driver is installed here (Debian: chromium, chromium-driver)")
     options = Options()
