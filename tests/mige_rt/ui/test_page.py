@@ -278,6 +278,7 @@ def test_settings_come_back_from_an_image(page: Page, tmp_path: Path) -> None:
     page.shown("#compose-prompt .mige-editor")
     wait_for(lambda: page.prompt("compose") == info["prompt"])
     page.click("#compose-settings button")
+    page.shown("#compose-steps input[type=number]")
     value = "return document.querySelector(arguments[0]).value"
     assert page.script(value, "#compose-seed input") == "77"
     assert page.script(value, "#compose-steps input[type=number]") == "9"
