@@ -11,6 +11,9 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 from safetensors import safe_open
+from selenium.webdriver import Chrome
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service
 
 import export.exporter
 from mige_rt.bundle import DEFAULT_MODEL, MANIFEST, file_entry, read_manifest
@@ -25,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent / "stubs"))
 from cuda_stubs import cuda  # noqa: F401, a fixture
 
 DATA = Path(__file__).parent / "data"
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
 
 
 @pytest.fixture(scope="session")
@@ -117,3 +122,27 @@ def scene(samples: dict[str, Sample]) -> Image.Image:
 def reference(samples: dict[str, Sample]) -> Image.Image:
     """A 64 x 64 image of one thing."""
     return Image.fromarray(samples["generate"].images[0])
+
+
+@pytest.fixture
+def browser(chromium: Chrome) -> Chrome:
+    """A browser that shows no page, and has logged nothing."""
+    chromium.get("about:blank")
+    chromium.get_log("browser")  # which empties it
+    return chromium
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Chrome]:
+    if BROWSER is None or DRIVER is None:
+        pytest.skip("no Chromium with its driver is installed here (Debian: chromium, chromium-driver)")
+    options = Options()
+    options.binary_location = BROWSER
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking"):
+        options.add_argument(flag)
+    options.add_argument("--disable-dev-shm-usage")
+    options.add_argument("--enable-unsafe-swiftshader")  # WebGL without a GPU
+    driver = Chrome(options=options, service=Service(DRIVER))
+    yield driver
+    driver.quit()

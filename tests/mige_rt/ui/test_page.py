@@ -3,12 +3,11 @@
 import asyncio
 import base64
 import re
-import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -18,8 +17,6 @@ from urllib.request import urlopen
 import pytest
 from PIL import Image
 from selenium.webdriver import Chrome
-from selenium.webdriver.chrome.options import Options
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.keys import Keys
 
 from mige_rt.image_output import read_settings, save_image
@@ -27,8 +24,6 @@ from mige_rt.pipeline import MigePipeline
 
 pytest.importorskip("gradio", reason="the page needs the extra ui")
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
 ROOT = Path(__file__).parents[3]
 SCENE, SUBJECT = ROOT / "docs/scene.png", ROOT / "docs/subject.png"
 BLUE = "make the background blue"
@@ -84,22 +79,6 @@ def server() -> Generator[Server]:
 @pytest.fixture(scope="module")
 def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("downloads")
-
-
-@pytest.fixture(scope="module")
-def browser(downloads: Path) -> Iterator[Chrome]:
-    if BROWSER is None or DRIVER is None:
-        pytest.skip("no Chromium with its driver is installed here (Debian: chromium, chromium-driver)")
-    options = Options()
-    options.binary_location = BROWSER
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking"):
-        options.add_argument(flag)
-    options.add_argument("--disable-dev-shm-usage")
-    driver = Chrome(options=options, service=Service(DRIVER))
-    driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(downloads)})
-    yield driver
-    driver.quit()
 
 
 class Page:
@@ -163,7 +142,8 @@ for (const type of ["dragenter", "dragover", "drop"])
 
 
 @pytest.fixture
-def page(browser: Chrome, server: Server) -> Page:
+def page(browser: Chrome, server: Server, downloads: Path) -> Page:
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(downloads)})
     return Page(browser, server)
 
 
