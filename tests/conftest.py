@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -27,6 +28,7 @@ from trainer.synthetic.tasks import Sample
 sys.path.insert(0, str(Path(__file__).parent / "stubs"))
 from cuda_stubs import cuda  # noqa: F401, a fixture
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore, and their children
 DATA = Path(__file__).parent / "data"
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
