@@ -7,12 +7,12 @@ from datetime import timedelta
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from mige_rt.terminal import console, report
 from trainer.loop import StepResult, TrainingLog
 from trainer.run.config import RunConfig
+from trainer.run.loss import means_of_processes
 from trainer.run.validation import IMAGES_FOLDER, PREFIX, Shown, best_by, save_images
 
 METRICS_FILE = "metrics.jsonl"
@@ -65,13 +65,11 @@ class RunLog:
 
     def write(self, step: int, hours: float) -> None:
         """Write the means since the last time."""
-        of_processes: list[dict[str, list[float]]] = gather_object([dict(self._own)])
+        own_means = means_of_processes(self._own)
         self._own.clear()
         if self._lines is None:
             return
-        for name in sorted({name for metrics in of_processes for name in metrics}):
-            values = [value for metrics in of_processes for value in metrics.get(name, ())]
-            self._lines.add({name: sum(values) / len(values)})
+        self._lines.add(own_means)
         means = self._lines.write(step, step * self._config.batch, hours)
         if self._board is not None:
             for name, mean in means.items():

@@ -1,9 +1,11 @@
 """What a run minimises, and how its loss is measured by task and by timestep."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import get_args
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from mige_rt.config import ModelConfig
@@ -13,6 +15,14 @@ from trainer.data.batches import TrainingBatch
 from trainer.objective import sample_losses
 
 RANGES = 4  # of timesteps, of equal length
+
+
+def means_of_processes(values: Mapping[str, list[float]]) -> dict[str, float]:
+    """The mean of each metric over all values of all processes, in the order of their names; each makes the call."""
+    of_processes: list[dict[str, list[float]]] = gather_object([dict(values)])
+    names = sorted({name for metrics in of_processes for name in metrics})
+    gathered = {name: [value for metrics in of_processes for value in metrics.get(name, ())] for name in names}
+    return {name: sum(of_name) / len(of_name) for name, of_name in gathered.items()}
 
 
 @dataclass(frozen=True)

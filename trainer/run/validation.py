@@ -31,7 +31,7 @@ from trainer.data.batches import TrainingBatch, collate
 from trainer.data.mixing import MixedBatches
 from trainer.data.prepared import PreparedSample, open_prepared
 from trainer.run.config import RunConfig, ValidationSettings
-from trainer.run.loss import RunLoss
+from trainer.run.loss import RunLoss, means_of_processes
 
 PREFIX = "validation/"  # of the names of its metrics
 IMAGES_FOLDER = "images"
@@ -87,10 +87,7 @@ class Validation:
                 loss, metrics = self._loss(module, samples.to(self._accelerator.device))
                 for name, value in ({"loss": loss.item()} | metrics).items():
                     values[name].append(value)
-        of_processes: list[dict[str, list[float]]] = gather_object([dict(values)])
-        names = sorted({name for metrics in of_processes for name in metrics})
-        all_values = {name: [v for metrics in of_processes for v in metrics.get(name, ())] for name in names}
-        return {PREFIX + name: sum(of_name) / len(of_name) for name, of_name in all_values.items()}
+        return {PREFIX + name: mean for name, mean in means_of_processes(values).items()}
 
     @torch.no_grad()
     def images(self, module: nn.Module) -> list[Shown]:
