@@ -57,6 +57,7 @@ class LadderSettings:
         uses: How often a sample is drawn, on average, before newer ones take its place.
         varied: Share of the concepts whose images are varied, 0 to 1.
         noisy: Share of the timesteps that are drawn from the noisiest, 0 to 1; the others are drawn from all.
+        looking: Weight of the loss of where attention looks (trainer/stages/looking.py).
         asked: Weight of the loss where an image shows what the instruction asks for; it is 1 elsewhere.
         draws: Draws of noise and timestep for each encoded prompt.
         seed: Seed of the synthetic samples.
@@ -68,6 +69,7 @@ class LadderSettings:
     varied: Annotated[float, Ge(0), Le(1)]
     noisy: Annotated[float, Ge(0), Le(1)]
     asked: Annotated[float, Gt(0)]
+    looking: Annotated[float, Ge(0)]
     draws: PositiveInt
     seed: NonNegativeInt
 

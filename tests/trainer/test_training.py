@@ -57,7 +57,9 @@ QUICK = StageSettings(
 )
 
 
-LEARNT_FROM = LadderSettings(shards=2, shard_samples=8, uses=2, varied=0.5, noisy=0.5, asked=2.0, draws=2, seed=3)
+LEARNT_FROM = LadderSettings(
+    shards=2, shard_samples=8, uses=2, varied=0.5, noisy=0.5, asked=2.0, looking=0.1, draws=2, seed=3
+)
 
 
 @pytest.fixture(scope="module", autouse=True)

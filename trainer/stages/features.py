@@ -3,8 +3,10 @@
 A shard is a folder of .npy files over S samples, P images, V images that prompts refer to: latents [P,c,h,w] and vit
 [V,1+patches,width], float16; target, source [S] and images [S,MAX_IMAGES], rows of latents (-1: none); images_vit
 [S,MAX_IMAGES], rows of vit; asked [S,h,w], how much of each latent pixel belongs to what the instruction brings in or
-changes, in 255ths; token_ids and slot_index [S,L], padded (slots count from the sample's first image token); length
-[S]; kind [S], index in ALL_KINDS.
+changes, in 255ths; origin_image [S,gh,gw], which of the sample's images shows what is in a patch of the DiT (-1: none),
+and origin [S,gh,gw,3], where it does: x and y in patches of the ViT, and how many of them a patch of the DiT is high;
+token_ids and slot_index [S,L], padded (slots count from the sample's first image token); length [S]; kind [S], index in
+ALL_KINDS.
 """
 
 import shutil
@@ -32,6 +34,7 @@ from trainer.synthetic.tasks import ALL_KINDS, Sample, make_sample
 
 MAX_IMAGES = 3
 CHUNK = 64  # images encoded at a time
+LEAST_FILLED = 0.25  # share of a patch that a subject fills, if the patch is to be read from that subject's image
 KIND_NAMES = list(ALL_KINDS)
 
 Shard = Mapping[str, NDArray]
@@ -80,7 +83,10 @@ class FeatureMaker:
         prompts = []
         target, source, length, kind = (np.full(number, -1, np.int32) for _ in range(4))
         latent_rows, vit_index = (np.full((number, MAX_IMAGES), -1, np.int32) for _ in range(2))
-        asked = np.zeros((number, config.size // config.vae.factor, config.size // config.vae.factor), np.uint8)
+        side = config.size // config.vae.factor
+        grid = side // config.dit.patch
+        asked, origin_image = np.zeros((number, side, side), np.uint8), np.full((number, grid, grid), -1, np.int8)
+        origin = np.zeros((number, grid, grid, 3), np.float16)
         for s, sample in enumerate(samples):
             rows: dict[int, int] = {}  # an image that is used twice is encoded once
 
@@ -106,11 +112,13 @@ class FeatureMaker:
             prompts.append(prompt)
             length[s], kind[s] = len(prompt.token_ids), KIND_NAMES.index(sample.kind)
             asked[s] = _asked(sample, config.vae.factor)
+            origin_image[s], origin[s] = _origins(sample, grid, config.vision.side // config.vision.patch)
         token_ids = np.zeros((number, int(length.max())), np.int16)
         slot_index = np.full_like(token_ids, -1)
         for s, prompt in enumerate(prompts):
             token_ids[s, : length[s]], slot_index[s, : length[s]] = prompt.token_ids, prompt.slot_index
         arrays = {"target": target, "source": source, "images": latent_rows, "images_vit": vit_index, "asked": asked}
+        arrays |= {"origin_image": origin_image, "origin": origin}
         arrays |= {"token_ids": token_ids, "slot_index": slot_index, "length": length, "kind": kind}
         return arrays, images, vit_rows
 
@@ -119,8 +127,32 @@ def _asked(sample: Sample, factor: int) -> NDArray[np.uint8]:
     """How much of each latent pixel shows what is asked for, in 255ths; what changes, where nothing is."""
     masks = [sample.after[i].mask for i in sample.asked]
     mask = np.logical_or.reduce(masks) if masks else sample.changed
-    side = len(mask) // factor
-    return np.rint(255 * mask.reshape(side, factor, side, factor).mean(axis=(1, 3))).astype(np.uint8)
+    return np.rint(255 * _shares(mask, len(mask) // factor)).astype(np.uint8)
+
+
+def _origins(sample: Sample, grid: int, patches: int) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+    """Which image shows what is in each patch of the DiT, [grid,grid], and where, [grid,grid,3].
+
+    It is that of the subject that fills most of the patch. patches: of the ViT, along a side.
+    """
+    filled = np.full((grid, grid), LEAST_FILLED)
+    image, where = np.full((grid, grid), -1, np.int8), np.zeros((grid, grid, 3), np.float16)
+    centres = (np.arange(grid) + 0.5) / grid
+    for mark in sample.after:
+        if mark.origin is None:
+            continue
+        share, scale = _shares(mark.mask, grid), mark.origin.scale
+        here = share >= filled
+        x, y = (np.clip(scale * centres + shift, 0, 1) * patches for shift in mark.origin.shift)
+        there = np.stack([*np.meshgrid(x, y), np.full((grid, grid), scale * patches / grid)], axis=2)
+        filled[here], image[here], where[here] = share[here], mark.origin.image, there[here]
+    return image, where
+
+
+def _shares(mask: NDArray[np.bool_], grid: int) -> NDArray[np.float64]:
+    """How much of each cell of a grid a mask covers, 0 to 1, [grid,grid]."""
+    cell = len(mask) // grid
+    return mask.reshape(grid, cell, grid, cell).mean(axis=(1, 3))
 
 
 @dataclass(frozen=True)
@@ -131,6 +163,8 @@ class Batch:
     target: Tensor  # [B,c,h,w]
     source: Tensor  # [B,c,h,w], zero where there is none
     asked: Tensor  # [B,1,h,w], the share of each latent pixel that is asked for
+    origin_image: Tensor  # int64 [B,gh,gw], index among the N images; -1 where none shows what is in a patch
+    origin: Tensor  # [B,gh,gw,3], where in it: x, y and the patch's height, in patches of the ViT
     vit: Tensor  # [N,1+patches,width]
     ref_latents: Tensor  # [N,c,h,w]
     token_ids: Tensor  # int64 [B,L]
@@ -148,6 +182,7 @@ def collate(chosen: Sequence[tuple[Shard, int]], config: ModelConfig) -> Batch:
     scale, queries = config.vae.scale, config.qformer.queries
     length = max(int(shard["length"][o]) for shard, o in chosen)
     target, source, asked, vit, ref_latents = [], [], [], [], []
+    origin_image, origin = [], []
     token_ids = np.zeros((len(chosen), length), np.int64)
     slot_index, text_mask = np.full_like(token_ids, -1), np.zeros_like(token_ids, bool)
     for b, (shard, o) in enumerate(chosen):
@@ -155,6 +190,9 @@ def collate(chosen: Sequence[tuple[Shard, int]], config: ModelConfig) -> Batch:
         target.append(latents[shard["target"][o]])
         source.append(latents[shard["source"][o]] if shard["source"][o] >= 0 else np.zeros_like(target[-1]))
         asked.append(shard["asked"][o][None])
+        image = shard["origin_image"][o].astype(np.int64)
+        origin_image.append(np.where(image >= 0, image + len(vit), -1))
+        origin.append(shard["origin"][o])
         tokens = int(shard["length"][o])
         token_ids[b, :tokens], text_mask[b, :tokens] = shard["token_ids"][o, :tokens], True
         slots = shard["slot_index"][o, :tokens].astype(np.int64)
@@ -166,14 +204,16 @@ def collate(chosen: Sequence[tuple[Shard, int]], config: ModelConfig) -> Batch:
     if not vit:  # no prompt refers to an image
         vit.append(np.zeros(chosen[0][0]["vit"].shape[1:]))
         ref_latents.append(np.zeros_like(target[0]))
-    stacked = [torch.from_numpy(np.stack(a)).float() for a in (target, source, asked, vit, ref_latents)]
+    stacked = [torch.from_numpy(np.stack(a)).float() for a in (target, source, asked, origin, vit, ref_latents)]
     return Batch(
         kinds=np.array([shard["kind"][o] for shard, o in chosen]),
         target=stacked[0] * scale,
         source=stacked[1] * scale,
         asked=stacked[2] / 255,
-        vit=stacked[3],
-        ref_latents=stacked[4],
+        origin_image=torch.from_numpy(np.stack(origin_image)),
+        origin=stacked[3],
+        vit=stacked[4],
+        ref_latents=stacked[5],
         token_ids=torch.from_numpy(token_ids),
         slot_index=torch.from_numpy(slot_index),
         text_mask=torch.from_numpy(text_mask),

@@ -18,11 +18,13 @@ from mige_rt.scheduler import TRAIN_STEPS
 from mige_rt.tokenizer import load_tokenizer
 from trainer.contact_sheet import grid
 from trainer.loop import STATE_FILE, Task, train
+from trainer.model.dit import Denoiser
 from trainer.objective import NOISY_FROM, sample_losses
 from trainer.preview import answer
 from trainer.settings import LadderSettings, StageSettings
 from trainer.stages.features import KIND_NAMES, Batch, FeatureMaker
 from trainer.stages.ladder import LADDER, Climb, counts
+from trainer.stages.looking import Watch, looking_loss
 from trainer.stages.practice import HeldOutRungs, all_of, practice
 from trainer.stages.start_reading import start_reading
 from trainer.stages.starting_model import with_trained_encoder
@@ -59,15 +61,19 @@ class Loss:
         """The mean loss, and that of each kind of task, of samples whose conditions were not dropped."""
         draws = self.ladder.draws
         timestep = _timesteps(draws * len(batch.target), self.ladder.noisy, batch.target.device)
-        drawn = sample_losses(self.config, module, batch, timestep, 1 + (self.ladder.asked - 1) * batch.asked)
+        config, denoiser = self.config, module.get_submodule("denoiser")
+        assert isinstance(denoiser, Denoiser)
+        with Watch().of(denoiser) as watch:
+            drawn = sample_losses(config, module, batch, timestep, 1 + (self.ladder.asked - 1) * batch.asked)
+        looking = looking_loss(watch.looks, batch, config, drawn.whole)
         each, whole = drawn.losses.detach().cpu().numpy(), drawn.whole.cpu().numpy()
         kinds = np.tile(batch.kinds, draws)
-        metrics = {}
+        metrics = {"looking": float(looking.detach())}
         for index, kind in enumerate(KIND_NAMES):
             of_kind = each[(kinds == index) & whole]
             if len(of_kind):
                 metrics[kind] = float(of_kind.mean())
-        return drawn.losses.mean(), metrics
+        return drawn.losses.mean() + self.ladder.looking * looking, metrics
 
 
 def train_mige(

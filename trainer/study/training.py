@@ -59,9 +59,13 @@ def as_text_only(sample: Sample) -> Sample:
             places[place] = len(images)
             images.append(image)
             text += PLACEHOLDER + words
-    marks = [
-        mark if mark.reference is None else replace(mark, reference=places[mark.reference]) for mark in sample.after
-    ]
+    marks = []
+    for mark in sample.after:
+        reference = None if mark.reference is None else places[mark.reference]
+        origin = None  # what only the source shows cannot be read from an image of the instruction
+        if mark.origin is not None and mark.origin.image in places:
+            origin = replace(mark.origin, image=places[mark.origin.image])
+        marks.append(replace(mark, reference=reference, origin=origin))
     return replace(sample, prompt=text, images=images, after=tuple(marks))
 
 

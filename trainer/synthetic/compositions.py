@@ -15,8 +15,6 @@ from trainer.synthetic.scene import (
     SMALL,
     Scene,
     Subject,
-    draw_reference,
-    draw_scene,
     put,
     random_background,
     random_pattern,
@@ -129,7 +127,7 @@ def again(rng: np.random.Generator, stock: Stock) -> Sample | None:
     else:
         scene = reference_scene(rng, random_subjects(rng, stock.concepts, 1)[0])
     prompt = pick(rng, ("<imagehere>", "show <imagehere>", "paint <imagehere>"))
-    return generation("again", stock, prompt, scene, [draw_scene(scene, stock.side).image])
+    return generation("again", stock, prompt, scene, [scene])
 
 
 def another_ground(rng: np.random.Generator, stock: Stock) -> Sample | None:
@@ -138,8 +136,7 @@ def another_ground(rng: np.random.Generator, stock: Stock) -> Sample | None:
     background = _practice_pattern(rng)
     ground, air = _ground(rng, background)
     prompt = f"{pick(rng, ('a', 'the'))} <imagehere> {ground}"
-    image = draw_scene(reference, stock.side).image
-    return generation("another_ground", stock, prompt, replace(reference, background=background, air=air), [image])
+    return generation("another_ground", stock, prompt, replace(reference, background=background, air=air), [reference])
 
 
 def _practice_pattern(rng: np.random.Generator) -> Background:
@@ -180,8 +177,8 @@ def _generate(
         subjects = tuple(put(s, MIDDLE) for s in subjects)
         each = [f"a <imagehere> {subject.place}" for subject in subjects]
         prompt = f"{', '.join(each[:-1])} and {each[-1]} {ground}"
-    images = [draw_reference(rng, subject, stock.side) for subject in subjects]
-    return generation(kind, stock, prompt, Scene(background, subjects, air), images)
+    shown = [reference_scene(rng, subject) for subject in subjects]
+    return generation(kind, stock, prompt, Scene(background, subjects, air), shown)
 
 
 generate = partial(_generate, "generate", {1: 0.55, 2: 0.3, 3: 0.15}, random_pattern)

@@ -180,8 +180,3 @@ def reference_scene(rng: np.random.Generator, subject: Subject) -> Scene:
     return Scene(
         background, (Subject(subject.concept, "in the middle", (0.5, 0.5), size, subject.flip, subject.style),)
     )
-
-
-def draw_reference(rng: np.random.Generator, subject: Subject, side: int) -> np.ndarray:
-    """An image of the subject alone, as `reference_scene` says; uint8 [side,side,3]."""
-    return draw_scene(reference_scene(rng, subject), side).image
