@@ -1,19 +1,21 @@
 """Where attention should look: the world's truth of it, and the loss that teaches it."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE
 from mige_rt.config import PRESETS
 from mige_rt.tokenizer import load_tokenizer
 from trainer.checkpoints.model_folder import load_model
-from trainer.model.dit import Block
+from trainer.model.dit import Block, CrossAttention
 from trainer.objective import add_noise
 from trainer.stages.features import Batch, FeatureMaker
-from trainer.stages.looking import Watch, looking_loss, places_to_look
+from trainer.stages.looking import Look, Watch, looking_loss, places_to_look, share_looked_right
 from trainer.stages.practice import all_of
 from trainer.stages.reading import query_places
 from trainer.stages.trained_part import TrainedPart
@@ -83,14 +85,40 @@ def test_heads_look_at_their_points(batch: Batch) -> None:
                 torch.testing.assert_close(mean, expected, atol=2e-3, rtol=0)
 
 
-def _loss(module: TrainedPart, batch: Batch, counted: torch.Tensor) -> torch.Tensor:
+def _looks(module: TrainedPart, batch: Batch) -> list[Look]:
+    """Of two draws of noise."""
     timestep = torch.full((2 * len(batch.target),), 900)
     target, source = batch.target.repeat(2, 1, 1, 1), batch.source.repeat(2, 1, 1, 1)
     torch.manual_seed(0)
     noisy = add_noise(target, torch.randn_like(target), timestep)
     with Watch().of(module.denoiser) as watch:
         module(batch, noisy, source, timestep, torch.ones(len(target), dtype=torch.bool))
-    return looking_loss(watch.looks, batch, module.config, counted)
+    return watch.looks
+
+
+def _loss(module: TrainedPart, batch: Batch, counted: torch.Tensor) -> torch.Tensor:
+    return looking_loss(_looks(module, batch), batch, module.config, counted)
+
+
+def test_only_attention_at_the_right_place_counts(module: TrainedPart, batch: Batch) -> None:
+    """Keys that are their tokens' numbers, one hot, and queries that ask for some."""
+    looks = [replace(look, x=look.x[: len(batch.target)].clone()) for look in _looks(module, batch)]
+    places = [places_to_look(batch, TINY, 3, column)[0] for column in (-1 / 3, 0.0, 1 / 3)]
+    tokens = places[0].shape[-1]
+    for wrong, expected in ((0, 1.0), (1, 0.0)):
+        asked = []
+        for look, wanted in zip(looks, places, strict=True):
+            attention = CrossAttention(6 * tokens, 6)
+            torch.nn.init.eye_(attention.q_linear.weight)
+            torch.nn.init.zeros_(attention.q_linear.bias)
+            chosen = (wanted.argmax(dim=3) + wrong * 16) % tokens
+            question = F.one_hot(chosen, tokens).float() * 1e4  # [B,3,T,L]
+            x = torch.cat([question, question], dim=1).transpose(1, 2).flatten(2)
+            k = torch.eye(tokens).expand(len(x), 6, -1, -1)
+            asked.append(Look(attention, x, k, torch.ones_like(look.mask[: len(x)])))
+        with torch.no_grad():
+            share = float(share_looked_right(asked, batch, TINY))
+        assert share == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_few_steps_teach_half_of_the_heads_where_to_look(module: TrainedPart, batch: Batch) -> None:

@@ -13,7 +13,7 @@ from trainer.synthetic.backgrounds import COLOURS
 from trainer.synthetic.concepts import Concept
 from trainer.synthetic.edits import FACTORS, STYLE_WORDS
 from trainer.synthetic.sample import CONTRAST, MOSTLY, SEEN
-from trainer.synthetic.scene import LARGE, MIDDLE, PLACES, SMALL
+from trainer.synthetic.scene import HALF, LARGE, PLACES, REFERENCE_SIZES, SMALL
 from trainer.synthetic.tasks import KINDS, SHARES, Mark, Sample, make_sample
 from trainer.synthetic.wording import TOWARDS
 
@@ -177,16 +177,16 @@ def test_sizes_are_as_asked(concepts: list[Concept]) -> None:
     for sample in _some(concepts, "add", 3 * MANY):
         sizes = {"small ": SMALL, "little ": SMALL, "large ": LARGE, "big ": LARGE}
         if len(sample.asked) == 1 and " as " not in sample.prompt and " than " not in sample.prompt:
-            sizes[""] = MIDDLE
-        for word, size in sizes.items():
+            sizes[""] = HALF
+        for word, part in sizes.items():
             if f"add a {word}<imagehere>" in sample.prompt or f"put a {word}<imagehere>" in sample.prompt:
                 box = sample.after[sample.asked[0]].box
                 assert box is not None
                 longest = max(box[2] - box[0], box[3] - box[1]) / 64
-                assert size - 0.08 < longest < size + 0.04
+                assert part * REFERENCE_SIZES[0] - 0.08 < longest < part * REFERENCE_SIZES[-1] + 0.04
 
 
-def test_replacing_keeps_place_and_size(concepts: list[Concept]) -> None:
+def test_replacing_keeps_the_place(concepts: list[Concept]) -> None:
     shifts = []
     for sample in _some(concepts, "replace"):
         (index,) = sample.asked

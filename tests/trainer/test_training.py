@@ -428,7 +428,8 @@ class KnowsTheData(TrainedPart):
     def forward(self, batch: Batch, noisy: Tensor, source: Tensor, timestep: Tensor, has_text: Tensor) -> Tensor:
         alpha, sigma = float(ALPHAS[-1]), float(SIGMAS[-1])
         noise = (noisy - alpha * batch.target) / sigma
-        output = alpha * noise - sigma * batch.target
+        output = super().forward(batch, noisy, source, timestep, has_text)
+        output[:] = alpha * noise - sigma * batch.target
         output[..., output.shape[-1] // 2 :] = 0
         return output
 

@@ -102,20 +102,48 @@ def looking_loss(looks: Sequence[Look], batch: Batch, config: ModelConfig, count
         config: The model's sizes.
         counted: Which rows count, bool [K*B].
     """
+    draws = len(counted) // len(batch.target)
     divergences = []
-    for number, look in enumerate(looks):
-        heads = look.attention.heads // 2
-        wanted, positions = places_to_look(batch, config, heads, (number + 0.5) / len(looks) - 0.5)
-        draws = len(counted) // len(wanted)
-        weight = (positions.repeat(draws, 1) & counted[:, None]).float()[:, None]  # [K*B,1,T]
-        q_linear = look.attention.q_linear
-        rows = q_linear.out_features // look.attention.heads * heads
-        q = F.linear(look.x.float(), q_linear.weight[-rows:], q_linear.bias[-rows:])
-        q = q.unflatten(2, (heads, -1)).transpose(1, 2)  # [K*B,heads,T,head_dim]
-        scores = q @ look.k[:, -heads:].float().transpose(2, 3) / q.shape[-1] ** 0.5
-        log_attention = scores.masked_fill(~look.mask, -1e4).log_softmax(dim=3)
-        entropy = torch.special.entr(wanted).sum(dim=3)
-        wanted, entropy = wanted.repeat(draws, 1, 1, 1), entropy.repeat(draws, 1, 1)
-        divergence = -(wanted * log_attention).sum(dim=3) - entropy
-        divergences.append((divergence * weight).sum() / (heads * weight.sum().clamp(min=1)))
+    for look, wanted, positions in _taught(looks, batch, config):
+        entropy = torch.special.entr(wanted).sum(dim=3).repeat(draws, 1, 1)
+        divergence = -(wanted.repeat(draws, 1, 1, 1) * _log_attention(look)).sum(dim=3) - entropy
+        divergences.append(_mean(divergence, positions.repeat(draws, 1) & counted[:, None]))
     return torch.stack(divergences).mean()
+
+
+def share_looked_right(looks: Sequence[Look], batch: Batch, config: ModelConfig) -> Tensor:
+    """The mean share of these heads' attention that is on a token that they should look at.
+
+    Args:
+        looks: What was called, of B rows.
+        batch: B samples.
+        config: The model's sizes.
+    """
+    shares = [
+        _mean((_log_attention(look).exp() * (wanted > 0)).sum(dim=3), positions)
+        for look, wanted, positions in _taught(looks, batch, config)
+    ]
+    return torch.stack(shares).mean()
+
+
+def _taught(looks: Sequence[Look], batch: Batch, config: ModelConfig) -> Iterator[tuple[Look, Tensor, Tensor]]:
+    """Each call, where its taught heads should look [B,heads,T,L], and at which positions, bool [B,T]."""
+    for number, look in enumerate(looks):
+        column = (number + 0.5) / len(looks) - 0.5
+        yield look, *places_to_look(batch, config, look.attention.heads // 2, column)
+
+
+def _log_attention(look: Look) -> Tensor:
+    """The logarithms of the second half of the heads' attention, [R,heads/2,T,L]."""
+    q_linear, heads = look.attention.q_linear, look.attention.heads // 2
+    rows = q_linear.out_features // 2
+    q = F.linear(look.x.float(), q_linear.weight[rows:], q_linear.bias[rows:])
+    q = q.unflatten(2, (heads, -1)).transpose(1, 2)
+    scores = q @ look.k[:, heads:].float().transpose(2, 3) / q.shape[-1] ** 0.5
+    return scores.masked_fill(~look.mask, -1e4).log_softmax(dim=3)
+
+
+def _mean(values: Tensor, positions: Tensor) -> Tensor:
+    """The mean of values [R,heads,T] at some positions, bool [R,T]; 0 where there is none."""
+    weight = positions.float()[:, None]
+    return (values * weight).sum() / (values.shape[1] * weight.sum().clamp(min=1))

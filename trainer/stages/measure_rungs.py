@@ -14,7 +14,7 @@ from trainer.synthetic.concepts import Concept
 
 
 def measure_rungs(concepts: list[Concept], folder: Path) -> Table:
-    """The one-shot errors of a model.
+    """The one-shot errors of a model, and how much of its attention is where it should be.
 
     Args:
         concepts: All of them; those held out are measured on.
@@ -25,7 +25,14 @@ def measure_rungs(concepts: list[Concept], folder: Path) -> Table:
     """
     model = load_model(folder)
     maker = FeatureMaker(model.config, model.vae_encoder, model.image_encoder, load_tokenizer(folder / TOKENIZER_FILE))
-    table = Table("rung", "error", "mean color", "error / mean color", title=f"One shot, {HELD_OUT} samples a rung")
+    table = Table(
+        "rung",
+        "error",
+        "mean color",
+        "error / mean color",
+        "looked right",
+        title=f"One shot, {HELD_OUT} samples a rung",
+    )
     for name, one in HeldOutRungs(maker, concepts).errors(TrainedPart(model)).items():
-        table.add_row(name, f"{one.error:.3f}", f"{one.mean_color:.3f}", f"{one.share:.2f}")
+        table.add_row(name, f"{one.error:.3f}", f"{one.mean_color:.3f}", f"{one.share:.2f}", f"{one.looked_right:.0%}")
     return table

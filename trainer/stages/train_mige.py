@@ -118,14 +118,16 @@ def train_mige(
         assert isinstance(average, TrainedPart)
         newest = climb.newest(step)
         names = counts(min(newest + 1, len(LADDER) - 1), settings.batch)
-        errors = {name: error.share for name, error in held_out.errors(average, names).items()}
+        measured = held_out.errors(average, names)
+        errors = {name: one.share for name, one in measured.items()}
         if newest + 1 < len(LADDER) and errors[LADDER[newest].name] <= LADDER[newest].holds:
             climb.begin_next(step)
         if step % PREVIEW_EVERY == 0:
             pipe = MigePipeline(config, tokenize, PyTorchEngine(deepcopy(average).cpu().with_vae(model)))
             shown = [sample for name in errors for sample in held_out.samples[name][:SHOWN]]
             grid(shown, answer(pipe, shown, SamplingParams()), folder / f"preview-{step:06d}.png")
-        return {"rung": newest} | {f"one-shot {name}": error for name, error in errors.items()}
+        looked_right = {f"looked right {name}": one.looked_right for name, one in measured.items()}
+        return {"rung": newest} | {f"one-shot {name}": error for name, error in errors.items()} | looked_right
 
     samples = practice(maker, concepts, climb, ladder, state / "features")
     task = Task("mige", Loss(config, ladder), partial(samples.batches, settings), watch, WATCH_EVERY)

@@ -10,12 +10,12 @@ from trainer.synthetic.atmosphere import TIMES, WEATHERS
 from trainer.synthetic.backgrounds import Background
 from trainer.synthetic.sample import Sample, Stock, composition, generation
 from trainer.synthetic.scene import (
+    HALF,
     LARGE,
-    MIDDLE,
     SMALL,
     Scene,
     Subject,
-    put,
+    put_from_reference,
     random_background,
     random_pattern,
     random_subject,
@@ -25,7 +25,7 @@ from trainer.synthetic.scene import (
 from trainer.synthetic.wording import naming, pick, whereabouts
 
 SIZE_WORDS = {"small": SMALL, "little": SMALL, "large": LARGE, "big": LARGE}
-COMPARED = {"bigger than": 1.4, "smaller than": 1 / 1.4, "as big as": 1.0}
+COMPARED = {"bigger than": LARGE, "smaller than": SMALL, "as big as": HALF}
 PAIRS = {  # words between two subjects that say where they stand
     "to the left of": ("on the left", "on the right"),
     "to the right of": ("on the right", "on the left"),
@@ -45,9 +45,9 @@ AIR_SHARE = 0.15  # of the generated images: those at a time of day or in some w
 def _sized(rng: np.random.Generator, subject: Subject) -> tuple[str, Subject]:
     """An article, with SIZED_SHARE a size too, and the subject in that size."""
     if rng.random() >= SIZED_SHARE:
-        return "a", put(subject, MIDDLE)
+        return "a", put_from_reference(subject, HALF)
     word = pick(rng, list(SIZE_WORDS))
-    return f"a {word}", put(subject, SIZE_WORDS[word])
+    return f"a {word}", put_from_reference(subject, SIZE_WORDS[word])
 
 
 def add(rng: np.random.Generator, stock: Stock) -> Sample | None:
@@ -63,13 +63,13 @@ def add(rng: np.random.Generator, stock: Stock) -> Sample | None:
         prompt = f"{before}{pick(rng, ('add', 'put'))} {first} and {second}{behind}"
         pair = (number, number + 1)
         named = (*pair, None) if last else (None, *pair)
-        after = replace(scene, subjects=(*subjects[:number], *(put(s, MIDDLE) for s in subjects[number:])))
+        after = replace(scene, subjects=(*subjects[:number], *(put_from_reference(s, HALF) for s in subjects[number:])))
         return composition("add", rng, stock, prompt, scene, after, named)
     where = whereabouts(rng, scene, subjects[-1].place)
-    what, subject, compared = "<imagehere>", put(subjects[-1], MIDDLE), ""
+    what, subject, compared = "<imagehere>", put_from_reference(subjects[-1], HALF), ""
     if number and rng.random() < SIZED_SHARE:
         other, words = int(rng.integers(number)), pick(rng, list(COMPARED))
-        subject = put(subject, subjects[other].size * COMPARED[words])
+        subject = put_from_reference(subject, COMPARED[words])
         compared = f", {words} {naming(rng, scene, other)}"
     elif rng.random() < 0.7:
         article, subject = _sized(rng, subject)
@@ -91,14 +91,14 @@ def add(rng: np.random.Generator, stock: Stock) -> Sample | None:
 
 
 def replace_subject(rng: np.random.Generator, stock: Stock) -> Sample | None:
-    """The new one stands where the old one stood, and is as big."""
+    """The new one stands where the old one stood."""
     number = int(rng.integers(1, stock.at_most(3, 1) + 1))
     concepts = [stock.concepts[i] for i in rng.choice(len(stock.concepts), number + 1, replace=False)]
     subjects = random_subjects(rng, concepts[:-1], number)
     scene = Scene(random_background(rng, stock.photos), subjects)
     index = int(rng.integers(number))
     old = subjects[index]
-    new = replace(random_subject(rng, concepts[-1], old.place), centre=old.centre, size=old.size)
+    new = put_from_reference(random_subject(rng, concepts[-1], old.place), HALF)
     after = replace(scene, subjects=tuple(new if i == index else s for i, s in enumerate(subjects)))
     what = naming(rng, scene, index)
     if rng.random() < 0.75:
@@ -171,10 +171,10 @@ def _generate(
         prompt = pick(rng, [f"{article} <imagehere> {place} {ground}", f"{article} <imagehere> {ground} {place}"])
     elif number == 2 and rng.random() < 0.6:
         words, places = pick(rng, list(PAIRS.items()))
-        subjects = tuple(put(s, MIDDLE, p) for s, p in zip(subjects, places, strict=True))
+        subjects = tuple(put_from_reference(s, HALF, p) for s, p in zip(subjects, places, strict=True))
         prompt = f"a <imagehere> {words} a <imagehere> {ground}"
     else:
-        subjects = tuple(put(s, MIDDLE) for s in subjects)
+        subjects = tuple(put_from_reference(s, HALF) for s in subjects)
         each = [f"a <imagehere> {subject.place}" for subject in subjects]
         prompt = f"{', '.join(each[:-1])} and {each[-1]} {ground}"
     shown = [reference_scene(rng, subject) for subject in subjects]

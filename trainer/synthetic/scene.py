@@ -13,26 +13,26 @@ from trainer.synthetic.concepts import Concept, Style, paste
 
 # Words for the nine places of a scene, row by row, and their centres as fractions of its side.
 PLACES: dict[str, tuple[float, float]] = {
-    "in the top left": (0.27, 0.27),
-    "at the top": (0.5, 0.27),
-    "in the top right": (0.73, 0.27),
-    "on the left": (0.27, 0.5),
+    "in the top left": (0.25, 0.25),
+    "at the top": (0.5, 0.25),
+    "in the top right": (0.75, 0.25),
+    "on the left": (0.25, 0.5),
     "in the middle": (0.5, 0.5),
-    "on the right": (0.73, 0.5),
-    "in the bottom left": (0.27, 0.73),
-    "at the bottom": (0.5, 0.73),
-    "in the bottom right": (0.73, 0.73),
+    "on the right": (0.75, 0.5),
+    "in the bottom left": (0.25, 0.75),
+    "at the bottom": (0.5, 0.75),
+    "in the bottom right": (0.75, 0.75),
 }
 PLACE_WORDS = tuple(PLACES)
-JITTER = 0.03  # how far from its place's centre a subject may be, each way
-
 Sizes = tuple[float, float]  # smallest and largest, fractions of the scene's side
 USUAL: Sizes = (0.34, 0.5)
 CROWDED: Sizes = (0.3, 0.4)  # of three subjects
 
-# What is put where words say has one size for each wording, and no jitter: with one ground truth to be judged by,
-# whatever the words left open would be chance.
-SMALL, MIDDLE, LARGE = 0.29, 0.42, 0.55
+# What is put where words say is as large as this part of its reference, right at its place: with one ground truth to be
+# judged by, whatever the words left open would be chance. With places a quarter of the side apart, a patch of the
+# result then shows whole patches of the reference, always in the same way, which a model this small can learn.
+SMALL, HALF, LARGE = 1 / 3, 1 / 2, 2 / 3
+REFERENCE_SIZES = (13 / 16, 14 / 16, 15 / 16)  # fractions of the reference's side
 
 APART, CLOSE = 0.4, 0.3  # least distance of two places: so that nothing is hidden, or a little may be
 CLOSE_SHARE = 0.25  # of scenes
@@ -44,7 +44,8 @@ PHOTO_SHARE = 0.5  # of backgrounds that may be photos, where there are any
 class Subject:
     """A concept at a centre (fractions of the scene's side) and in a size (a fraction too).
 
-    place: words for where it stands. flip: mirrored. tint: the colour that it was given, one of COLOURS.
+    place: words for where it stands. reference_size: its size in the image that shows it alone. flip: mirrored. tint:
+    the colour that it was given, one of COLOURS.
     """
 
     concept: Concept
@@ -53,6 +54,7 @@ class Subject:
     size: float
     flip: bool
     style: Style = "fluent"
+    reference_size: float = REFERENCE_SIZES[1]
     tint: str | None = None
 
 
@@ -131,18 +133,23 @@ def inside(centre: tuple[float, float], size: float) -> tuple[float, float]:
 def random_subject(
     rng: np.random.Generator, concept: Concept, place: str | None = None, sizes: Sizes = USUAL
 ) -> Subject:
-    """A subject near the named place (any, if None)."""
+    """A subject at the named place (any, if None)."""
     place = place or PLACE_WORDS[rng.integers(len(PLACE_WORDS))]
     size = float(rng.uniform(*sizes))
-    x, y = (c + float(rng.uniform(-JITTER, JITTER)) for c in PLACES[place])
     style: Style = "noto" if rng.random() < NOTO_SHARE and concept.noto is not None else "fluent"
-    return Subject(concept, place, inside((x, y), size), size, bool(rng.integers(2)), style)
+    flip, reference_size = bool(rng.integers(2)), REFERENCE_SIZES[rng.integers(len(REFERENCE_SIZES))]
+    return Subject(concept, place, inside(PLACES[place], size), size, flip, style, reference_size)
 
 
 def put(subject: Subject, size: float, place: str | None = None) -> Subject:
     """The subject right at a place (its own, if None) in that size."""
     place = place or subject.place
     return replace(subject, place=place, size=size, centre=inside(PLACES[place], size))
+
+
+def put_from_reference(subject: Subject, part: float, place: str | None = None) -> Subject:
+    """The subject right at a place (its own, if None), as large as a part of the image that shows it alone."""
+    return put(subject, part * subject.reference_size, place)
 
 
 def free_places(occupied: Sequence[str], apart: float = APART) -> list[str]:
@@ -176,7 +183,5 @@ def reference_scene(rng: np.random.Generator, subject: Subject) -> Scene:
     """The subject alone, large, on a white or a coloured ground."""
     colour = "white" if rng.random() < 0.5 else list(COLOURS)[rng.integers(len(COLOURS))]
     background = Background("plain" if rng.random() < 0.7 else "shaded", colour, int(rng.integers(2**31)))
-    size = float(rng.uniform(0.78, 0.95))
-    return Scene(
-        background, (Subject(subject.concept, "in the middle", (0.5, 0.5), size, subject.flip, subject.style),)
-    )
+    centre, size = (0.5, 0.5), subject.reference_size
+    return Scene(background, (replace(subject, place="in the middle", centre=centre, size=size, tint=None),))
