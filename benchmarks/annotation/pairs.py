@@ -7,7 +7,7 @@ the published JSON may have `object`, `target_caption`, `category` and `mask_pat
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -81,16 +81,10 @@ class EditingPair:
         Raises:
             InputError: The target or the mask cannot be read, or they differ in size.
         """
-        mask = None if self.mask is None else self.mask.open(open_image(self.sample.target).size)
-        return Annotation(
-            row=self.row,
-            category=self.category,
-            name=self.name,
-            prompt=self.sample.prompt,
-            caption=self.caption,
-            box=None if mask is None else mask_box(mask),
-            mask=None if mask is None else encode_mask(mask),
-        )
+        if self.mask is None:
+            return self.without_mask()
+        mask = self.mask.open(open_image(self.sample.target).size)
+        return replace(self.without_mask(), box=mask_box(mask), mask=encode_mask(mask))
 
     def without_mask(self) -> Annotation:
         """The annotation to begin with where the mask cannot be used."""

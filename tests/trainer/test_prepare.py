@@ -152,7 +152,7 @@ def test_a_killed_run_goes_on_and_ends_on_the_same_bytes(manifest: Path, whole: 
     with pytest.raises(InputError, match="is no prepared set"):
         open_prepared(out)
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.json")}
-    (out / ".shard-000014.tar.0123abcd.part").write_bytes(b"what a killed process leaves")
+    (out / ".mige-rt-0123456789ab.part").write_bytes(b"what a killed process leaves")
     result = _prepare(manifest, out)
     assert result.exit_code == 0, result.output
     assert _bytes(out) == _bytes(whole)

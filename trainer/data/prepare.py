@@ -26,7 +26,7 @@ from mige_rt.errors import InputError
 from trainer.checkpoints.open_checkpoint import CheckpointLocation
 from trainer.data.encode import Encoders, load_encoders
 from trainer.data.manifest import ManifestSample, open_manifest
-from trainer.data.plan import PLAN_FILE, write_plan
+from trainer.data.plan import write_plan
 from trainer.data.prepared import INDEX_FILE, SCHEMA, Index, ShardEntry
 from trainer.data.shards import CorruptImage, Shard, ShardReport, make_shard
 from trainer.data.workers import MakeShard, devices_of_processes, make_here, make_in_processes
@@ -132,7 +132,6 @@ def prepare(
     write_plan(out, plan)
     part, parts = options.part
     todo = [shard for shard in shards[part - 1 :: parts] if not shard.report_path.is_file()]
-    _remove_stale(out, todo)
     total = _total(shards)
     most_corrupt = MAX_CORRUPT * sum(len(sample.paths()) for sample in samples)
     _check_corrupt(total, most_corrupt, out)
@@ -184,20 +183,6 @@ def _total(shards: Sequence[Shard]) -> ShardReport:
         if shard.report_path.is_file():
             total.add(ShardReport.read(shard.report_path))
     return total
-
-
-def _is_stale(path: Path, names: set[str]) -> bool:
-    """Whether a file is what a killed process left of one of `names`, see `atomic_file`."""
-    return path.name.startswith(".") and path.name.endswith(".part") and path.name[1:].rsplit(".", 2)[0] in names
-
-
-def _remove_stale(out: Path, todo: Sequence[Shard]) -> None:
-    """Not those of other parts' shards, which other machines may be writing."""
-    names = {PLAN_FILE, CORRUPT_FILE, INDEX_FILE}
-    names |= {path.name for shard in todo for path in (shard.path, shard.report_path)}
-    for path in out.iterdir():
-        if _is_stale(path, names):
-            path.unlink(missing_ok=True)
 
 
 def _check_corrupt(total: ShardReport, most: float, out: Path) -> None:
