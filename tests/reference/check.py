@@ -18,7 +18,7 @@ import re
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -423,8 +423,10 @@ def onnxruntime_backend(model: Mige) -> Iterator[Callable[[str, Case], Stages]]:
 BACKENDS = {"pytorch": pytorch_backend, "onnxruntime": onnxruntime_backend}
 
 
-def run_check(folder: Path, salt: str | None = None, backend: str = "pytorch") -> Iterator[Comparison]:
-    """Compares all that is recorded in a folder. Raises InputError when it cannot be used.
+def run_check(
+    folder: Path, salt: str | None = None, backend: str = "pytorch", cases: Collection[str] | None = None
+) -> Iterator[Comparison]:
+    """Compares all that is recorded in a folder, or some of its cases. Raises InputError when it cannot be used.
 
     salt None: the golden set's own.
     """
@@ -433,7 +435,7 @@ def run_check(folder: Path, salt: str | None = None, backend: str = "pytorch") -
     grid, width = golden.config.dit.trained_grid, golden.config.dit.width
     inner = backend != "pytorch"  # stages inside graphs are out of reach
     with BACKENDS[backend](model) as stages_of:
-        for case in ["", *golden.cases]:
+        for case in ["", *(name for name in golden.cases if cases is None or name in cases)]:
             recorded = [output for output in golden.recorded if output.case == case]
             if case:
                 ours = stages_of(case, golden.cases[case]).run([output.stage for output in recorded])

@@ -39,6 +39,7 @@ from trainer.synthetic.scene import PLACES, Drawing, Scene, Subject, draw_scene
 
 SIDE = 128
 SCENES = 6
+CONFIGS = Path(__file__).parents[2] / "trainer/configs"
 LARGE, SMALL = 0.55, 0.2  # parts of the side: a mask of 0.1 to 0.5 of the image, and one of less
 HERE = BuildOptions()  # in this process
 
@@ -272,6 +273,19 @@ def test_subject_addition_takes_things_out_and_says_where_they_were(
     result = _cli("prepare", "--manifest", out / "manifest.jsonl", "--out", tmp_path / "prepared")
     assert result.exit_code == 0, result.output
     assert open_prepared(tmp_path / "prepared").index.tasks == {"compose": SCENES}
+    # The shipped config trains on it.
+    config = (CONFIGS / "tiny.yaml").read_text()
+    small = {"prepared/mine": str(tmp_path / "prepared"), "batch: 16": "batch: 2", "micro_batch: 8": "micro_batch: 2"}
+    small |= {"every: 100": "every: 1", "every: 10\n": "every: 1\n", "tensorboard: true": "tensorboard: false"}
+    for old, new in small.items():
+        assert old in config
+        config = config.replace(old, new)
+    (tmp_path / "tiny.yaml").write_text(config)
+    arguments = ["train", "--config", tmp_path / "tiny.yaml", "--out", tmp_path / "run", "--max-steps", "1"]
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    (line,) = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert np.isfinite(json.loads(line)["loss/compose"])
 
 
 def test_subjects_of_captions_are_cut_out_and_stand_where_they_are_named(
@@ -587,7 +601,7 @@ def test_configs_that_cannot_be_used_are_refused(config: dict[str, Any], message
 
 
 def test_the_shipped_configs_can_be_read() -> None:
-    folder = Path(__file__).parents[2] / "trainer/configs/pipelines"
+    folder = CONFIGS / "pipelines"
     names = [load_pipeline_config(path).pipeline.name for path in sorted(folder.glob("*.yaml"))]
     assert sorted(names) == ["add", "add", "edit", "replace", "subject"]
 

@@ -56,6 +56,8 @@ def few_samples() -> Iterator[None]:
         patch.setattr("trainer.study.measure.LOSS_SAMPLES", 2)
         patch.setattr("trainer.study.measure.LOSS_TIMESTEPS", [500])
         patch.setattr("trainer.study.training.START_SAMPLES", 8)
+        for module in ("trainer.study.measure", "trainer.evaluate.run"):
+            patch.setattr(f"{module}.EVALUATED_KINDS", ("generate", "add", "replace", "remove"))
         yield
 
 
