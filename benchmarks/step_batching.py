@@ -58,7 +58,7 @@ def sample_tasks(size: int, steps: int) -> list[ImageTask]:
     requests = [
         Request("make the background blue", source=scene),
         Request("a <imagehere> on a plain green background", (subject,)),
-        Request("replace the cat face in <imagehere> with <imagehere>", (scene, subject), scene),
+        Request("replace the thing on the left in <imagehere> with <imagehere>", (scene, subject), scene),
         Request("let it snow on all of the roofs, and on the street before the houses", source=subject),
         Request("a red apple"),
     ]

@@ -23,7 +23,7 @@ def main(out: Path) -> None:
     pipe = MigePipeline.from_pretrained()
     scene, subject = Image.open(DOCS / "scene.png"), Image.open(DOCS / "subject.png")
     result = pipe(
-        ["replace the cat face in <imagehere> with <imagehere>"] * 3,
+        ["replace the thing on the left in <imagehere> with <imagehere>"] * 3,
         images=[[scene, subject]] * 3,  # for each prompt, one image a placeholder
         source=[scene] * 3,
         seed=[7, 8, 9],  # an image depends on its own seed alone, not on the batch

@@ -23,7 +23,7 @@ MIXES: dict[str, tuple[Kind, ...]] = {"edits": ("edit",), "mixed": KINDS}
 _PROMPTS: dict[Kind, str] = {
     "generate": f"a {PLACEHOLDER} on a plain green background",
     "edit": "make the background blue",
-    "compose": f"replace the cat face in {PLACEHOLDER} with {PLACEHOLDER}",
+    "compose": f"replace the thing on the left in {PLACEHOLDER} with {PLACEHOLDER}",
 }
 _NO_LIMIT = aiohttp.ClientTimeout(total=None)
 

@@ -67,7 +67,7 @@ TABS = (
         source_label="Image to edit",
         references_label="Things to put in",
         hint="Puts what you show into the image. The first chip stands for the image to edit, the next for the things.",
-        example="replace the cat face in <imagehere> with <imagehere>",
+        example="replace the thing on the left in <imagehere> with <imagehere>",
     ),
 )
 

@@ -30,7 +30,7 @@ def arguments(number: int, scene: Image.Image, subject: Image.Image) -> dict[str
     edit = {"prompt": "make the background blue", "source": scene}
     generate = {"prompt": ["a <imagehere> on a plain background"] * 2, "images": [[subject]] * 2}
     compose = {
-        "prompt": "replace the cat face in <imagehere> with <imagehere>",
+        "prompt": "replace the thing on the left in <imagehere> with <imagehere>",
         "source": scene,
         "images": [scene, subject],
         "width": 96,

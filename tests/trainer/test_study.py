@@ -24,6 +24,7 @@ from trainer.synthetic.tasks import KINDS, make_sample
 ASSETS = Path(__file__).parents[1] / "data" / "synthetic"
 QUICK = {"steps = 800": "steps = 2", "steps = 280": "steps = 2", "shard_samples = 512": "shard_samples = 8"}
 QUICK |= {"evaluated = 16": "evaluated = 1", "seeds = [1, 2]": "seeds = [1]", "batch = 32": "batch = 4"}
+FEW_KINDS = {"subject": ("another_ground",), "edit": ("remove",), "compose": ("add", "replace")}
 ARMS = ("6-without-vae-features", "7-text-only")
 
 
@@ -56,8 +57,9 @@ def few_samples() -> Iterator[None]:
         patch.setattr("trainer.study.measure.LOSS_SAMPLES", 2)
         patch.setattr("trainer.study.measure.LOSS_TIMESTEPS", [500])
         patch.setattr("trainer.study.training.START_SAMPLES", 8)
+        patch.setattr("trainer.study.report.KINDS_OF_TASK", FEW_KINDS)
         for module in ("trainer.study.measure", "trainer.evaluate.run"):
-            patch.setattr(f"{module}.EVALUATED_KINDS", ("generate", "add", "replace", "remove"))
+            patch.setattr(f"{module}.EVALUATED_KINDS", sum(FEW_KINDS.values(), ()))
         yield
 
 
