@@ -214,7 +214,7 @@ def test_a_killed_export_leaves_nothing_that_looks_finished(tmp_path: Path) -> N
         assert "no model" in refusal(lambda folder=left: MigePipeline.from_pretrained(folder))
 
 
-@pytest.mark.parametrize("room", [100_000, 800_000])
+@pytest.mark.parametrize("room", [100_000, pytest.param(800_000, marks=pytest.mark.long)])
 def test_a_full_disk_is_said(tmp_path: Path, room: int) -> None:
     """A file that may not grow past `room` bytes stands for it: the system's answer is of the same kind.
 

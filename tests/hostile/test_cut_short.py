@@ -233,6 +233,7 @@ def kill(name: str, folder: Path, kind: str, seconds: float) -> None:
     assert not lost or any(".old-" in name for name in temporary(folder)), "no file that was there is lost"
 
 
+@pytest.mark.long  # CI kills a run in tests/trainer/test_run.py
 def test_a_killed_training_goes_on(tmp_path: Path, prepared: Callable[[str, Path], None]) -> None:
     prepared("train", tmp_path)
     kill("train", tmp_path, "SIGKILL", 0.3)

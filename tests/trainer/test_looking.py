@@ -136,7 +136,7 @@ def test_a_few_steps_teach_half_of_the_heads_where_to_look(module: TrainedPart, 
         if number == TINY.dit.depth - 1:
             assert gradient[: width // 2].abs().max() == 0  # these look at their own place
     optimiser = torch.optim.Adam(learner.denoiser.parameters(), lr=1e-3)
-    for _ in range(12):
+    for _ in range(6):
         optimiser.zero_grad()
         _loss(learner, batch, everyone).backward()
         optimiser.step()
