@@ -43,8 +43,7 @@ from trainer.evaluate.metrics import psnr
 # shapes and inputs, by two CPU cores with AVX-512: fp32 2.7e-5, of the VAE at 256 pixels, the others 2e-6; fp16 5.4e-3,
 # of the image encoder on noise, on images 3e-4, the others 3.4e-3; bf16 9.4e-3; int8 7.7e-2, of the text encoder, the
 # others 3e-2. Full-size graphs are deeper: 3e-4 in fp16 for the denoiser, 1.4e-2 in int8. Of fp8 and int8-sq the
-# denoiser alone is quantised, the others have fp16's tolerance: fp8 2.1e-2 on images, int8-sq
-# 1.4e-2.
+# denoiser alone is quantised, the others have fp16's tolerance: fp8 2.1e-2 on images, int8-sq 1.4e-2.
 TOLERANCES: Mapping[str, float] = {
     "fp32": 1e-4,
     "fp16": 1.5e-2,

@@ -125,7 +125,7 @@ def generation(kind: str, stock: Stock, prompt: str, scene: Scene, shown: Sequen
     drawing = draw_scene(scene, stock.side)
     if not _fair(draw_scene(Scene(scene.background, air=scene.air), stock.side), drawing):
         return None
-    images = [draw_scene(other, stock.side).image for other in shown]
+    images = [drawing.image if other is scene else draw_scene(other, stock.side).image for other in shown]
     marks = _marks(scene, drawing, {i: min(i, len(images) - 1) for i in range(len(scene.subjects))}, shown)
     everywhere = np.ones((stock.side, stock.side), bool)
     asked = tuple(range(len(marks)))

@@ -24,6 +24,7 @@ PLACES: dict[str, tuple[float, float]] = {
     "in the bottom right": (0.75, 0.75),
 }
 PLACE_WORDS = tuple(PLACES)
+
 Sizes = tuple[float, float]  # smallest and largest, fractions of the scene's side
 USUAL: Sizes = (0.34, 0.5)
 CROWDED: Sizes = (0.3, 0.4)  # of three subjects
