@@ -7,14 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from filelock import FileLock
 from PIL import Image
 from safetensors import safe_open
-from selenium.webdriver import Chrome
-from selenium.webdriver.chrome.options import Options
-from selenium.webdriver.chrome.service import Service
 
 import export.exporter
 from mige_rt.bundle import DEFAULT_MODEL, MANIFEST, file_entry, read_manifest
@@ -24,6 +22,9 @@ from mige_rt.pipeline import MigePipeline
 from trainer.preview import first_of_each_kind
 from trainer.synthetic.concepts import Concept, load_concepts
 from trainer.synthetic.tasks import Sample
+
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
 
 sys.path.insert(0, str(Path(__file__).parent / "stubs"))
 from cuda_stubs import cuda  # noqa: F401, a fixture
@@ -127,7 +128,7 @@ def reference(samples: dict[str, Sample]) -> Image.Image:
 
 
 @pytest.fixture
-def browser(chromium: Chrome) -> Chrome:
+def browser(chromium: "Chrome") -> "Chrome":
     """A browser that shows no page, and has logged nothing."""
     chromium.get("about:blank")
     chromium.get_log("browser")  # which empties it
@@ -135,7 +136,12 @@ def browser(chromium: Chrome) -> Chrome:
 
 
 @pytest.fixture(scope="session")
-def chromium() -> Iterator[Chrome]:
+def chromium() -> "Iterator[Chrome]":
+    # Here, since machines that only run tests/gpu have no selenium.
+    from selenium.webdriver import Chrome
+    from selenium.webdriver.chrome.options import Options
+    from selenium.webdriver.chrome.service import Service
+
     if BROWSER is None or DRIVER is None:
         pytest.skip("no Chromium with its driver is installed here (Debian: chromium, chromium-driver)")
     options = Options()

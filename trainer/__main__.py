@@ -13,8 +13,9 @@ from mige_rt.cli.train import train
 from mige_rt.errors import InputError
 
 CONFIGS = Path(__file__).parent / "configs"
-STAGES = ("vae", "vit", "looks", "qformer", "mige", "save", "rungs", "curve", "preview")
-STAGES_WITH_START = ("looks", "qformer", "mige", "save", "rungs")  # those that can go on from an existing model
+STAGES = ("vae", "vit", "looks", "qformer", "samples", "mige", "save", "rungs", "curve", "preview")
+# Those that can go on from an existing model.
+STAGES_WITH_START = ("looks", "qformer", "samples", "mige", "save", "rungs")
 
 
 class _Commands(click.Group):
@@ -63,8 +64,15 @@ def _stage_command(stage: str) -> Callable[..., None]:
         help=f"model folder or bundle to go on from, for the stages {', '.join(STAGES_WITH_START)}; vae and vit are "
         "not needed then",
     )
-    def command(config: Path, assets: Path, state: Path, start: Path | None) -> None:
-        run_stage(stage, config, assets, state, start)
+    @click.option(
+        "--processes",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="that make samples, for the stage samples",
+    )
+    def command(config: Path, assets: Path, state: Path, start: Path | None, processes: int) -> None:
+        run_stage(stage, config, assets, state, start, processes)
 
     return command
 
@@ -74,7 +82,7 @@ for _stage in STAGES:
 main.add_command(train)
 
 
-def run_stage(stage: str, config: Path, assets: Path, state: Path, start: Path | None) -> None:
+def run_stage(stage: str, config: Path, assets: Path, state: Path, start: Path | None, processes: int = 1) -> None:
     """Run one stage.
 
     Raises:
@@ -106,6 +114,12 @@ def run_stage(stage: str, config: Path, assets: Path, state: Path, start: Path |
         from trainer.stages.train_qformer import train_qformer
 
         train_qformer(model, settings.stage("qformer"), all_concepts, state, start)
+    elif stage == "samples":
+        from trainer.stages.make_samples import make_samples
+
+        ladder = settings.ladder()
+        made = make_samples(model, settings.stage("mige"), ladder, all_concepts, state, start, processes)
+        click.echo(f"{state / 'features'}: {made} shards of {ladder.shard_samples} samples")
     elif stage == "mige":
         from trainer.stages.train_mige import train_mige
 

@@ -163,6 +163,12 @@ class TrainingState:
             os.fsync(file.fileno())
 
 
+def steps_done(folder: Path) -> int:
+    """The steps of a stage that are in its state; 0 where there is none."""
+    path = folder / STATE_FILE
+    return torch.load(path, map_location="cpu", weights_only=True)["step"] if path.is_file() else 0
+
+
 def save_trained(module: nn.Module, folder: Path) -> Path:
     """Write what a stage has trained as trained.safetensors, whole or not at all; returns the file."""
     path = folder / "trained.safetensors"
@@ -354,7 +360,8 @@ def train(module: nn.Module, task: Task, settings: StageSettings, folder: Path) 
     trained = Trained(accelerator, prepared, parameters, optimiser)
     started = saved = time.monotonic()
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
-    with Float32Attention(), Progress(*columns, disable=not is_main) as progress:
+    attention = Float32Attention() if accelerator.device.type == "cpu" else nullcontext()
+    with attention, Progress(*columns, disable=not is_main) as progress:
         bar = progress.add_task(task.name, total=settings.steps, completed=first_step)
         for result in optimisation_steps(trained, task, settings, first_step):
             average.update_parameters(module)

@@ -61,6 +61,8 @@ class LadderSettings:
         asked: Weight of the loss where an image shows what the instruction asks for; it is 1 elsewhere.
         draws: Draws of noise and timestep for each encoded prompt.
         seed: Seed of the synthetic samples.
+        climbed: Whether the model that training goes on from (--start) has been up the ladder: nothing of it starts
+            anew, and all rungs are mixed from the first step on.
     """
 
     shards: PositiveInt
@@ -72,6 +74,7 @@ class LadderSettings:
     looking: Annotated[float, Ge(0)]
     draws: PositiveInt
     seed: NonNegativeInt
+    climbed: bool = False
 
 
 @dataclass(frozen=True)

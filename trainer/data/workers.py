@@ -9,7 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import cycle, islice
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -18,6 +18,20 @@ from trainer.data.encode import Encoders
 from trainer.data.shards import Shard, ShardReport
 
 MakeShard = Callable[[Encoders, Shard], ShardReport]
+
+
+class Opened(Protocol):
+    """What a process loads once, and makes shards with."""
+
+    @property
+    def device(self) -> torch.device:
+        """That it computes on."""
+        ...
+
+
+_Opened = TypeVar("_Opened", bound=Opened)
+_Work = TypeVar("_Work")
+_Made = TypeVar("_Made")
 
 
 def make_here(
@@ -49,17 +63,17 @@ def devices_of_processes(device: str, processes: int) -> list[str]:
 
 
 def make_in_processes(
-    make: MakeShard,
-    work: Sequence[Shard],
-    load: Callable[[str], Encoders],
+    make: Callable[[_Opened, _Work], _Made],
+    work: Sequence[_Work],
+    load: Callable[[str], _Opened],
     devices: Sequence[str],
-) -> Generator[ShardReport, None, None]:
+) -> Generator[_Made, None, None]:
     """Make shards in a process for each device; they end with this one, however it ends.
 
     Args:
-        make: Makes a shard with a process's encoders.
+        make: Makes a shard with what a process has loaded.
         work: The shards.
-        load: Gives the encoders on a device.
+        load: Gives it on a device.
         devices: Of each process.
 
     Yields:
@@ -86,15 +100,15 @@ def make_in_processes(
         executor.shutdown(cancel_futures=True)
 
 
-_encoders: Encoders | None = None  # of a process
+_opened: Any = None  # of a process
 
 
-def _start_process(load: Callable[[str], Encoders], devices: Any) -> None:
-    global _encoders  # noqa: PLW0603  # how a process of a pool keeps what its tasks share
+def _start_process(load: Callable[[str], Opened], devices: Any) -> None:
+    global _opened  # noqa: PLW0603  # how a process of a pool keeps what its tasks share
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoders = load(devices.get())
-    use_one_thread(_encoders.device)
+    _opened = load(devices.get())
+    use_one_thread(_opened.device)
 
 
 def _end_with_parent() -> None:
@@ -105,9 +119,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _make_in_process(make: Callable[[Encoders, Shard], ShardReport], shard: Shard) -> ShardReport:
-    assert _encoders is not None
-    return make(_encoders, shard)
+def _make_in_process(make: Callable[[Any, _Work], _Made], shard: _Work) -> _Made:
+    return make(_opened, shard)
 
 
 def use_one_thread(device: torch.device) -> None:

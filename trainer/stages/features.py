@@ -244,9 +244,13 @@ class RollingShards:
             before: How many were drawn before; as their number grows, newer samples take the place of older ones.
             uses: How often a sample is drawn, on average.
         """
-        shards = self.read(1 + before // (self.samples * uses))
+        shards = self.read(self.newest(before, uses))
         indices = rng.integers(len(shards) * self.samples, size=number).tolist()
         return [(shards[index // self.samples], index % self.samples) for index in indices]
+
+    def newest(self, before: int, uses: int) -> int:
+        """The number of the newest shard, where `before` samples were drawn before; see `draw`."""
+        return 1 + before // (self.samples * uses)
 
     def read(self, newest: int) -> list[Shard]:
         """The shards up to number `newest`, at most `kept`, memory-mapped; those missing are made, older ones removed.
@@ -256,7 +260,6 @@ class RollingShards:
         numbers = range(max(0, newest + 1 - self.kept), newest + 1)
         if all(number in self._open for number in numbers):
             return [self._open[number] for number in numbers]
-        self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob("shard-??????"):
             if int(path.name.removeprefix("shard-")) < numbers.start:
                 shutil.rmtree(path, ignore_errors=True)
@@ -266,12 +269,14 @@ class RollingShards:
         return list(shards.values())
 
     def _opened(self, number: int) -> Shard:
-        path = self.folder / f"shard-{number:06d}"
-        if not path.is_dir():
-            self._make(number, path)
-        return {file.stem: np.load(file, mmap_mode="r") for file in path.glob("*.npy")}
+        return {file.stem: np.load(file, mmap_mode="r") for file in self.make(number).glob("*.npy")}
 
-    def _make(self, number: int, path: Path) -> None:
+    def make(self, number: int) -> Path:
+        """Make a shard where it is missing; returns its folder."""
+        path = self.folder / f"shard-{number:06d}"
+        if path.is_dir():
+            return path
+        self.folder.mkdir(parents=True, exist_ok=True)
         config = self.maker.config
         indices = range(number * self.samples, (number + 1) * self.samples)
         samples = [
@@ -288,3 +293,4 @@ class RollingShards:
         except (InputError, OSError):
             if not path.is_dir():  # else another process has made the same shard meanwhile
                 raise
+        return path

@@ -81,6 +81,11 @@ class Climb:
         began = json.loads(path.read_text()) if path.is_file() else [0]
         return cls(path, [b for b in began if b <= step] or [0])
 
+    @classmethod
+    def done(cls, path: Path) -> "Climb":
+        """Of a model that has been up the ladder before its first step."""
+        return cls(path, [0] * len(LADDER))
+
     def newest(self, step: int) -> int:
         """The newest rung's number at a step."""
         return sum(began <= step for began in self.began) - 1

@@ -1,16 +1,23 @@
 """The samples of the ladder's rungs: those to train on, mixed as the rung that was reached says, and those held out."""
 
 from collections.abc import Collection, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from mige_rt.config import ModelConfig
+from mige_rt.tokenizer import load_tokenizer
+from trainer.loop import steps_done
+from trainer.model.mige import Mige
 from trainer.settings import LadderSettings, StageSettings
 from trainer.stages.features import Batch, FeatureMaker, RollingShards, collate
 from trainer.stages.ladder import KEPT_EDITS, LADDER, Climb, counts
 from trainer.stages.one_shot import OneShot, one_shot
+from trainer.stages.starting_model import climbed_model, with_trained_encoder
+from trainer.stages.state_tokenizer import state_tokenizer
 from trainer.stages.trained_part import TrainedPart
 from trainer.synthetic.concepts import Concept
 from trainer.synthetic.sample import Sample
@@ -24,7 +31,7 @@ HELD_OUT = 48  # samples of each rung
 class Practice:
     """The samples of each rung, and where on the ladder training is."""
 
-    config: ModelConfig
+    maker: FeatureMaker
     shards: dict[str, RollingShards]
     climb: Climb
     ladder: LadderSettings
@@ -54,8 +61,24 @@ class Practice:
             for name, number in counts(self.climb.newest(step), settings.batch).items():
                 drawn = self.climb.drawn(name, step, settings.batch)
                 chosen += self.shards[name].draw(rng, number, drawn, self.ladder.uses)
-            yield collate(chosen, self.config)
+            yield collate(chosen, self.maker.config)
             step += 1
+
+    def shards_until(self, step: int, batch: int) -> list[tuple[str, int]]:
+        """The shards that the steps before `step` draw from, by rung and number, in the order of their first use.
+
+        Rungs that have not begun are left out.
+
+        Args:
+            step: The step after the last one.
+            batch: Samples of a step.
+        """
+        first_used: dict[tuple[str, int], float] = {}
+        for name, series in self.shards.items():
+            drawn = self.climb.drawn(name, step, batch)
+            for number in range(series.newest(drawn - 1, self.ladder.uses) + 1 if drawn else 0):
+                first_used[name, number] = (number - 1) * series.samples * self.ladder.uses / drawn
+        return sorted(first_used, key=lambda shard: first_used[shard])
 
 
 def practice(
@@ -84,7 +107,33 @@ def practice(
         )
         for rung in (*LADDER, KEPT_EDITS)
     }
-    return Practice(maker.config, shards, climb, ladder)
+    return Practice(maker, shards, climb, ladder)
+
+
+def open_practice(
+    config: ModelConfig, ladder: LadderSettings, concepts: Sequence[Concept], state: Path, start: Path | None
+) -> tuple[Mige, Practice]:
+    """The model that the stage `mige` begins with, and the samples of the rungs from where the stage was stopped.
+
+    Args:
+        config: The model's sizes.
+        ladder: What to learn from.
+        concepts: All of them.
+        state: The state folder, where the samples are kept.
+        start: The model folder or bundle to go on from, if there is one.
+
+    Raises:
+        InputError: As `climbed_model` or `with_trained_encoder`.
+    """
+    model = climbed_model(config, start) if ladder.climbed else with_trained_encoder(config, state, start).train()
+    folder = state / "mige"
+    folder.mkdir(parents=True, exist_ok=True)
+    vae = model.vae_encoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    tokenize = load_tokenizer(state_tokenizer(config, concepts, state, start))
+    maker = FeatureMaker(config, vae, deepcopy(model.image_encoder), tokenize)
+    path = folder / "climb.json"
+    climb = Climb.done(path) if ladder.climbed else Climb.resumed(path, steps_done(folder))
+    return model, practice(maker, concepts, climb, ladder, state / "features")
 
 
 class HeldOutRungs:
@@ -103,7 +152,7 @@ class HeldOutRungs:
     def errors(self, module: TrainedPart, names: Collection[str] | None = None) -> dict[str, OneShot]:
         """The errors on all rungs, or on those of some names."""
         return {
-            name: one_shot(module, batch, seed=0)
+            name: one_shot(module, batch.to(next(module.parameters()).device), seed=0)
             for name, batch in self._batches.items()
             if names is None or name in names
         }

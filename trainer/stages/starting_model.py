@@ -126,6 +126,24 @@ def starting_model(config: ModelConfig, state: Path, start: Path | None = None) 
     return model
 
 
+def climbed_model(config: ModelConfig, start: Path | None) -> Mige:
+    """A model that has been up the ladder, as it is.
+
+    Args:
+        config: The model's sizes.
+        start: Its folder or bundle.
+
+    Raises:
+        InputError: `start` is missing, is no such folder or has other sizes.
+    """
+    if start is None:
+        raise InputError("training goes on from a model that has been up the ladder (climbed): give it by --start")
+    model = load_model_folder(start)
+    if replace(model.config, defaults=config.defaults) != config:
+        raise InputError(f"{start} holds a model of other sizes than the config's ({config.name}): change either")
+    return model.train()
+
+
 def with_trained_vit(config: ModelConfig, state: Path, start: Path | None = None) -> Mige:
     """The starting model with the ViT that the stage `looks` trained.
 

@@ -1,6 +1,7 @@
 """The last stage: MIGE itself, all but the two image encoders, jointly (paper, section 4.1), up the ladder of tasks."""
 
 import json
+import time
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -15,26 +16,24 @@ from mige_rt.config import ModelConfig
 from mige_rt.pipeline import MigePipeline
 from mige_rt.sampling_params import SamplingParams
 from mige_rt.scheduler import TRAIN_STEPS
-from mige_rt.tokenizer import load_tokenizer
 from trainer.contact_sheet import grid
-from trainer.loop import STATE_FILE, Task, train
+from trainer.loop import Task, steps_done, train
 from trainer.model.dit import Denoiser
 from trainer.objective import NOISY_FROM, sample_losses
 from trainer.preview import answer
 from trainer.settings import LadderSettings, StageSettings
-from trainer.stages.features import KIND_NAMES, Batch, FeatureMaker
-from trainer.stages.ladder import LADDER, Climb, counts
+from trainer.stages.features import KIND_NAMES, Batch
+from trainer.stages.ladder import LADDER, counts
 from trainer.stages.looking import Watch, looking_loss
-from trainer.stages.practice import HeldOutRungs, all_of, practice
+from trainer.stages.practice import HeldOutRungs, all_of, open_practice
 from trainer.stages.start_reading import start_reading
-from trainer.stages.starting_model import with_trained_encoder
-from trainer.stages.state_tokenizer import state_tokenizer
 from trainer.stages.trained_part import TrainedPart
 from trainer.synthetic.concepts import Concept
 from trainer.synthetic.tasks import make_sample
 
 START_SAMPLES = 96  # that the cross-attention's start is found from
-WATCH_EVERY, PREVIEW_EVERY = 100, 500  # steps
+WATCH_EVERY = 100  # steps
+PREVIEW_EVERY = 600.0  # seconds
 SHOWN = 6  # samples of each rung in a preview
 
 
@@ -95,20 +94,14 @@ def train_mige(
         start: The model folder or bundle that the VAE, T5 and the DiT are taken from, if there is one.
 
     Raises:
-        InputError: As `with_trained_encoder`.
+        InputError: As `open_practice`.
     """
     torch.manual_seed(settings.seed)
     folder = state / "mige"
-    model = with_trained_encoder(config, state, start).train()
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenize = load_tokenizer(state_tokenizer(config, concepts, state, start))
-    vae = model.vae_encoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    maker = FeatureMaker(config, vae, deepcopy(model.image_encoder), tokenize)
+    model, samples = open_practice(config, ladder, concepts, state, start)
+    maker, climb = samples.maker, samples.climb
     held_out, module = HeldOutRungs(maker, concepts), TrainedPart(model)
-    state_file = folder / STATE_FILE
-    resumed_at = torch.load(state_file, weights_only=True)["step"] if state_file.is_file() else 0
-    climb = Climb.resumed(folder / "climb.json", resumed_at)
-    if not resumed_at:
+    if not (ladder.climbed or steps_done(folder)):
         known = [concept for concept in concepts if not concept.held_out]
         alone = [make_sample(settings.seed, i, known, config.size, {"again": 1}) for i in range(START_SAMPLES)]
         (folder / "start.json").write_text(json.dumps(start_reading(module, all_of(maker, alone))) + "\n")
@@ -122,13 +115,15 @@ def train_mige(
         errors = {name: one.share for name, one in measured.items()}
         if newest + 1 < len(LADDER) and errors[LADDER[newest].name] <= LADDER[newest].holds:
             climb.begin_next(step)
-        if step % PREVIEW_EVERY == 0:
-            pipe = MigePipeline(config, tokenize, PyTorchEngine(deepcopy(average).cpu().with_vae(model)))
+        nonlocal previewed
+        if time.monotonic() - previewed > PREVIEW_EVERY:
+            previewed = time.monotonic()
+            pipe = MigePipeline(config, maker.tokenize, PyTorchEngine(deepcopy(average).cpu().with_vae(model)))
             shown = [sample for name in errors for sample in held_out.samples[name][:SHOWN]]
             grid(shown, answer(pipe, shown, SamplingParams()), folder / f"preview-{step:06d}.png")
         looked_right = {f"looked right {name}": one.looked_right for name, one in measured.items()}
         return {"rung": newest} | {f"one-shot {name}": error for name, error in errors.items()} | looked_right
 
-    samples = practice(maker, concepts, climb, ladder, state / "features")
+    previewed = time.monotonic()
     task = Task("mige", Loss(config, ladder), partial(samples.batches, settings), watch, WATCH_EVERY)
     train(module, task, settings, folder)
