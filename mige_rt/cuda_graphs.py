@@ -111,8 +111,19 @@ class CudaGraphRunner:
         except Exception as error:
             self._failed = True
             self.clear()
+            _renew_generator(self._stream.device_index)
             reason = " ".join(str(error).split())[:300]
             _log.warning("steps are run without CUDA graphs, which is slower: the capture failed (%s)", reason)
+
+
+def _renew_generator(device: int) -> None:
+    """Give the device's generator of random numbers a state of its own again, with the same seed and offset.
+
+    A capture that fails leaves it as if it were still captured, and PyTorch then refuses every random number, and to
+    compile ("Offset increment outside graph capture").
+    """
+    generator = torch.cuda.default_generators[device]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 def _no_recompilation() -> AbstractContextManager[Any]:

@@ -1,11 +1,13 @@
 """Full-size images with made-up weights: by CUDA graph, with and without low memory, and as published beside ours."""
 
+import gc
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.baseline import AsPublished
 from benchmarks.gpu_stay.card import memory, synchronize
@@ -29,6 +31,9 @@ def measure_image(stay: Stay, record: Record) -> None:
         for cuda_graphs in (low_memory,) if stay.rehearsal else (True, False):
             name = f"{'low memory' if low_memory else 'plain'}, {'captured' if cuda_graphs else 'uncaptured'}"
             with record.entry(name) as entry:
+                gc.collect()  # the pipeline before, whose parts refer to each other
+                if stay.cuda:
+                    torch.cuda.empty_cache()
                 memory(stay.device, reset=True)
                 started = time.perf_counter()
                 pipe = _open(stay, low_memory=low_memory, cuda_graphs=cuda_graphs)

@@ -191,6 +191,7 @@ def test_a_failed_capture_costs_no_image(
     (warning,) = warnings(caplog)
     assert "without CUDA graphs, which is slower: the capture failed (operation failed" in warning
     assert cuda.replays == 0
+    assert not cuda.generator.state.captured  # PyTorch would refuse every random number from now on
 
 
 def test_a_runtime_that_cannot_be_captured_is_asked_first(

@@ -29,6 +29,7 @@ class Stream:
     def __init__(self, device: object = None) -> None:
         Stream.handles += 1
         self.cuda_stream = Stream.handles
+        self.device_index = 0
 
     def wait_stream(self, other: "Stream") -> None:
         Stream.log.append(f"{self.cuda_stream} waits for {other.cuda_stream}")
@@ -82,12 +83,35 @@ class _Recorder(TorchDispatchMode):
         return outputs
 
 
+class RandomState:
+    """What a generator holds; `captured` while a capture draws from it, and for ever after one that failed."""
+
+    def __init__(self) -> None:
+        self.captured = False
+
+
+class RandomGenerator:
+    """A device's generator of random numbers."""
+
+    def __init__(self) -> None:
+        self.state = RandomState()
+
+    def clone_state(self) -> "RandomGenerator":
+        """One with a state of its own."""
+        return RandomGenerator()
+
+    def graphsafe_set_state(self, other: "RandomGenerator") -> None:
+        """Take another's state."""
+        self.state = other.state
+
+
 class Cuda:
     """The stubs, and what they saw."""
 
     def __init__(self) -> None:
         self.capturing = False
         self.fail_captures = False
+        self.generator = RandomGenerator()
         self.records = True  # without it replays do nothing: compiled code is another under the mode that records
         Graph.captures = Graph.replays = Stream.handles = 0
         Stream.log = []
@@ -111,6 +135,7 @@ class Cuda:
     def graph(self, graph: Graph, *, stream: Stream, capture_error_mode: str) -> Iterator[None]:
         assert Stream.current is stream, "captured on another stream than the one that it was warmed up on"
         if self.fail_captures:
+            self.generator.state.captured = True
             raise CaptureError("operation failed due to a previous error during capture")
         self.capturing = True
         try:
@@ -139,6 +164,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
         "graph": cuda.graph,
         "stream": cuda.stream,
         "current_stream": lambda device=None: Stream.current,
+        "default_generators": (cuda.generator,),
         "synchronize": cuda.forbidden,
         "empty_cache": cuda.forbidden,
         "mem_get_info": lambda device=None: (3 << 30, 80 << 30),
