@@ -108,13 +108,16 @@ class Report:
         """The content of study.md."""
         study = self.study
         samples = study.optimisation.steps * study.optimisation.batch
+        number = len(study.seeds)
+        cells = (
+            "of one seed" if number == 1 else f"the mean of {number} seeds, with the lowest and the highest in brackets"
+        )
         text = (
             "# Tasks trained together\n\n"
             f"Every arm goes on from one common start ({study.common.steps:,} steps) by "
             f"{study.optimisation.steps:,} steps of {study.optimisation.batch} samples, {samples:,} in all, whatever "
-            f"it is trained on. Each cell is the mean of {len(study.seeds)} seeds, with the lowest and the highest in "
-            f"brackets; on held-out concepts, {study.evaluated} samples a kind. A dagger: the arm has not been trained "
-            "on the task.\n"
+            f"it is trained on. Each cell is {cells}; on held-out concepts, {study.evaluated} samples a kind. A "
+            "dagger: the arm has not been trained on the task.\n"
         )
         for task, title, columns in TABLES:
             rows = [

@@ -201,7 +201,7 @@ def train_arm(workshop: Workshop, name: str, arm: Arm, seed: int, folder: Path) 
     mixed = MixedSeries(workshop, series, {**arm.tasks})
     _train(name, module, mixed, replace(study.optimisation, seed=seed), study.data, folder)
     load_model(module, folder / TRAINED_FILE)
-    return module.eval()
+    return module.cpu().eval()  # where it is measured
 
 
 def load_common(module: TrainedPart, path: Path) -> None:
