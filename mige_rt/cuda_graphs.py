@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -111,9 +111,10 @@ class CudaGraphRunner:
         except Exception as error:
             self._failed = True
             self.clear()
-            _renew_generator(self._stream.device_index)
             reason = " ".join(str(error).split())[:300]
             _log.warning("steps are run without CUDA graphs, which is slower: the capture failed (%s)", reason)
+            with suppress(RuntimeError):  # images need none of the device's random numbers
+                _renew_generator(self._stream.device_index)
 
 
 def _renew_generator(device: int) -> None:

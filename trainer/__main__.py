@@ -67,12 +67,13 @@ def _stage_command(stage: str) -> Callable[..., None]:
     @click.option(
         "--processes",
         type=click.IntRange(1),
-        default=1,
-        show_default=True,
+        show_default="1",
         help="that make samples, for the stage samples",
     )
-    def command(config: Path, assets: Path, state: Path, start: Path | None, processes: int) -> None:
-        run_stage(stage, config, assets, state, start, processes)
+    def command(config: Path, assets: Path, state: Path, start: Path | None, processes: int | None) -> None:
+        if processes is not None and stage != "samples":
+            raise click.UsageError(f"--processes means nothing to the stage {stage}, only to samples; leave it out")
+        run_stage(stage, config, assets, state, start, processes or 1)
 
     return command
 

@@ -28,6 +28,7 @@ from trainer.model.vae import VAEDecoder, VAEEncoder, make_vae
 from trainer.settings import LadderSettings, StageSettings, load_settings
 from trainer.stages.features import KIND_NAMES, Batch, FeatureMaker, RollingShards, collate
 from trainer.stages.ladder import KEPT_EDITS, LADDER, NEWEST_SHARE, Climb, counts
+from trainer.stages.make_samples import make_samples
 from trainer.stages.measure_rungs import measure_rungs
 from trainer.stages.one_shot import one_shot
 from trainer.stages.practice import all_of, practice
@@ -301,6 +302,13 @@ def test_stages_say_which_stage_they_miss(state: Path, concepts: list[Concept], 
             stage(folder)
     with pytest.raises(InputError, match="mige first"):
         save(TINY, tmp_path)
+
+
+def test_samples_are_not_made_before_a_climb_that_decides_which(
+    state: Path, concepts: list[Concept], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="before all have begun"):
+        make_samples(TINY, QUICK, LEARNT_FROM, concepts, _copy(state, tmp_path / "state"), None, 1)
 
 
 def test_the_log_tells_steps_samples_hours_and_loss_by_task(

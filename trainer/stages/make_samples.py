@@ -12,8 +12,11 @@ import torch
 from rich.progress import track
 
 from mige_rt.config import ModelConfig
+from mige_rt.errors import InputError
 from trainer.data.workers import make_in_processes
+from trainer.loop import steps_done
 from trainer.settings import LadderSettings, StageSettings
+from trainer.stages.ladder import LADDER
 from trainer.stages.practice import Practice, open_practice
 from trainer.synthetic.concepts import Concept
 
@@ -44,10 +47,17 @@ def make_samples(
         The number of shards.
 
     Raises:
-        InputError: As `open_practice`, or a process ended by itself.
+        InputError: As `open_practice`, not all rungs have begun, or a process ended by itself.
     """
     load = partial(_Maker.load, config, ladder, concepts, state, start)
-    work = load("cpu").practice.shards_until(settings.steps, settings.batch)
+    practice = load("cpu").practice
+    if practice.climb.newest(settings.steps) < len(LADDER) - 1:
+        raise InputError(
+            "the stage mige finds out on its way when a rung of the ladder begins: before all have begun, its samples "
+            "cannot be made before it; run it first, or go on from a model that has been up the ladder (climbed)"
+        )
+    steps = range(steps_done(state / "mige"), settings.steps)
+    work = practice.shards_of(steps, settings.batch) if steps else []
     made = make_in_processes(_Maker.make, work, load, ["cpu"] * processes)
     return sum(1 for _ in track(made, "samples", len(work)))
 

@@ -64,21 +64,22 @@ class Practice:
             yield collate(chosen, self.maker.config)
             step += 1
 
-    def shards_until(self, step: int, batch: int) -> list[tuple[str, int]]:
-        """The shards that the steps before `step` draw from, by rung and number, in the order of their first use.
-
-        Rungs that have not begun are left out.
+    def shards_of(self, steps: range, batch: int) -> list[tuple[str, int]]:
+        """The shards that steps draw from, by rung and number, in the order of their first use.
 
         Args:
-            step: The step after the last one.
+            steps: Of a batch each; all rungs have begun before.
             batch: Samples of a step.
         """
-        first_used: dict[tuple[str, int], float] = {}
-        for name, series in self.shards.items():
-            drawn = self.climb.drawn(name, step, batch)
-            for number in range(series.newest(drawn - 1, self.ladder.uses) + 1 if drawn else 0):
-                first_used[name, number] = (number - 1) * series.samples * self.ladder.uses / drawn
-        return sorted(first_used, key=lambda shard: first_used[shard])
+        used: list[tuple[float, str, int]] = []
+        for name in counts(len(LADDER) - 1, batch):
+            series = self.shards[name]
+            first, last = (
+                series.newest(self.climb.drawn(name, step, batch), self.ladder.uses) for step in (steps[0], steps[-1])
+            )
+            for number in range(max(0, first + 1 - series.kept), last + 1):
+                used.append(((number - first) / max(1, last - first), name, number))
+        return [(name, number) for _, name, number in sorted(used)]
 
 
 def practice(

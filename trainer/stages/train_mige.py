@@ -116,7 +116,7 @@ def train_mige(
         if newest + 1 < len(LADDER) and errors[LADDER[newest].name] <= LADDER[newest].holds:
             climb.begin_next(step)
         nonlocal previewed
-        if time.monotonic() - previewed > PREVIEW_EVERY:
+        if time.monotonic() - previewed > PREVIEW_EVERY or step > settings.steps - WATCH_EVERY:
             previewed = time.monotonic()
             pipe = MigePipeline(config, maker.tokenize, PyTorchEngine(deepcopy(average).cpu().with_vae(model)))
             shown = [sample for name in errors for sample in held_out.samples[name][:SHOWN]]
