@@ -60,7 +60,8 @@ def test_engines_that_are_not_here_are_left_out(stay: Path) -> None:
 
 def test_the_denoiser_is_timed_in_every_mode(stay: Path) -> None:
     entries = results(stay, "denoiser")
-    eager, compiled = entries["batch 2, mask ragged, math"], entries["batch 2, mask all true, math, compiled blocks"]
+    eager = entries["batch 2, mask ragged, math"]
+    (compiled,) = (entry for name, entry in entries.items() if name.endswith("compiled blocks"))  # with the fastest
     assert eager["tflop"] > 0
     assert eager["eager"]["ms"] > 0 and eager["captured"]["ms"] > 0 and compiled["compiled"]["ms"] > 0
 
