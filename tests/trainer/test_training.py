@@ -350,6 +350,7 @@ def test_a_run_that_goes_on_from_a_model_needs_no_tables_of_other_stages() -> No
         settings.stage("vae")
 
 
+@pytest.mark.long
 def test_training_goes_on_from_a_model_with_another_number_of_image_tokens(
     state: Path, concepts: list[Concept], tmp_path: Path
 ) -> None:
