@@ -137,7 +137,7 @@ def test_a_graph_in_parts_gives_what_it_gives_whole(
     limit = 700_000 if graph == "text_encoder" else 2_000_000
     whole, parts = run_onnx(path, feeds), run_onnx(path, feeds, limit)
     assert len(sizes) >= 5 and max(sizes) <= max(limit, 4 * CONFIG.text.vocabulary * CONFIG.text.width)
-    # int8's and half precision's rounding depends on which nodes ONNX Runtime fuses, most of all in attention with scores
+    # int8's and half precision's rounding depends on which nodes are fused, most of all in attention with scores
     # beyond 100.
     tolerance = {"fp32": 1e-6, "fp16": 5e-3, "int8": 5e-2}[precision]
     for one, other in zip(whole, parts, strict=True):
