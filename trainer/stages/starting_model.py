@@ -114,8 +114,7 @@ def starting_model(config: ModelConfig, state: Path, start: Path | None = None) 
         initialise(model)
         return model
     given = load_model_folder(start)
-    if replace(given.config, defaults=config.defaults, qformer=config.qformer) != config:
-        raise InputError(f"{start} holds a model of other sizes than the config's ({config.name}): change either")
+    _check_sizes(replace(given.config, qformer=config.qformer), config, start)
     if given.config.qformer == config.qformer:
         return given.train()
     for name in ("vae_encoder", "vae_decoder", "text_encoder", "conditioner", "denoiser"):
@@ -139,9 +138,13 @@ def climbed_model(config: ModelConfig, start: Path | None) -> Mige:
     if start is None:
         raise InputError("training goes on from a model that has been up the ladder (climbed): give it by --start")
     model = load_model_folder(start)
-    if replace(model.config, defaults=config.defaults) != config:
-        raise InputError(f"{start} holds a model of other sizes than the config's ({config.name}): change either")
+    _check_sizes(model.config, config, start)
     return model.train()
+
+
+def _check_sizes(found: ModelConfig, config: ModelConfig, start: Path) -> None:
+    if replace(found, defaults=config.defaults) != config:
+        raise InputError(f"{start} holds a model of other sizes than the config's ({config.name}): change either")
 
 
 def with_trained_vit(config: ModelConfig, state: Path, start: Path | None = None) -> Mige:

@@ -17,7 +17,7 @@ from mige_rt.pipeline import MigePipeline
 from mige_rt.sampling_params import SamplingParams
 from mige_rt.scheduler import TRAIN_STEPS
 from trainer.contact_sheet import grid
-from trainer.loop import Task, steps_done, train
+from trainer.loop import STATE_FILE, Task, train
 from trainer.model.dit import Denoiser
 from trainer.objective import NOISY_FROM, sample_losses
 from trainer.preview import answer
@@ -101,7 +101,7 @@ def train_mige(
     model, samples = open_practice(config, ladder, concepts, state, start)
     maker, climb = samples.maker, samples.climb
     held_out, module = HeldOutRungs(maker, concepts), TrainedPart(model)
-    if not (ladder.climbed or steps_done(folder)):
+    if not (ladder.climbed or (folder / STATE_FILE).is_file()):
         known = [concept for concept in concepts if not concept.held_out]
         alone = [make_sample(settings.seed, i, known, config.size, {"again": 1}) for i in range(START_SAMPLES)]
         (folder / "start.json").write_text(json.dumps(start_reading(module, all_of(maker, alone))) + "\n")
