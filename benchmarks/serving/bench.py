@@ -30,6 +30,7 @@ OnProgress = Callable[[str, int, int], None]
 BATCHINGS: tuple[Batching, ...] = get_args(Batching)
 _LONE_CALLS = 10  # of each mix and server
 _BURST = 4  # times --max-batch: the calls that a mix's capacity is measured with
+_TOGETHER = 3  # times that a batch of each size is measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,7 @@ class _Bench:
     number: int = 0  # of the next call
 
     def measure_alone(self, mix: str) -> None:
-        """A mix's latency when nothing else is running, and how many images the server makes at most."""
+        """A mix's latency when nothing else is running, what batches of calls take, and the most that is made."""
         self.on_progress(f"{mix}: calls alone", 0, 0)
         seconds: dict[Batching, float] = {}
         for batching, server in self.servers.items():
@@ -119,10 +120,21 @@ class _Bench:
                 if answer.status != 200:
                     raise InputError(f"the server answers {answer.status} to a call alone: {answer.body.decode()}")
             seconds[batching] = median(seconds for _, seconds in answers)
-        calls = self._calls(mix, _BURST * self.options.max_batch)
-        burst = asyncio.run(send_when_due(self.servers["continuous"].url, calls, [0.0] * len(calls)))
-        capacity = sum(o.status == 200 for o in burst) / max(o.ended for o in burst)
-        self.results.lone[mix] = Lone(seconds=seconds["continuous"], by_batching=dict(seconds), capacity=capacity)
+        max_batch = self.options.max_batch
+        capacity = _BURST * max_batch / self._seconds_together(mix, _BURST * max_batch)
+        batch_seconds = tuple(
+            median(self._seconds_together(mix, size) for _ in range(_TOGETHER)) for size in range(1, max_batch + 1)
+        )
+        self.results.lone[mix] = Lone(seconds["continuous"], dict(seconds), capacity, batch_seconds)
+
+    def _seconds_together(self, mix: str, count: int) -> float:
+        """What the server with continuous batching takes for calls that come together."""
+        calls = self._calls(mix, count)
+        outcomes = asyncio.run(send_when_due(self.servers["continuous"].url, calls, [0.0] * count))
+        for outcome in outcomes:
+            if outcome.status != 200:
+                raise InputError(f"the server answers {outcome.status} to one of {count} calls that come together")
+        return max(outcome.ended for outcome in outcomes)
 
     def run_round(self, number: int) -> None:
         """Every rate of every mix, the servers taking turns with the same arrivals."""

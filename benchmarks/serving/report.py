@@ -53,7 +53,8 @@ def summary(data: Mapping[str, Any]) -> list[str]:
         if figures["p99_at_half_load"] is not None:
             times = f"{figures['p99_at_half_load_over_lone']:.2f} times the latency of a call alone"
             load = f"{figures['half_load']:g} of capacity"
-            text.append(f"{mix}: p99 at {load} is {seconds(figures['p99_at_half_load'])}, {times}.")
+            simulated = f"{figures['simulated_p99_over_lone']:.2f} times in a long simulation"
+            text.append(f"{mix}: p99 at {load} is {seconds(figures['p99_at_half_load'])}, {times}; {simulated}.")
     return text if data["complete"] else [*text, "interrupted: the report has what was measured until then"]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.serving.load import Outcome
+from benchmarks.serving.queueing import simulated_latencies
 from mige_rt.serve.options import Batching
 
 SCHEMA = 1
@@ -90,11 +91,13 @@ class Lone:
         seconds: Median latency of a call, of the server with continuous batching.
         by_batching: The same of every server.
         capacity: Images a second that the server with continuous batching makes of many calls at once.
+        batch_seconds: What that server takes for one call, for two that come together, and so on up to its `max_batch`.
     """
 
     seconds: float
     by_batching: dict[Batching, float]
     capacity: float
+    batch_seconds: tuple[float, ...]
 
 
 @dataclass
@@ -137,6 +140,7 @@ class ServingResults:
                 continue
             highest, half = rates[max(rates)], rates[min(rates, key=lambda load: abs(load - 0.5))]
             ratios, latency = highest.ratios(), half.results["continuous"].latency
+            simulated = simulated_latencies(lone.batch_seconds, half.rate)
             figures[mix] = {
                 "load": highest.load,
                 "images_per_minute": highest.results["continuous"].images_per_minute,
@@ -144,6 +148,7 @@ class ServingResults:
                 "half_load": half.load,
                 "p99_at_half_load": latency and latency.p99,
                 "p99_at_half_load_over_lone": latency and latency.p99 / lone.seconds,
+                "simulated_p99_over_lone": Percentiles.of(simulated).p99 / lone.batch_seconds[0],
             }
         return figures
 

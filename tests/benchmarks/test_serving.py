@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.serving.load import MIXES, Outcome, image_call, poisson_arrivals
+from benchmarks.serving.queueing import simulated_latencies
 from benchmarks.serving.results import Comparison, Percentiles, summarise
 from benchmarks.serving.soak import SoakOptions, SoakResults
 from mige_rt.cli import main
@@ -24,6 +25,17 @@ def test_arrivals_are_those_of_a_poisson_process_and_come_again_from_their_seed(
     deviation = (sum((gap - mean) ** 2 for gap in gaps) / len(gaps)) ** 0.5
     assert mean == pytest.approx(1 / 50, rel=0.05)
     assert deviation == pytest.approx(mean, rel=0.1)  # of exponential gaps they are the same
+
+
+def test_the_simulated_queue_is_that_of_theory() -> None:
+    alone = simulated_latencies([1.0], rate=0.5)
+    assert sum(alone) / len(alone) == pytest.approx(1.5, rel=0.03)  # M/D/1: 1 + load / (2 * (1 - load))
+    free = simulated_latencies(
+        [1.0] * 64, rate=4.0
+    )  # of batches that cost what one call costs: only a step is waited for
+    assert min(free) == pytest.approx(1.0) and 1.04 < max(free) < 1.05 + 1e-6
+    shared = simulated_latencies([1.0, 2.0, 3.0, 4.0], rate=0.5)  # nothing is gained, and each is slowed by the others
+    assert Percentiles.of(shared).p99 > Percentiles.of(alone).p99
 
 
 def test_calls_of_other_numbers_have_other_images() -> None:
@@ -77,6 +89,9 @@ def test_a_short_bench_compares_the_three_ways_of_batching(tmp_path: Path) -> No
             assert served["calls"] == served["images"] + served["refused"]
             assert served["latency"]["p50"] <= served["latency"]["p95"] <= served["latency"]["p99"]
             assert served["goodput_per_minute"] <= served["images_per_minute"]
+    assert (
+        len(data["lone"]["mixed"]["batch_seconds"]) == 3 and data["saturation"]["mixed"]["simulated_p99_over_lone"] > 1
+    )
     assert data["saturation"]["mixed"]["times_none"] == pytest.approx(
         data["rates"][1]["ratios"]["none"]["images_per_minute"]
     )
