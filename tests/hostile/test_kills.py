@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from hostile_cases import contents
 
 from mige_rt.atomic import atomic_file, atomic_folder
-from mige_rt.bundle import check_files, read_manifest
 from mige_rt.cli import main
 from mige_rt.errors import InputError
 from mige_rt.images import open_image
@@ -201,23 +200,3 @@ def test_odd_names_of_folders_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match=r"cannot be written|exists already"), atomic_folder(tmp_path / name):
         pass
     assert contents(tmp_path).keys() == {"file"}
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("kind", SIGNALS)
-@pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.9])
-def test_a_killed_export(tmp_path: Path, kind: str, share: float) -> None:
-    """share: of the time that an export takes here."""
-    began = time.monotonic()
-    assert start(tmp_path, "export", "--out", "first").wait() == 0
-    process = start(tmp_path, "export", "--out", "out")
-    try:
-        process.communicate(timeout=share * (time.monotonic() - began))
-    except subprocess.TimeoutExpired:
-        process.send_signal(getattr(signal, kind))
-        process.communicate()
-    assert all(name.startswith(("first", "out.partial-")) for name in os.listdir(tmp_path))
-    with atomic_folder(tmp_path / "out"):
-        pass
-    assert set(os.listdir(tmp_path)) == {"first", "out"}
-    check_files(tmp_path / "first", read_manifest(tmp_path / "first"), everything=True)

@@ -6,10 +6,13 @@ import io
 import os
 import signal
 import socket
+import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import openai
@@ -139,9 +142,9 @@ def other_bundle(other_model: Callable[..., Path]) -> Path:
     return other_model("denoiser", "blocks.2.attn.qkv.weight", 1.2)
 
 
-@pytest.fixture
-def client(other_bundle: Path) -> Generator[openai.OpenAI]:
-    """Of two replicas that may have two models each."""
+@contextmanager
+def ray_serve(**options: Any) -> Generator[openai.OpenAI]:
+    """A client of the application, which runs on this machine as a cluster of four processors."""
     import ray
     from ray import serve
 
@@ -151,9 +154,8 @@ def client(other_bundle: Path) -> Generator[openai.OpenAI]:
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        models = {"first": str(DEFAULT_MODEL), "second": str(other_bundle)}
-        replicas = {"max_batch": 4, "max_wait": 500, "timeout": 500, "min_replicas": 2, "max_replicas": 2}
-        serve.run(app(RayOptions.model_validate({"models": models, "device": "cpu", **replicas})))
+        patient = {"device": "cpu", "max_wait": 500, "timeout": 500}
+        serve.run(app(RayOptions.model_validate({**patient, **options})))
         url = f"http://127.0.0.1:{port}/v1"
         yield openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=600)
     finally:
@@ -172,16 +174,22 @@ def workers() -> dict[int, psutil.Process]:
     """The engine workers, by their replicas' processes."""
     return {
         child.ppid(): child
-        for replica in psutil.process_iter()
-        if "ImageEngine" in replica.name() + " ".join(replica.cmdline())
+        for replica in psutil.process_iter(["cmdline"])  # of one that has ended it is None
+        if "ImageEngine" in " ".join(replica.info["cmdline"] or ())
         for child in replica.children()
     }
 
 
 @pytest.mark.long
 def test_two_replicas_answer_for_two_models_and_one_that_ends_loses_nothing(
-    client: openai.OpenAI, pipe: MigePipeline, other_bundle: Path, scene: Image.Image
+    pipe: MigePipeline, other_bundle: Path, scene: Image.Image
 ) -> None:
+    models = {"first": str(DEFAULT_MODEL), "second": str(other_bundle)}
+    with ray_serve(models=models, max_batch=4, min_replicas=2, max_replicas=2) as client:
+        check_two_replicas(client, pipe, other_bundle, scene)
+
+
+def check_two_replicas(client: openai.OpenAI, pipe: MigePipeline, other_bundle: Path, scene: Image.Image) -> None:
     assert [model.id for model in client.models.list()] == ["first", "second"]
     with pytest.raises(openai.NotFoundError, match="there is no model 'third'"):
         edit(client, "third", scene, 0)
@@ -206,3 +214,33 @@ def test_two_replicas_answer_for_two_models_and_one_that_ends_loses_nothing(
         image=png(scene), prompt=PROMPT, stream=True, partial_images=1, extra_body={"num_inference_steps": 4}
     )
     assert [event.type for event in stream] == ["image_edit.partial_image", "image_edit.completed"]
+
+
+@pytest.mark.long
+def test_more_requests_than_a_replica_takes_start_another(pipe: MigePipeline, scene: Image.Image) -> None:
+    alone = pipe(PROMPT, source=scene, seed=0, num_inference_steps=100).images[0].tobytes()
+    with ray_serve(max_batch=1, min_replicas=1, max_replicas=2) as client:
+        edit(client, "tiny", scene, 0)
+        assert len(workers()) == 1
+        done = Event()
+
+        def keep_asking(_: int) -> bytes:
+            while True:
+                image = edit(client, "tiny", scene, 0, steps=100).tobytes()
+                if done.is_set():
+                    return image
+
+        with ThreadPoolExecutor(6) as pool:
+            answers = [pool.submit(keep_asking, i) for i in range(6)]
+            try:
+                wait_until(lambda: len(workers()) == 2, "six requests at a time, and a second replica has no worker")
+            finally:
+                done.set()
+        assert {answer.result() for answer in answers} == {alone}
+
+
+def wait_until(condition: Callable[[], bool], otherwise: str, seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, otherwise
+        time.sleep(1)
