@@ -1,20 +1,23 @@
-"""A step of the loop as a CUDA graph, captured once for each shape and replayed."""
+"""Steps on torch tensors as CUDA graphs, captured once for each shape and replayed."""
 
 import logging
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from cachetools import LRUCache
 from torch import Tensor
 
-from mige_rt.denoise import LoopInputs, Step
-
 if TYPE_CHECKING:
     from engines.interface import Engine
 
-ShapeKey = tuple[tuple[tuple[int, ...], torch.dtype], ...]
+Tensors = tuple[Tensor, ...]
+# (what stays the same for many steps, then what changes) -> results, of the shapes of the first that change
+Function = Callable[..., Tensors]
+Key = tuple[Function, tuple[tuple[tuple[int, ...], torch.dtype], ...]]
 
 WARM_UP_STEPS = 2  # of a shape, uncaptured: libraries choose, compile and load their kernels, which no capture may hold
 
@@ -22,49 +25,55 @@ _log = logging.getLogger(__name__)
 
 
 class CudaGraphRunner:
-    """A `Step` on torch tensors on CUDA: uncaptured the first times that a shape comes, later as a captured graph.
+    """Runs functions on CUDA: uncaptured the first times that a shape comes, later as a captured graph.
 
     Both read and write the same tensors, so that what was compiled or chosen for the first is what is captured. Results
-    are those of the step itself. Nothing is copied from the host, and nothing waits for it. What is returned is
-    overwritten by the next step of the same shape. At most `engine.max_cuda_graphs` shapes are held, the last used.
+    are those of the function itself. Nothing is copied from the host, and nothing waits for it. What is returned is
+    overwritten by the next run of the same shape. At most `engine.max_cuda_graphs` shapes are held, the last used.
 
-    A step that cannot be captured is run as it is, then and from then on, and a warning says so once.
+    What cannot be captured is run as it is, then and from then on, and a warning says so once.
     """
 
-    def __init__(self, step: Step, engine: "Engine") -> None:
+    def __init__(self, engine: "Engine") -> None:
         """Prepare to capture.
 
         Args:
-            step: What is captured.
-            engine: The one that step runs; what a capture of it needs is held.
+            engine: The one that the functions run; what a capture of it needs is held.
         """
-        self._step, self._engine = step, engine
+        self._engine = engine
         self._stream = torch.cuda.Stream(engine.device)
-        self._steps: LRUCache[ShapeKey, _StaticStep] = LRUCache(engine.max_cuda_graphs)
+        self._steps: LRUCache[Key, _StaticStep] = LRUCache(engine.max_cuda_graphs)
         self._failed = False
+
+    def captured(self, function: Function) -> Function:
+        """The same function, run as a captured graph.
+
+        Args:
+            function: Takes a named tuple of tensors, which is the same one as long as they are, and then the tensors
+                that change from step to step. Gives results with the shapes of the first of those.
+        """
+        return partial(self._call, function)
 
     @torch.inference_mode(False)  # static tensors made in inference mode could not be written outside it
     @torch.no_grad()
-    def __call__(
-        self, inputs: LoopInputs, latents: Tensor, data_before: Tensor, coefficients: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """See `denoise.Step`."""
+    def _call(self, function: Function, inputs: Tensors, *changing: Tensor) -> Tensors:
         if self._failed:
-            return self._run(inputs, latents, data_before, coefficients)
+            return function(inputs, *changing)
         current = torch.cuda.current_stream(self._engine.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            static = self._static_step(inputs, latents, data_before, coefficients)
-            static.load(inputs, latents, data_before, coefficients)
+            static = self._static_step(function, inputs, changing)
+            static.load(inputs, changing)
             if static.graph is None and static.warm_ups == WARM_UP_STEPS:
                 self._capture(static)
             if static.graph is None:
-                self._run_static(static)
+                results = static.run()
                 static.warm_ups += 1
             else:
                 static.graph.replay()
+                results = static.held[0]
         current.wait_stream(self._stream)
-        return static.latents, static.data_before
+        return static.changing[: len(results)]
 
     def clear(self) -> None:
         """Drop every graph with the memory it holds."""
@@ -74,27 +83,14 @@ class CudaGraphRunner:
         """How many shapes are held, captured or about to be."""
         return len(self._steps)
 
-    def _run(
-        self, inputs: LoopInputs, latents: Tensor, data_before: Tensor, coefficients: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return cast("tuple[Tensor, Tensor]", self._step(inputs, latents, data_before, coefficients))
-
-    def _static_step(
-        self, inputs: LoopInputs, latents: Tensor, data_before: Tensor, coefficients: Tensor
-    ) -> "_StaticStep":
+    def _static_step(self, function: Function, inputs: Tensors, changing: Tensors) -> "_StaticStep":
         """The tensors of these shapes; new ones take the place of those used longest ago, which are dropped first."""
-        key = tuple((tensor.shape, tensor.dtype) for tensor in (*inputs, latents))
+        key = function, tuple((tensor.shape, tensor.dtype) for tensor in (*inputs, *changing))
         if key not in self._steps:
             while len(self._steps) >= self._engine.max_cuda_graphs:
                 self._steps.popitem()
-            self._steps[key] = _StaticStep(inputs, latents, data_before, coefficients)
+            self._steps[key] = _StaticStep(function, inputs, changing)
         return self._steps[key]
-
-    def _run_static(self, static: "_StaticStep") -> tuple[Tensor, Tensor]:
-        after, data = self._run(static.inputs, static.latents, static.data_before, static.coefficients)
-        static.latents.copy_(after)
-        static.data_before.copy_(data)
-        return after, data
 
     def _capture(self, static: "_StaticStep") -> None:
         """Give the step its graph, or note that there can be none: nothing of a capture that failed was run."""
@@ -105,8 +101,8 @@ class CudaGraphRunner:
             # Other threads may allocate while this one captures.
             capture = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
             with _no_recompilation(), capture:
-                outputs = self._run_static(static)
-            static.held = (*outputs, getattr(self._engine, "workspace", None))
+                results = static.run()
+            static.held = results, getattr(self._engine, "workspace", None)
             static.graph = graph
         except Exception as error:
             self._failed = True
@@ -135,27 +131,30 @@ def _no_recompilation() -> AbstractContextManager[Any]:
 
 
 class _StaticStep:
-    """The tensors that the steps of one shape read and write, and the graph once there is one."""
+    """The tensors that a function reads and writes for one shape, and the graph once there is one."""
 
-    def __init__(self, inputs: LoopInputs, latents: Tensor, data_before: Tensor, coefficients: Tensor) -> None:
-        self.inputs = LoopInputs(*(torch.empty_like(cast("Tensor", tensor)) for tensor in inputs))
-        self.latents, self.data_before = torch.empty_like(latents), torch.empty_like(data_before)
-        self.coefficients = torch.empty_like(coefficients)
+    def __init__(self, function: Function, inputs: Tensors, changing: Tensors) -> None:
+        self._function = function
+        self._inputs: Any = type(inputs)(*map(torch.empty_like, inputs))
+        self._copied_from: Tensors | None = None
+        self.changing = tuple(map(torch.empty_like, changing))
         self.warm_ups = 0
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.held: Any = None  # what must live as long as the graph
-        self._copied_from: LoopInputs | None = None
+        self.held: tuple[Tensors, Any] = (), None  # what must live as long as the graph, the results first
 
-    def load(self, inputs: LoopInputs, latents: Tensor, data_before: Tensor, coefficients: Tensor) -> None:
+    def load(self, inputs: Tensors, changing: Tensors) -> None:
         """Copy what is not there yet."""
         if inputs is not self._copied_from:
-            for static, given in zip(self.inputs, inputs, strict=True):
-                cast("Tensor", static).copy_(cast("Tensor", given))
+            for static, given in zip(self._inputs, inputs, strict=True):
+                static.copy_(given)
             self._copied_from = inputs
-        for static, given in (
-            (self.latents, latents),
-            (self.data_before, data_before),
-            (self.coefficients, coefficients),
-        ):
+        for static, given in zip(self.changing, changing, strict=True):
             if given.data_ptr() != static.data_ptr():
                 static.copy_(given)
+
+    def run(self) -> Tensors:
+        """Run the function, and put its results where the next step finds them."""
+        results = self._function(self._inputs, *self.changing)
+        for static, result in zip(self.changing, results, strict=False):  # what changes by itself comes last
+            static.copy_(result)
+        return results

@@ -62,6 +62,7 @@ class MigePipelineOutput:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+C = TypeVar("C", bound=Callable[..., Any])
 
 
 def _in_turn(
@@ -138,14 +139,13 @@ class MigePipeline:
             from mige_rt.cfg_parallel import BranchParallelDenoiser  # needs torch
 
             denoiser = BranchParallelDenoiser(denoiser)
-        self._step: Step = denoising_step(denoiser)
         self._cuda_graphs: CudaGraphRunner | None = None
         if cuda_graphs and engine.max_cuda_graphs:
             from mige_rt import cuda_graphs as graphs  # needs torch
 
-            self._cuda_graphs = graphs.CudaGraphRunner(self._step, engine)
-            self._step = cast("Step", self._cuda_graphs)
+            self._cuda_graphs = graphs.CudaGraphRunner(engine)
             self.runner.before_denoiser_release = self._cuda_graphs.clear
+        self._step: Step = self.captured(denoising_step(denoiser))
 
     @classmethod
     def from_pretrained(  # noqa: PLR0913, diffusers' way to open a model
@@ -448,6 +448,14 @@ class MigePipeline:
         """
         pixels = self.runner.run("vae_decoder", latents=latents / self.config.vae.scale)
         return [to_image(image) for image in to_numpy(pixels)]
+
+    def captured(self, function: C) -> C:
+        """The same function, captured as CUDA graphs where the pipeline does that; see `CudaGraphRunner.captured`.
+
+        Args:
+            function: Runs the denoiser, and no other graph.
+        """
+        return function if self._cuda_graphs is None else cast("C", self._cuda_graphs.captured(function))
 
     @property
     def loras(self) -> tuple[Lora, ...]:

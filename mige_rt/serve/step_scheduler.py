@@ -11,6 +11,7 @@ B images, R entries of the denoiser's batch (an image's guidance branches lie to
 import sys
 from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from engines.interface import Array, Engine, array_namespace, device
 from mige_rt.denoise import LoopInputs, coefficient_rows, loop_inputs, solver_step
@@ -76,29 +77,37 @@ class _RunningImage:
         self.step += 1
 
 
+class _EntryInputs(NamedTuple):
+    """What does not change between steps, of each entry of the denoiser's batch. It has these names of them."""
+
+    source: Array  # float32 [R,c,h,w]
+    cross_kv: Array  # [2,depth,R,heads,L,head_dim]
+    text_mask: Array  # bool [R,L]
+
+
 class _Group:
     """Running images of one size, which one call of the denoiser takes."""
 
     def __init__(self) -> None:
         self.images: list[_RunningImage] = []
         self._batched_images: list[_RunningImage] = []
-        self._batched_inputs: dict[str, Array] = {}
+        self._batched_inputs: _EntryInputs | None = None
 
     @property
     def entries(self) -> int:
         """The batch that they take of the denoiser."""
         return sum(image.branches for image in self.images)
 
-    def fixed_inputs(self) -> dict[str, Array]:
-        """The denoiser's inputs that do not change between steps; made again when other images are in the group."""
-        if self._batched_images != self.images:
+    def fixed_inputs(self) -> _EntryInputs:
+        """Made again when other images are in the group."""
+        if self._batched_inputs is None or self._batched_images != self.images:
             inputs = [image.inputs for image in self.images]
             xp, length = array_namespace(inputs[0].source), max(image.text_mask.shape[1] for image in inputs)
-            self._batched_inputs = {
-                "source": xp.concat([image.source for image in inputs]),
-                "cross_kv": xp.concat([_padded(image.cross_kv, 4, length) for image in inputs], axis=2),
-                "text_mask": xp.concat([_padded(image.text_mask, 1, length) for image in inputs]),
-            }
+            self._batched_inputs = _EntryInputs(
+                source=xp.concat([image.source for image in inputs]),
+                cross_kv=xp.concat([_padded(image.cross_kv, 4, length) for image in inputs], axis=2),
+                text_mask=xp.concat([_padded(image.text_mask, 1, length) for image in inputs]),
+            )
             self._batched_images = [*self.images]
         return self._batched_inputs
 
@@ -136,6 +145,7 @@ class StepScheduler:
         self._one_image_a_call = images_change_each_other(pipe.engine) if one_image_a_call is None else one_image_a_call
         self._waiting: deque[tuple[ImageTask, SamplingPlan]] = deque()
         self._groups: dict[GroupKey, _Group] = {}
+        self._predict = pipe.captured(self._denoise)
 
     @property
     def running(self) -> int:
@@ -211,11 +221,10 @@ class StepScheduler:
         """One step of a group in one call; images that end with it leave the group."""
         images, xp = group.images, array_namespace(group.images[0].latents)
         try:
-            prediction = self.pipe.runner.run(
-                "denoiser",
-                latents=xp.concat([image.latents for image in images for _ in range(image.branches)]),
-                timestep=xp.concat([image.timesteps() for image in images]),
-                **group.fixed_inputs(),
+            (prediction,) = self._predict(
+                group.fixed_inputs(),
+                xp.concat([image.latents for image in images for _ in range(image.branches)]),
+                xp.concat([image.timesteps() for image in images]),
             )
         except InputError as error:
             group.images = []
@@ -236,6 +245,10 @@ class StepScheduler:
             else:
                 group.images += [image] if image.step < image.steps else []
         return events
+
+    def _denoise(self, inputs: _EntryInputs, latents: Array, timestep: Array) -> tuple[Array]:
+        """The denoiser's prediction of each entry, float32 [R,c,h,w]."""
+        return (self.pipe.runner.run("denoiser", latents=latents, timestep=timestep, **inputs._asdict()),)
 
     def _images_due(self, image: _RunningImage) -> list[TaskEvent]:
         """The last image, or a partial one, if the step just made calls for it. Raises NotFiniteError."""

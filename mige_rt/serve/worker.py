@@ -64,10 +64,10 @@ def _open(options: WorkerOptions) -> MigePipeline:
         device=options.device,
         precision=options.precision,  # pyright: ignore[reportArgumentType]
         **options.limits,
-        cuda_graphs=False,  # captured for one shape of the batch, which changes here whenever an image comes or leaves
     )
     blank = Image.new("RGB", (pipe.config.size, pipe.config.size))
     pipe("warm up", source=blank, num_inference_steps=2, seed=0)
+    pipe.clear_cache()
     return pipe
 
 

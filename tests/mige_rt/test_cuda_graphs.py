@@ -18,9 +18,14 @@ from engines.pytorch import PyTorchEngine
 from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, open_model
 from mige_rt.conditioning import LENGTH_MULTIPLE
 from mige_rt.cuda_graphs import WARM_UP_STEPS
+from mige_rt.denoise import LoopInputs, denoising_step
 from mige_rt.graph_runner import PHASES
 from mige_rt.graphs import GRAPHS, GraphName
 from mige_rt.pipeline import MigePipeline
+from mige_rt.requests import Request, resolve
+from mige_rt.sampling_params import SamplingParams
+from mige_rt.serve.protocol import Finished, ImageTask
+from mige_rt.serve.step_scheduler import StepScheduler
 from mige_rt.tokenizer import load_tokenizer
 from trainer.checkpoints.model_folder import SafetensorsCheckpoint
 
@@ -114,13 +119,14 @@ def test_replayed_steps_give_the_steps_own_image(
 def test_a_capture_reads_the_tensors_of_the_warm_up(cuda: Cuda, captured: MigePipeline, scene: Image.Image) -> None:
     """Compiled code depends on what its inputs are: those of a capture must be those that it was compiled for."""
     given: list[tuple[int, bool]] = []
-    step = captured._cuda_graphs._step  # type: ignore[union-attr]
+    step = denoising_step(partial(captured.runner.run, "denoiser"))
 
-    def watch(inputs: Any, *arrays: Tensor) -> Any:
-        given.append((sum(tensor.data_ptr() for tensor in (*inputs, *arrays)), inputs.cross_kv.is_inference()))
+    def watch(inputs: LoopInputs, *arrays: Array) -> Any:
+        tensors: tuple[Any, ...] = (*inputs, *arrays)
+        given.append((sum(tensor.data_ptr() for tensor in tensors), tensors[1].is_inference()))
         return step(inputs, *arrays)
 
-    captured._cuda_graphs._step = watch  # type: ignore[union-attr]
+    captured._step = captured.captured(watch)
     image(captured, scene)
     assert len(given) == WARM_UP_STEPS + 1 and len(set(given)) == 1 and not given[0][1]
 
@@ -244,6 +250,33 @@ def test_twenty_prompt_lengths_are_few_shapes(
     assert captured._cuda_graphs is not None and len(captured._cuda_graphs) <= engine.max_cuda_graphs
     captured.clear_cache()
     assert len(captured._cuda_graphs) == 0
+
+
+def test_the_servers_steps_are_captured(
+    cuda: Cuda, captured: MigePipeline, plain: MigePipeline, scene: Image.Image
+) -> None:
+    """While images come and go. A graph is used again when as many are running as before."""
+    requests = [
+        Request(PROMPT, source=scene, seed=1),
+        Request("a red apple", seed=2),
+        Request("let it snow " * 20, source=scene, seed=3),
+        Request(PROMPT, source=scene, seed=4),
+    ]
+
+    def made(pipe: MigePipeline) -> dict[str, bytes]:
+        scheduler, images = StepScheduler(pipe, 3), dict[str, bytes]()
+        for number, request in enumerate(requests):
+            params = SamplingParams(num_inference_steps=8 + number)
+            scheduler.submit(ImageTask(str(number), resolve(request), params))
+            for _ in range(100 if request is requests[-1] else 2):
+                events = [] if scheduler.idle else scheduler.step()
+                images |= {event.id: event.image.tobytes() for event in events if isinstance(event, Finished)}
+        return images
+
+    expected = made(plain)
+    assert not cuda.captures
+    assert made(captured) == expected and len(expected) == len(requests)
+    assert cuda.captures >= 2 and cuda.replays > 2 * cuda.captures
 
 
 def test_only_so_many_shapes_are_held(cuda: Cuda, captured: MigePipeline, scene: Image.Image) -> None:
