@@ -5,15 +5,18 @@ by itself. Prints a row of the table in docs/serving.md.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import click
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from engines.interface import to_numpy
 from mige_rt.bundle import DEFAULT_MODEL
 from mige_rt.pipeline import MigePipeline
 from mige_rt.requests import Request, resolve
@@ -41,14 +44,19 @@ class Difference:
     batch_size: float
 
 
-class _LatentsPipeline(MigePipeline):
-    """Keeps the latents that it decodes, in their order."""
+@dataclass(frozen=True)
+class Made:
+    """What a step scheduler made.
 
-    latents: list[NDArray[np.float32]]
+    Attributes:
+        latents: The last ones of each image, by the task's id.
+        images: By the task's id.
+        batch_sizes: Images in each call of the denoiser.
+    """
 
-    def decode(self, latents: Any) -> list[Image.Image]:
-        self.latents += [np.array(entry) for entry in latents]
-        return super().decode(latents)
+    latents: dict[str, NDArray[np.float32]]
+    images: dict[str, Image.Image]
+    batch_sizes: list[int]
 
 
 def sample_tasks(size: int, steps: int) -> list[ImageTask]:
@@ -68,19 +76,23 @@ def sample_tasks(size: int, steps: int) -> list[ImageTask]:
     ]
 
 
-def measure(pipe: MigePipeline, tasks: Sequence[ImageTask], orders: int, one_image_a_call: bool | None) -> Difference:
-    """Make all tasks alone, then in several orders of arrival."""
-    watched = _LatentsPipeline(pipe.config, pipe.condition_encoder.tokenize, pipe.engine, cuda_graphs=False)
-    watched.latents = []
-    pixels = {task.id: np.asarray(watched.generate([task.request], task.params)[0], np.int16) for task in tasks}
-    latents = {task.id: values for task, values in zip(tasks, watched.latents, strict=True)}
-    errors: list[tuple[float, int]] = []
+def make_among_others(
+    pipe: MigePipeline, tasks: Sequence[ImageTask], order: int, one_image_a_call: bool | None = None
+) -> Made:
+    """Make images by the server's step scheduler.
+
+    Args:
+        pipe: Of the model.
+        tasks: The images.
+        order: Seed of the order in which they come, none to two before each step.
+        one_image_a_call: See `StepScheduler`.
+    """
+    rng = random.Random(order)
+    arrivals = rng.sample(list(tasks), len(tasks))
+    scheduler = StepScheduler(pipe, MAX_BATCH, one_image_a_call=one_image_a_call)
+    images: dict[str, Image.Image] = {}
     batch_sizes: list[int] = []
-    for order in range(orders):
-        watched.latents = []
-        rng = random.Random(order)
-        arrivals = rng.sample(list(tasks), len(tasks))
-        scheduler = StepScheduler(watched, MAX_BATCH, one_image_a_call=one_image_a_call)
+    with _kept_latents(pipe) as kept:
         while arrivals or not scheduler.idle:
             for _ in range(min(rng.randrange(3), len(arrivals))):
                 scheduler.submit(arrivals.pop())
@@ -88,15 +100,47 @@ def measure(pipe: MigePipeline, tasks: Sequence[ImageTask], orders: int, one_ima
                 if isinstance(event, StepReport):
                     batch_sizes += event.batch_sizes
                 elif isinstance(event, Finished):
-                    alone, among = latents[event.id], watched.latents.pop(0)
-                    rms = float(np.sqrt(np.mean((among - alone) ** 2) / np.mean(alone**2)))
-                    errors.append((rms, int(np.abs(np.asarray(event.image, np.int16) - pixels[event.id]).max())))
+                    images[event.id] = event.image
+    return Made(dict(zip(images, kept, strict=True)), images, batch_sizes)
+
+
+def measure_difference(
+    pipe: MigePipeline, tasks: Sequence[ImageTask], orders: int, one_image_a_call: bool | None
+) -> Difference:
+    """Make all tasks alone, then in several orders of arrival."""
+    with _kept_latents(pipe) as kept:
+        images = {task.id: pipe.generate([task.request], task.params)[0] for task in tasks}
+    alone = Made(dict(zip(images, kept, strict=True)), images, [])
+    errors: list[tuple[float, int]] = []
+    batch_sizes: list[int] = []
+    for order in range(orders):
+        made = make_among_others(pipe, tasks, order, one_image_a_call)
+        batch_sizes += made.batch_sizes
+        for task in tasks:
+            expected = alone.latents[task.id]
+            rms = float(np.sqrt(np.mean((made.latents[task.id] - expected) ** 2) / np.mean(expected**2)))
+            pixels = [np.asarray(by_id[task.id], np.int16) for by_id in (made.images, alone.images)]
+            errors.append((rms, int(np.abs(pixels[0] - pixels[1]).max())))
     return Difference(
         latents=max(error for error, _ in errors),
         pixels=max(error for _, error in errors),
         same=sum(error == 0 for error, _ in errors) / len(errors),
         batch_size=float(np.mean(batch_sizes)),
     )
+
+
+@contextmanager
+def _kept_latents(pipe: MigePipeline) -> Iterator[list[NDArray[np.float32]]]:
+    """The latents that the pipeline decodes meanwhile, of an image each, in their order."""
+    kept: list[NDArray[np.float32]] = []
+    decode = pipe.decode
+
+    def keep(latents: Any) -> list[Image.Image]:
+        kept.extend(np.array(to_numpy(latents)))
+        return decode(latents)
+
+    with patch.object(pipe, "decode", keep):
+        yield kept
 
 
 @click.command(context_settings={"max_content_width": 120})
@@ -109,8 +153,9 @@ def measure(pipe: MigePipeline, tasks: Sequence[ImageTask], orders: int, one_ima
 @click.option("--batch/--no-batch", "batch", default=None, help="images in one call  [default: as the server does]")
 def main(model: str, steps: int, orders: int, batch: bool | None, **options: Any) -> None:
     """Measure how far an image made among others is from the one made alone."""
-    pipe = MigePipeline.from_pretrained(model, **options, cuda_graphs=False)
-    difference = measure(pipe, sample_tasks(pipe.config.size, steps), orders, None if batch is None else not batch)
+    pipe = MigePipeline.from_pretrained(model, **options)
+    one_image_a_call = None if batch is None else not batch
+    difference = measure_difference(pipe, sample_tasks(pipe.config.size, steps), orders, one_image_a_call)
     name = f"`{pipe.engine.name}` on {pipe.engine.device}, {pipe.engine.precision}"
     same, latents = f"{difference.same:.0%}", f"{difference.latents:.1e}"
     click.echo(f"| {name} | {difference.batch_size:.1f} | {same} | {latents} | {difference.pixels} |")

@@ -26,6 +26,7 @@ PARTS = {
     "machine": 1.0,  # the card, the packages and the card's peaks
     "tests": 5.0,  # tests/gpu
     "capture": 4.0,  # CUDA graphs of every kind of run beside uncaptured ones
+    "serving": 1.0,  # the server's steps, whose images come and go
     "ordering": 1.0,  # engines' streams beside PyTorch's
     "denoiser": 6.0,  # the full-size denoiser, by mode, attention backend, mask and batch
     "matrices": 1.0,  # its matrix products in bf16 and fp8: the least that a step takes

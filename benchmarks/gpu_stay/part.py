@@ -12,6 +12,7 @@ MODULES = {
     "machine": "machine",
     "tests": "machine",
     "capture": "capture",
+    "serving": "serving",
     "ordering": "ordering",
     "denoiser": "denoiser",
     "matrices": "denoiser",

@@ -52,6 +52,12 @@ def test_captured_runs_are_compared_with_uncaptured_ones(stay: Path) -> None:
     assert "memory over 20 lengths, twice" in entries and "compile: a capture that fails" in entries
 
 
+def test_images_made_among_others_are_compared_with_those_made_alone(stay: Path) -> None:
+    entry = results(stay, "serving")["fp32"]
+    assert 0 < entry["latents"] < 1e-4 and entry["captured_largest_difference"] == 0
+    assert entry["images_a_call"] > 1
+
+
 def test_engines_that_are_not_here_are_left_out(stay: Path) -> None:
     entries = results(stay, "ordering")
     assert entries["pytorch"]["ok"] and entries["onnxruntime"]["ok"]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from benchmarks.step_batching import measure, sample_tasks
+from benchmarks.step_batching import measure_difference, sample_tasks
 from engines.interface import Array
 from engines.wrapper import HookedEngine
 from mige_rt.graphs import GraphName
@@ -19,11 +19,11 @@ def _mix(graph: GraphName, inputs: Mapping[str, Array], run: Callable[[], dict[s
 
 def test_a_denoiser_that_mixes_its_batch_is_noticed(pipe: MigePipeline) -> None:
     tasks = sample_tasks(64, 2)
-    exact = measure(pipe, tasks, 1, None)
+    exact = measure_difference(pipe, tasks, 1, None)
     assert (exact.latents, exact.pixels, exact.same) == (0, 0, 1)
     assert exact.batch_size > 1
     mixing = MigePipeline(pipe.config, pipe.condition_encoder.tokenize, HookedEngine(pipe.engine, _mix))
-    mixed = measure(mixing, tasks, 1, None)
+    mixed = measure_difference(mixing, tasks, 1, None)
     assert mixed.latents > 1e-4 and mixed.same < 1
-    alone = measure(mixing, tasks, 1, one_image_a_call=True)
+    alone = measure_difference(mixing, tasks, 1, one_image_a_call=True)
     assert (alone.latents, alone.same, alone.batch_size) == (0, 1, 1)
