@@ -1,5 +1,6 @@
 """mige-rt: the engine people run MIGE on. `from mige_rt import MigePipeline` is all that most programs need."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +19,16 @@ __all__ = [
     "SamplingParams",
     "__version__",
 ]
+
+# Libraries that tell their makers how they are used, unless they are told not to before they are imported. ONNX Runtime
+# keeps an identifier of the machine in the user's cache as well. Who wants one of them sets its variable.
+for _variable, _off in {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "ORT_DISABLE_TELEMETRY": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}.items():
+    os.environ.setdefault(_variable, _off)
 
 _MODULES = {
     "InputError": "mige_rt.errors",

@@ -18,7 +18,7 @@ from benchmarks.annotation.figures import cuts_html, inputs_html
 from benchmarks.annotation.pairs import CATEGORIES
 from mige_rt.errors import InputError
 
-os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}  # before it is imported
+os.environ["GRADIO_RUN_HISTORY"] = "False"  # before it is imported
 
 import gradio as gr
 from fastapi import FastAPI, Request

@@ -9,6 +9,4 @@ from tempfile import TemporaryDirectory
 # Uploads and results; nobody else on this machine can read them, and they end with the process.
 FILES = TemporaryDirectory(prefix="mige-rt-ui-")
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["GRADIO_TEMP_DIR"] = FILES.name
