@@ -1,5 +1,6 @@
 """`mige-rt serve` and `mige-rt ui`."""
 
+import logging
 import math
 import signal
 import sys
@@ -16,7 +17,9 @@ from mige_rt.cli.limits import given_limits
 from mige_rt.cli.shared import model_options
 from mige_rt.errors import InputError, requires
 from mige_rt.serve.options import Batching
-from mige_rt.terminal import report
+from mige_rt.terminal import message
+
+_log = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -158,9 +161,9 @@ def _serve(values: dict[str, Any], *, page: bool) -> None:
 
     if values["api_key"] == "":
         raise InputError("--api-key is empty; leave it out for none")
-    if values["host"] not in LOOPBACK_HOSTS and values["api_key"] is None:
-        report(f"warning: whoever reaches {values['host']} can use the server; --api-key keeps others out")
     configure_logging(values["log_format"])
+    if values["host"] not in LOOPBACK_HOSTS and values["api_key"] is None:
+        _log.warning("whoever reaches %s can use the server; --api-key keeps others out", message(values["host"]))
     endpoint: str | None = values["otlp_traces_endpoint"]
     provider = None if endpoint is None else otlp_provider(endpoint)
     worker = WorkerOptions(
@@ -189,7 +192,7 @@ def _serve(values: dict[str, Any], *, page: bool) -> None:
         max_steps=values["max_steps"],
         max_side=values["max_side"] or 2 * model.config.size,
     )
-    report(f"model {name}, engine {model.runs_on}")
+    _log.info("model %s, engine %s", message(name), model.runs_on)
     service = ImageService(options, {name: supervisor}, metrics)
     app = create_app(service)
     if provider is not None:

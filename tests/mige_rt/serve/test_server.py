@@ -439,7 +439,8 @@ def test_a_request_that_ends_every_worker_is_given_up(narrow_server: Server) -> 
 
 
 def test_requests_end_when_their_time_is_over_and_sigterm_waits_for_those_accepted(scene: Image.Image) -> None:
-    with running_server("--max-steps", "1000", "--request-timeout", "6", "--max-batch", "3") as server:
+    limits = ["--max-steps", "1000", "--request-timeout", "6", "--max-batch", "3"]
+    with running_server(*limits, "--log-format", "json") as server:
         stream = server.start_long_request()
         with ThreadPoolExecutor(2) as pool:
             late = pool.submit(server.post_form, "/v1/images/edits", form(LONG, {"image": png()}))
@@ -455,7 +456,9 @@ def test_requests_end_when_their_time_is_over_and_sigterm_waits_for_those_accept
             assert b"event: error" in file.read()  # of the deadline, in a stream that was not cut off
         assert server.process.wait(60) == 0
         assert not psutil.wait_procs(workers, 20)[1]
-    assert "Traceback" not in "".join(server.log)
+    lines = [json.loads(line) for line in server.log]
+    assert any(line["message"].startswith("model tiny, engine onnxruntime") for line in lines)
+    assert not any("Traceback" in str(line) for line in lines)
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
