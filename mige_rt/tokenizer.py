@@ -47,3 +47,12 @@ def load_tokenizer(path: str | Path, *, known: bool = False) -> Tokenize:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    """Write a `tokenizer.json`.
+
+    Raises:
+        OSError: It cannot be written; the library's own method raises a plain Exception then.
+    """
+    path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8", newline="\n")

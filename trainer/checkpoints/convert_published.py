@@ -20,7 +20,7 @@ from mige_rt.atomic import atomic_folder
 from mige_rt.config import ModelConfig, VAEConfig
 from mige_rt.errors import InputError
 from mige_rt.graphs import GraphName
-from mige_rt.tokenizer import load_tokenizer
+from mige_rt.tokenizer import load_tokenizer, save_tokenizer
 from mige_rt.tokenizer_file import read_tokenizer_file
 from trainer.checkpoints.model_folder import ModelContent, OnProgress, write_model_folder
 from trainer.checkpoints.published_names import check_published, kind_of, our_tensor
@@ -91,7 +91,7 @@ class PublishedCheckpoint(Checkpoint):
         Raises:
             InputError: it is missing or is not T5's.
         """
-        self.tokenizer.save(str(path))
+        save_tokenizer(self.tokenizer, path)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -28,6 +28,7 @@ from mige_rt.bundle import (
 from mige_rt.config import QUANTISED, ModelConfig
 from mige_rt.errors import InputError
 from mige_rt.graphs import GraphName
+from mige_rt.tokenizer import save_tokenizer
 from trainer.checkpoints.weights import Checkpoint, differences, distinct_tensors, names_in
 from trainer.model.mige import Mige
 from trainer.model.vae import make_vae
@@ -244,7 +245,7 @@ def write_model_folder(folder: Path, content: ModelContent, on_progress: OnProgr
         )
     try:
         (folder / TOKENIZER_FILE).parent.mkdir()
-        content.tokenizer.save(str(folder / TOKENIZER_FILE))
+        save_tokenizer(content.tokenizer, folder / TOKENIZER_FILE)
         for component in COMPONENTS:
             shards = _shards({name: size for name, size in sizes.items() if _component(name) == component})
             for number, names in enumerate(shards, 1):

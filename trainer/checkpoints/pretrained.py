@@ -19,6 +19,7 @@ from transformers import T5EncoderModel
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
 from mige_rt.graphs import GraphName
+from mige_rt.tokenizer import save_tokenizer
 from trainer.checkpoints.convert_published import (
     read_checkpoint,
     read_tokenizer,
@@ -92,7 +93,7 @@ class PretrainedCheckpoint(Checkpoint):
 
     def save_tokenizer(self, path: Path) -> None:
         """Write T5's tokenizer as the file `path`; see `Checkpoint.save_tokenizer`."""
-        read_tokenizer(self._files.t5).save(str(path))
+        save_tokenizer(read_tokenizer(self._files.t5), path)
 
     def tensors(self, model: Mige, graphs: Collection[GraphName]) -> dict[str, Tensor]:
         """See `Checkpoint.tensors`."""

@@ -9,6 +9,7 @@ from mige_rt.atomic import atomic_file
 from mige_rt.bundle import TOKENIZER_FILE
 from mige_rt.config import ModelConfig
 from mige_rt.instruction import PLACEHOLDER, compose_prompt
+from mige_rt.tokenizer import save_tokenizer
 from mige_rt.tokenizer_file import read_tokenizer_file
 from trainer.synthetic.concepts import Concept
 from trainer.synthetic.tasks import make_sample
@@ -48,5 +49,5 @@ def state_tokenizer(config: ModelConfig, concepts: Sequence[Concept], state: Pat
             else synthetic_tokenizer(known, config.text.vocabulary)
         )
         with atomic_file(path) as temporary:
-            tokenizer.save(str(temporary))
+            save_tokenizer(tokenizer, temporary)
     return path
