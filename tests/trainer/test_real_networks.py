@@ -157,7 +157,7 @@ class Isnet:
     """
 
     def __init__(self, file: Path) -> None:
-        self._session = InferenceSession(file, providers=["CPUExecutionProvider"])
+        self._session = InferenceSession(str(file), providers=["CPUExecutionProvider"])
         self.asked = 0
 
     def segment(self, image: Image.Image, box: Box) -> Mask:
@@ -377,7 +377,9 @@ def test_what_smollm2_answers_is_used_or_left_out_with_its_reason(
         assert made_up == [name for name in dict.fromkeys(names) if name not in named]
         assert not any(line["bad"] for line in drops)
         expected += named
-    print(f"{question}: {len(tagged)} of {len(scenes)} captions tagged as asked; {smollm2.said}")
+    print(
+        f"{question}: {len(tagged)} of {len(scenes)} captions tagged as asked; {[answer for _, answer in smollm2.said]}"
+    )
     assert looked_for == expected
     assert (total.records, total.bad) == (len(scenes), len(scenes) - len(tagged))
     lost = {line["id"] for line in dropped if line["entity"] is None and line["stage"] == "tag"}
