@@ -19,12 +19,16 @@ FLUENT = "@lobehub/fluent-emoji-3d@1.1.0"  # MIT; 256x256 WebP with alpha
 NOTO = "emoji-datasource-google@16.0.0"  # data MIT, images Apache-2.0; 64x64 PNG with alpha
 
 
-def _unpack(package: str, out: Path, wanted: dict[str, str]) -> None:
-    """Extract the members of an npm package whose path starts with a key of `wanted` into that key's folder of out."""
+def unpack_package(package: str, out: Path, wanted: dict[str, str]) -> None:
+    """Extract the members of an npm package whose path starts with a key of `wanted` into that key's folder of out.
+
+    Raises FileNotFoundError if there is no npm, subprocess.CalledProcessError if it fails, with its words in `stderr`.
+    """
+    if shutil.which("npm") is None:
+        raise FileNotFoundError("the npm client was not found; install Node.js, which brings it")
     with tempfile.TemporaryDirectory() as scratch:
-        packed = subprocess.run(
-            ["npm", "pack", "--silent", package], cwd=scratch, check=True, capture_output=True, text=True
-        )
+        command = ["npm", "pack", "--loglevel=error", package]  # --silent would keep the reason of a failure, too
+        packed = subprocess.run(command, cwd=scratch, check=True, capture_output=True, text=True)
         with tarfile.open(Path(scratch) / packed.stdout.split()[-1]) as archive:
             for member in archive:
                 prefix = next((p for p in wanted if member.name.startswith(p)), None)
@@ -42,12 +46,10 @@ def fetch(out: Path) -> None:
     Raises InputError if out exists, FileNotFoundError if there is no npm or the packages lack what is expected,
     subprocess.CalledProcessError if npm fails.
     """
-    if shutil.which("npm") is None:
-        raise FileNotFoundError("the npm client was not found; install Node.js, which brings it")
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(out) as partial:
-        _unpack(FLUENT, partial, {"package/assets/": "fluent", "package/README": "licences/fluent"})
-        _unpack(
+        unpack_package(FLUENT, partial, {"package/assets/": "fluent", "package/README": "licences/fluent"})
+        unpack_package(
             NOTO,
             partial,
             {"package/img/google/64/": "noto", "package/emoji.json": "", "package/LICENSE": "licences/noto"},
