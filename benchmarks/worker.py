@@ -258,7 +258,8 @@ def cold_start(worker: WorkerConfig, case: Case, starts: int) -> Latency:
             image.save(file)
         # The last image is the source, see `case.requests`.
         options |= {"size": "{}x{}".format(*case.size), "source": files[-1], "out": f"{folder}/out.png"}
-        command = [sys.executable, "-m", "mige_rt.cli", "run", *(word for file in files for word in ("--image", file))]
+        command = [sys.executable, "-m", "mige_rt.cli", "run", "--overwrite"]
+        command += [*(word for file in files for word in ("--image", file))]
         command += [str(word) for name, value in options.items() for word in (f"--{name}", value)]
         for _ in range(starts):
             start = time.perf_counter()

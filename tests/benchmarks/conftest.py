@@ -6,7 +6,7 @@ from benchmarks.bench import BenchOptions, bench
 from benchmarks.bench_results import BenchResults
 from benchmarks.report import write_report
 
-QUICK = {"iterations": 3, "warmup": 0, "cold_starts": 1, "compile": False, "peak_side": 128}
+QUICK = {"iterations": 3, "warmup": 0, "cold_starts": 2, "compile": False, "peak_side": 128}
 
 
 @pytest.fixture(scope="session")
