@@ -75,9 +75,10 @@ def test_the_fine_tuning_notebook_runs(tmp_path: Path) -> None:
     notebook = nbformat.read(FINE_TUNING, as_version=4)
     nbformat.validate(notebook)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    check_outputs(cells[1:])
     code, replaced = re.subn(r"max_train_steps=\d+", "max_train_steps=2", "\n\n".join(cell.source for cell in cells))
     assert replaced == 1
-    checks = "assert len(before) == len(half) == len(after) == 3\nassert before[0].tobytes() != after[0].tobytes()\n"
+    checks = "assert len(before) == len(half) == len(after) == 4\nassert before[0].tobytes() != after[0].tobytes()\n"
     script = tmp_path / "fine_tune.py"
     script.write_text(f"{code}\n\n{checks}")
     done = run(script, folder=EXAMPLES)
