@@ -239,7 +239,7 @@ def test_more_requests_than_a_replica_takes_start_another(pipe: MigePipeline, sc
         assert {answer.result() for answer in answers} == {alone}
 
 
-def wait_until(condition: Callable[[], bool], otherwise: str, seconds: float = 300) -> None:
+def wait_until(condition: Callable[[], bool], otherwise: str, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, otherwise
