@@ -104,28 +104,26 @@ def make_among_others(
     return Made(dict(zip(images, kept, strict=True)), images, batch_sizes)
 
 
-def measure_difference(
-    pipe: MigePipeline, tasks: Sequence[ImageTask], orders: int, one_image_a_call: bool | None
-) -> Difference:
-    """Make all tasks alone, then in several orders of arrival."""
+def make_alone(pipe: MigePipeline, tasks: Sequence[ImageTask]) -> Made:
+    """Make images one after another by the pipeline."""
     with _kept_latents(pipe) as kept:
         images = {task.id: pipe.generate([task.request], task.params)[0] for task in tasks}
-    alone = Made(dict(zip(images, kept, strict=True)), images, [])
+    return Made(dict(zip(images, kept, strict=True)), images, [1] * len(tasks))
+
+
+def compare(alone: Made, among_others: Sequence[Made]) -> Difference:
+    """How far images made in several orders of arrival are from the same made alone."""
     errors: list[tuple[float, int]] = []
-    batch_sizes: list[int] = []
-    for order in range(orders):
-        made = make_among_others(pipe, tasks, order, one_image_a_call)
-        batch_sizes += made.batch_sizes
-        for task in tasks:
-            expected = alone.latents[task.id]
-            rms = float(np.sqrt(np.mean((made.latents[task.id] - expected) ** 2) / np.mean(expected**2)))
-            pixels = [np.asarray(by_id[task.id], np.int16) for by_id in (made.images, alone.images)]
+    for made in among_others:
+        for name, expected in alone.latents.items():
+            rms = float(np.sqrt(np.mean((made.latents[name] - expected) ** 2) / np.mean(expected**2)))
+            pixels = [np.asarray(by_id[name], np.int16) for by_id in (made.images, alone.images)]
             errors.append((rms, int(np.abs(pixels[0] - pixels[1]).max())))
     return Difference(
         latents=max(error for error, _ in errors),
         pixels=max(error for _, error in errors),
         same=sum(error == 0 for error, _ in errors) / len(errors),
-        batch_size=float(np.mean(batch_sizes)),
+        batch_size=float(np.mean([size for made in among_others for size in made.batch_sizes])),
     )
 
 
@@ -155,7 +153,9 @@ def main(model: str, steps: int, orders: int, batch: bool | None, **options: Any
     """Measure how far an image made among others is from the one made alone."""
     pipe = MigePipeline.from_pretrained(model, **options)
     one_image_a_call = None if batch is None else not batch
-    difference = measure_difference(pipe, sample_tasks(pipe.config.size, steps), orders, one_image_a_call)
+    tasks = sample_tasks(pipe.config.size, steps)
+    made = [make_among_others(pipe, tasks, order, one_image_a_call) for order in range(orders)]
+    difference = compare(make_alone(pipe, tasks), made)
     name = f"`{pipe.engine.name}` on {pipe.engine.device}, {pipe.engine.precision}"
     same, latents = f"{difference.same:.0%}", f"{difference.latents:.1e}"
     click.echo(f"| {name} | {difference.batch_size:.1f} | {same} | {latents} | {difference.pixels} |")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gpu_stay.record import Record, Stay
-from benchmarks.step_batching import make_among_others, measure_difference, sample_tasks
+from benchmarks.step_batching import compare, make_alone, make_among_others, sample_tasks
 from mige_rt.pipeline import MigePipeline
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -26,13 +26,15 @@ def _compare(stay: Stay, precision: str) -> dict[str, Any]:
     options: dict[str, Any] = {"engine": "pytorch", "device": stay.device, "precision": precision}
     plain = MigePipeline.from_pretrained(**options, cuda_graphs=False)
     tasks = sample_tasks(plain.config.size, 2 if stay.rehearsal else 8)
-    one_image_a_call = False  # on the CPU of a rehearsal, too
-    difference = measure_difference(plain, tasks, 1 if stay.rehearsal else 3, one_image_a_call)
-    uncaptured = make_among_others(plain, tasks, 0, one_image_a_call).latents
-    captured_pipe = MigePipeline.from_pretrained(**options, cuda_graphs=True)
-    made = [make_among_others(captured_pipe, tasks, 0, one_image_a_call).latents for _ in range(2)]
+    # One call for several images on the CPU of a rehearsal, too.
+    uncaptured = [make_among_others(plain, tasks, order, False) for order in range(1 if stay.rehearsal else 3)]
+    difference = compare(make_alone(plain, tasks), uncaptured)
+    captured = MigePipeline.from_pretrained(**options, cuda_graphs=True)
+    made = [make_among_others(captured, tasks, 0, False) for _ in range(2)]
     captured_difference = max(
-        float(np.abs(latents[task.id] - uncaptured[task.id]).max()) for latents in made for task in tasks
+        float(np.abs(among.latents[name] - latents).max())
+        for among in made
+        for name, latents in uncaptured[0].latents.items()
     )
     return {
         "latents": difference.latents,

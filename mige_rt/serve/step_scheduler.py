@@ -78,7 +78,7 @@ class _RunningImage:
 
 
 class _EntryInputs(NamedTuple):
-    """What does not change between steps, of each entry of the denoiser's batch. It has these names of them."""
+    """What does not change between steps, of each entry of the denoiser's batch, by the denoiser's names."""
 
     source: Array  # float32 [R,c,h,w]
     cross_kv: Array  # [2,depth,R,heads,L,head_dim]
@@ -99,7 +99,7 @@ class _Group:
         return sum(image.branches for image in self.images)
 
     def fixed_inputs(self) -> _EntryInputs:
-        """Made again when other images are in the group."""
+        """Of the images in the group; made again when they are others."""
         if self._batched_inputs is None or self._batched_images != self.images:
             inputs = [image.inputs for image in self.images]
             xp, length = array_namespace(inputs[0].source), max(image.text_mask.shape[1] for image in inputs)

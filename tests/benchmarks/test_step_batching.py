@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from benchmarks.step_batching import measure_difference, sample_tasks
+from benchmarks.step_batching import Difference, compare, make_alone, make_among_others, sample_tasks
 from engines.interface import Array
 from engines.wrapper import HookedEngine
 from mige_rt.graphs import GraphName
@@ -17,13 +17,17 @@ def _mix(graph: GraphName, inputs: Mapping[str, Array], run: Callable[[], dict[s
     return outputs
 
 
-def test_a_denoiser_that_mixes_its_batch_is_noticed(pipe: MigePipeline) -> None:
+def difference(pipe: MigePipeline, one_image_a_call: bool | None = None) -> Difference:
     tasks = sample_tasks(64, 2)
-    exact = measure_difference(pipe, tasks, 1, None)
+    return compare(make_alone(pipe, tasks), [make_among_others(pipe, tasks, 0, one_image_a_call)])
+
+
+def test_a_denoiser_that_mixes_its_batch_is_noticed(pipe: MigePipeline) -> None:
+    exact = difference(pipe)
     assert (exact.latents, exact.pixels, exact.same) == (0, 0, 1)
     assert exact.batch_size > 1
     mixing = MigePipeline(pipe.config, pipe.condition_encoder.tokenize, HookedEngine(pipe.engine, _mix))
-    mixed = measure_difference(mixing, tasks, 1, None)
+    mixed = difference(mixing)
     assert mixed.latents > 1e-4 and mixed.same < 1
-    alone = measure_difference(mixing, tasks, 1, one_image_a_call=True)
+    alone = difference(mixing, one_image_a_call=True)
     assert (alone.latents, alone.same, alone.batch_size) == (0, 1, 1)

