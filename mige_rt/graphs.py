@@ -90,6 +90,10 @@ GRAPHS: dict[GraphName, GraphSpec] = {
     ),
 }
 
+# Slices of the queries of the VAE's attention, which are computed one after the other in its graphs. A side is a
+# multiple of the DiT's patch of 2, and so the number of queries of this.
+VAE_QUERY_SLICES = 4
+
 # Handed from graph to graph in the engine's own precision; all other floating-point tensors are float32 at the border.
 INTERNAL_TENSORS = frozenset({"image_tokens", "text_states", "cross_kv"})
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
+from mige_rt.graphs import VAE_QUERY_SLICES
 
 FLOAT = 4  # bytes; the CPU computes in float32
 GIB = 2**30
@@ -98,7 +99,7 @@ def run_bytes(config: ModelConfig, sizes: Mapping[str, int]) -> int:
         images * (3 * text.heads * length**2 + length * (6 * text.width + 3 * text.mlp)),
         batch * (2 * dit.heads * tokens * (tokens + length) + tokens * (8 * dit.width + 2 * dit.mlp)),
         # A level's input, its norm, its convolution and the residual; attention has one head.
-        images * (4 * pixels * vae.widths[0] + vae.attention * 2 * (sizes["h"] * sizes["w"]) ** 2),
+        images * (4 * pixels * vae.widths[0] + vae.attention * 2 * (sizes["h"] * sizes["w"]) ** 2 // VAE_QUERY_SLICES),
     ]
     return FLOAT * (max(graphs) + cross_kv)
 

@@ -4,7 +4,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
@@ -14,6 +14,7 @@ from mige_rt.validation import validate
 
 TRAINED = ("vae", "vit", "looks", "qformer", "mige")  # the stages that train
 NonNegativeInt = Annotated[int, Ge(0)]
+Edit = Literal["recolour", "remove", "recolour_subject", "move", "resize", "restyle", "light", "weather"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class LadderSettings:
         seed: Seed of the synthetic samples.
         climbed: Whether the model that training goes on from (--start) has been up the ladder: nothing of it starts
             anew, and all rungs are mixed from the first step on.
+        edits: How often each kind of edit is drawn in the last rung, in any unit; None: as in SHARES of
+            trainer/synthetic/tasks.py. What is measured on the way stays the same.
     """
 
     shards: PositiveInt
@@ -75,6 +78,7 @@ class LadderSettings:
     draws: PositiveInt
     seed: NonNegativeInt
     climbed: bool = False
+    edits: dict[Edit, Annotated[float, Gt(0)]] | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,10 @@ from mige_rt.errors import InputError
 from trainer.__main__ import CONFIGS, main
 from trainer.checkpoints.model_folder import load_model
 from trainer.settings import LadderSettings, StageSettings
+from trainer.stages.features import KIND_NAMES
+from trainer.stages.ladder import LADDER as LADDER_OF_TASKS
 from trainer.stages.make_samples import make_samples
+from trainer.stages.practice import open_practice
 from trainer.stages.train_mige import train_mige
 from trainer.stages.trained_part import TrainedPart
 from trainer.synthetic.concepts import Concept
@@ -44,6 +47,14 @@ def test_a_model_that_has_been_up_the_ladder_goes_on_from_samples_that_were_made
     for name, weight in given.items():
         torch.testing.assert_close(trained[name], weight, rtol=0, atol=1e-6, msg=name)
     assert not (tmp_path / "mige" / "start.json").exists()
+
+
+def test_the_edits_that_are_practised_can_be_chosen(concepts: list[Concept], tmp_path: Path) -> None:
+    ladder = replace(LADDER, edits={"resize": 1.0})
+    _, samples = open_practice(read_config(DEFAULT_MODEL), ladder, concepts, tmp_path, DEFAULT_MODEL)
+    drawn = {KIND_NAMES[kind] for kind in next(samples.batches(replace(QUICK, batch=60), 0, 0, 1)).kinds}
+    assert drawn & LADDER_OF_TASKS[-1].shares.keys() == {"resize"}
+    assert drawn >= {"again", "another_ground", "generate_one", "generate_several", "add"}
 
 
 def test_going_on_needs_a_model_of_the_same_sizes(concepts: list[Concept], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
 from mige_rt.config import VAEConfig
+from mige_rt.graphs import VAE_QUERY_SLICES
 
 SCORES_BYTES = 256 << 20  # of attention's scores that are held at once
 
@@ -21,7 +22,7 @@ class QuerySlicedAttention:
 
     The VAE's one head is as wide as its channels, 512 in the published sizes, for which no fused kernel is. Its scores
     grow with the fourth power of an image's side: 8.6 GB in float16 at 2,048 pixels. Each query's result is its own, so
-    slices change nothing but rounding.
+    slices change nothing but rounding. Graphs have a fixed number of slices, here they are of at most SCORES_BYTES.
     """
 
     def __call__(self, attn: Attention, hidden_states: Tensor, *, temb: None = None, **_: Any) -> Tensor:
@@ -34,11 +35,11 @@ class QuerySlicedAttention:
             linear(x).unflatten(2, (attn.heads, -1)).transpose(1, 2) for linear in (attn.to_q, attn.to_k, attn.to_v)
         )  # each [B,heads,T,head_dim]
         if torch.compiler.is_exporting():  # T has no value there
-            attended = F.scaled_dot_product_attention(q, k, v)
+            slices = q.unflatten(2, (VAE_QUERY_SLICES, -1)).unbind(2)
         else:
             row_bytes = q.shape[0] * q.shape[1] * q.shape[2] * q.element_size()  # of one query's scores
             slices = q.split(max(1, SCORES_BYTES // row_bytes), dim=2)
-            attended = torch.cat([F.scaled_dot_product_attention(part, k, v) for part in slices], dim=2)
+        attended = torch.cat([F.scaled_dot_product_attention(part, k, v) for part in slices], dim=2)
         x = attn.to_out[0](attended.transpose(1, 2).flatten(2))
         x = x.transpose(1, 2).reshape(batch, channels, height, width)
         return (x + hidden_states) / attn.rescale_output_factor
