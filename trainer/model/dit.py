@@ -65,11 +65,19 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.frequencies = frequencies
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self._omega: Tensor | None = None  # see `prepare`
+
+    def prepare(self) -> None:
+        """Compute now what does not change between calls, on the device of the weights."""
+        self._omega = self._angular_frequencies(next(self.mlp.parameters()).device)
+
+    def _angular_frequencies(self, device: torch.device) -> Tensor:
+        half = self.frequencies // 2
+        return torch.exp(torch.arange(half, dtype=torch.float32, device=device) * (-math.log(10000.0) / half))
 
     def forward(self, timestep: Tensor) -> Tensor:
         """Embed timesteps [R], which may be fractions, as [R,width]."""
-        half = self.frequencies // 2
-        omega = torch.exp(torch.arange(half, dtype=torch.float32, device=timestep.device) * (-math.log(10000.0) / half))
+        omega = self._angular_frequencies(timestep.device) if self._omega is None else self._omega
         angle = timestep.float()[:, None] * omega
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(next(self.mlp.parameters()).dtype))
 
@@ -260,6 +268,7 @@ class Denoiser(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             tables = torch.stack([cast("Block", block).scale_shift_table for block in self.blocks])  # [depth,6,width]
             tables[:, [Modulation._fields.index("scale_attn"), Modulation._fields.index("scale_mlp")]] += 1
+            self.t_embedder.prepare()
         self._tables = tables
         self._positions.clear()
 
