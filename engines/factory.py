@@ -6,11 +6,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from engines.interface import Engine, EngineOptions
 from engines.plans import PLAN_ENGINES, PlanEngine, UntrustedError
 from mige_rt.bundle import OpenedModel
 from mige_rt.errors import InputError, NotAvailableError
+
+if TYPE_CHECKING:
+    from engines.onnx_runtime import OnnxRuntimeEngine
 
 _log = logging.getLogger(__name__)
 
@@ -128,6 +132,8 @@ def _open(model: OpenedModel, engine: str, options: EngineOptions) -> Engine:
             f"the engine {engine} needs a package that is not here ({error}); install it with: {entry.install}"
         ) from error
     admit(model, opened, trust=options.trust)
+    if engine == "onnxruntime":  # not when it is opened: no runtime is to see a graph before it is admitted
+        cast("OnnxRuntimeEngine", opened).check_device()
     return opened
 
 

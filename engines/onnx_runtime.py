@@ -83,10 +83,17 @@ class OnnxRuntimeEngine:
                 f"{model.folder} holds integer products that ONNX Runtime has for CPUs alone: use --device cpu, or "
                 "export with --precision fp16"
             )
-        engine = cls(model.folder, model.manifest, device)
-        if device != "cpu":
-            engine._session("vae_encoder", 0)  # which fails here, and not at the first image, where CUDA cannot be had
-        return engine
+        return cls(model.folder, model.manifest, device)
+
+    def check_device(self) -> None:
+        """Load a first graph on CUDA, so that it fails before the first image where CUDA cannot be had.
+
+        Raises:
+            NotAvailableError: ONNX Runtime cannot use the device.
+            InputError: The graph cannot be loaded.
+        """
+        if self.device != "cpu":
+            self._session("vae_encoder", 0)
 
     def array(self, values: NDArray[Any]) -> Array:
         """See `Engine.array`."""

@@ -181,12 +181,20 @@ class PyTorchEngine:
             raise InputError("the model was not opened from files, into whose weights a LoRA could be merged")
         merged = MergedCheckpoint(self._opened, loras)
         merged.close()  # what its checks have opened
-        before = self._checkpoint.adapted if isinstance(self._checkpoint, MergedCheckpoint) else frozenset[GraphName]()
+        before = self._checkpoint
+        adapted = before.adapted if isinstance(before, MergedCheckpoint) else frozenset[GraphName]()
+        stale = (adapted | merged.adapted) - self._released
+        if "denoiser" in stale:
+            from_float8(self.model.denoiser)
         self._checkpoint = merged
-        stale = (before | merged.adapted) - self._released
         self._released |= stale
-        for graph in sorted(stale):
-            self._load(graph)
+        try:
+            for graph in sorted(stale):
+                self._load(graph)
+        except BaseException:
+            self._checkpoint = before  # from which the graphs that are left are loaded when they are needed
+            self._released |= stale
+            raise
 
     def _tensors(self, graph: GraphName, inputs: Mapping[str, Array]) -> list[Tensor]:
         dtype = graph_dtype(graph, self.precision)

@@ -279,6 +279,7 @@ class _Jobs:
     def __init__(self, job: ExportJob, *, accept_failures: bool, on_progress: OnProgress | None) -> None:
         self.job, self.accept_failures, self.on_progress = job, accept_failures, on_progress
         self.processes: list[subprocess.Popen[str]] = []
+        self.stopped = False
         self.done = 0
 
     def run_graphs(self, precisions: Mapping[GraphName, Precision]) -> dict[GraphName, GraphResult]:
@@ -293,6 +294,7 @@ class _Jobs:
             try:
                 results = {futures[future]: future.result() for future in as_completed(futures)}
             except BaseException:
+                self.stopped = True
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in self.processes:
                     process.kill()
@@ -305,7 +307,7 @@ class _Jobs:
 
     def _run(self, name: str, job: ExportJob, result_type: type[Result]) -> Result:
         """The worker's result. Raises InputError with its sentence, RuntimeError when it ended without one."""
-        hooks = WorkerHooks(on_phase=lambda phase: self._report(name, phase), on_start=self.processes.append)
+        hooks = WorkerHooks(on_phase=lambda phase: self._report(name, phase), on_start=self._on_start)
         try:
             result = run_worker(WORKER, job, result_type, hooks)
         except WorkerFailedError as error:
@@ -319,6 +321,11 @@ class _Jobs:
             _require_good(name, result.checks or [])
         self.done += 1
         return result
+
+    def _on_start(self, process: subprocess.Popen[str]) -> None:
+        self.processes.append(process)
+        if self.stopped:  # a thread took the next graph before the one that failed could stop it
+            process.kill()
 
     def _report(self, name: str, phase: str) -> None:
         if self.on_progress is not None:

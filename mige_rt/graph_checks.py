@@ -30,6 +30,7 @@ OPERATORS = frozenset(
         "Concat",
         "Conv",
         "Cos",
+        "DequantizeLinear",
         "Div",
         "DynamicQuantizeLinear",
         "Expand",
@@ -51,6 +52,7 @@ OPERATORS = frozenset(
         "Not",
         "Pad",
         "Pow",
+        "QuantizeLinear",
         "Range",
         "Reciprocal",
         "ReduceMean",
@@ -72,7 +74,8 @@ OPERATORS = frozenset(
     ]
 )
 
-_ITEM_BYTES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 16: 2}  # of the types that it writes, by onnx.proto's number
+# Of the types that it writes, by onnx.proto's number.
+_ITEM_BYTES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 16: 2, 17: 1}
 _DATA_TYPES = {"float32": 1, "int64": 7, "bool": 9}
 
 # Sizes of the configuration: the weight that has each, and in which axis.

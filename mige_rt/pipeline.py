@@ -4,7 +4,8 @@ import logging
 import secrets
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from numbers import Integral
@@ -146,6 +147,7 @@ class MigePipeline:
             self._cuda_graphs = graphs.CudaGraphRunner(engine)
             self.runner.before_denoiser_release = self._cuda_graphs.clear
         self._step: Step = self.captured(denoising_step(denoiser))
+        self._is_denoising = False
 
     @classmethod
     def from_pretrained(  # noqa: PLR0913, diffusers' way to open a model
@@ -172,8 +174,8 @@ class MigePipeline:
                 with mige-rt.
             engine: `onnxruntime`, `pytorch`, `tensorrt` or `tensorrt-rtx`; `auto`: the fastest that works here.
             device: `cpu`, `cuda` or `cuda:N`; `auto`: cuda where there is one.
-            precision: `fp32`, `fp16`, `bf16` or `int8`; `auto`: a bundle's own, but with the engine pytorch fp32 on the
-                CPU and fp16 on CUDA, where T5 computes in bf16.
+            precision: `fp32`, `fp16`, `bf16`, `int8`, `fp8` or `int8-sq`; `auto`: a bundle's own, but with the engine
+                pytorch fp32 on the CPU and fp16 on CUDA, where T5 computes in bf16.
             local_files_only: Do not download; a repository must have been downloaded before.
             low_memory: The image encoders, the text encoder, the denoiser and the decoder are loaded when they are
                 needed and released before the next, which costs the time of loading them for every image.
@@ -380,15 +382,19 @@ class MigePipeline:
             changes = callback_on_step_end(self, index, plan.schedule[index].timestep, {"latents": latents})
             return None if changes is None else changes.get("latents")
 
-        latents = denoise(
-            self._step,
-            self.engine.array(plan.noise),
-            conditioning,
-            plan.branches,
-            plan.schedule,
-            approximations=plan.approximations,
-            on_step_end=on_step_end,
-        )
+        if callback_on_step_end is not None:  # it may use the pipeline, and an engine may overwrite its output
+            xp = array_namespace(conditioning.cross_kv)
+            conditioning = replace(conditioning, cross_kv=xp.asarray(conditioning.cross_kv, copy=True))
+        with self._denoising():
+            latents = denoise(
+                self._step,
+                self.engine.array(plan.noise),
+                conditioning,
+                plan.branches,
+                plan.schedule,
+                approximations=plan.approximations,
+                on_step_end=on_step_end,
+            )
         images = self.decode(latents)
         if not params.paste_back or conditioning.source is None:
             return images
@@ -401,6 +407,17 @@ class MigePipeline:
             put_source_back(source, reconstruction, image)
             for source, reconstruction, image in zip(sources, self.decode(conditioning.source), images, strict=True)
         ]
+
+    @contextmanager
+    def _denoising(self) -> Iterator[None]:
+        """Keeps the tensors of captured steps apart from those of the call whose callback this one is made in."""
+        is_nested, self._is_denoising = self._is_denoising, True
+        if is_nested and self._cuda_graphs is not None:
+            self._cuda_graphs.clear()
+        try:
+            yield
+        finally:
+            self._is_denoising = is_nested
 
     def plan(self, requests: Sequence[ResolvedRequest], params: SamplingParams) -> SamplingPlan:
         """What it takes to make a batch of requests.

@@ -4,14 +4,15 @@ import tomllib
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnxruntime
 import pytest
 import torch
 from cuda_stubs import Cuda, Stream
 
-from engines import onnx_runtime
+from engines import onnx_runtime, trial
+from engines.factory import open_engine
 from engines.interface import EngineOptions
 from engines.onnx_runtime import OnnxRuntimeEngine
 from mige_rt.bundle import DEFAULT_MODEL, open_model, read_manifest
@@ -64,7 +65,9 @@ def gpu(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> Cuda:
 
 
 def open_on_cuda() -> OnnxRuntimeEngine:
-    return OnnxRuntimeEngine.open(open_model(DEFAULT_MODEL), EngineOptions(device="cuda"))
+    return cast(
+        "OnnxRuntimeEngine", open_engine(open_model(DEFAULT_MODEL), "onnxruntime", EngineOptions(device="cuda"))
+    )
 
 
 @pytest.mark.usefixtures("gpu")
@@ -110,6 +113,20 @@ def test_a_provider_that_is_lost_is_an_error_when_the_engine_is_opened(monkeypat
     monkeypatch.setattr(onnx_runtime, "distribution", lambda name: None)  # both packages are installed
     with pytest.raises(NotAvailableError, match=r"onnxruntime and onnxruntime-gpu are both installed.*pip uninstall"):
         open_on_cuda()
+
+
+@pytest.mark.usefixtures("gpu")
+def test_no_session_is_made_of_a_foreign_graph_before_it_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign, tried = replace(open_model(DEFAULT_MODEL), known=False), list[str]()
+
+    def run_trial(folder: Path, manifest: Any, device: str) -> None:
+        assert not Session.opened
+        tried.append(device)
+
+    monkeypatch.setattr(trial, "run_trial", run_trial)
+    monkeypatch.setattr(trial, "remember", lambda file: None)
+    open_engine(foreign, "onnxruntime", EngineOptions(device="cuda"))
+    assert tried == ["cuda:0"] and Session.opened
 
 
 def test_without_the_provider_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,9 @@ from PIL import Image
 from safetensors import safe_open
 
 from engines.onnx_runtime import computes_in_bf16
-from export.exporter import ExportLimits, ExportOptions, axis_ranges, export_bundle
+from export import exporter
+from export.context import ExportJob
+from export.exporter import ExportLimits, ExportOptions, axis_ranges, export_bundle, locate_checkpoint
 from mige_rt.bundle import DEFAULT_MODEL, MANIFEST, read_manifest
 from mige_rt.cli import main
 from mige_rt.config import PRESETS
@@ -212,6 +214,25 @@ def test_a_killed_export_leaves_nothing_that_looks_finished(tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
     for left in tmp_path.iterdir():
         assert "no model" in refusal(lambda folder=left: MigePipeline.from_pretrained(folder))
+
+
+def test_a_graph_that_fails_ends_the_one_that_was_begun_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One worker at a time, as for large models: the first graph fails, any other ends by itself, and says so."""
+    worker = (
+        "import json, pathlib, sys, time\n"
+        "job = json.load(sys.stdin)\n"
+        "if job['graph'] == 'vae_encoder': sys.exit(print(json.dumps({'error': 'it is damaged'})))\n"
+        "time.sleep(5)\n"
+        "pathlib.Path(job['bundle'], job['graph']).touch()\n"
+    )
+    monkeypatch.setattr(exporter, "WORKER", (sys.executable, "-c", worker))
+    job = ExportJob(None, locate_checkpoint("tiny"), tmp_path, "fp32", {}, validate=False, small=False)
+    for _ in range(3):  # a thread takes the next graph before or after the failure is noticed
+        jobs = exporter._Jobs(job, accept_failures=False, on_progress=None)
+        assert "vae_encoder: it is damaged" in refusal(lambda: jobs.run_graphs(dict.fromkeys(GRAPHS, "fp32")))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("room", [100_000, pytest.param(800_000, marks=pytest.mark.long)])

@@ -26,10 +26,12 @@ from export.graphs import export_graph
 from export.inputs import random_feed, sample_requests
 from export.reference import run_reference
 from export.validate import RANDOM_TOLERANCES, measure
-from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE
+from mige_rt import graph_checks
+from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, read_manifest
 from mige_rt.config import PRESETS, Precision
 from mige_rt.errors import InputError
 from mige_rt.graphs import AxisRange
+from mige_rt.onnx_file import read_onnx
 from mige_rt.tokenizer import load_tokenizer
 from trainer.checkpoints.open_checkpoint import open_checkpoint
 from trainer.checkpoints.weights import Checkpoint, empty_model
@@ -104,6 +106,16 @@ def test_the_blocks_products_are_quantised_and_nothing_else(quantised: Quantised
     assert all(not stored[node.input[1]].dims for node in inputs)  # one scale
     for name in ("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "t_block.1.weight"):
         assert any(name in other for other in stored if stored[other].data_type == onnx.TensorProto.FLOAT16), name
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_graph_is_not_refused_on_another_machine(quantised: Quantised, precision: Precision) -> None:
+    target = quantised(precision)
+    entry = read_manifest(DEFAULT_MODEL).graphs["denoiser"]
+    weights = replace(entry.weights, bytes=target.weights_path("denoiser").stat().st_size)
+    model = read_onnx(target.onnx_path("denoiser"))
+    assert not graph_checks._forbidden(model)
+    assert not graph_checks._tensors(model.tensors, replace(entry, weights=weights))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -116,6 +116,19 @@ def test_replayed_steps_give_the_steps_own_image(
         assert image(captured, scene, seed=seed, **arguments) == image(plain, scene, seed=seed, **arguments)
 
 
+def test_a_callback_may_make_an_image_of_the_same_shape(captured: MigePipeline, scene: Image.Image) -> None:
+    alone = [image(captured, scene, seed=seed) for seed in (1, 2)]
+    inner: list[bytes] = []
+
+    def on_step_end(pipe: MigePipeline, step: int, timestep: float, values: dict[str, Any]) -> None:
+        if step == STEPS // 2:
+            inner.append(image(pipe, scene, seed=2))
+
+    assert image(captured, scene, callback_on_step_end=on_step_end) == alone[0]
+    assert inner == alone[1:]
+    assert image(captured, scene) == alone[0]
+
+
 def test_a_capture_reads_the_tensors_of_the_warm_up(cuda: Cuda, captured: MigePipeline, scene: Image.Image) -> None:
     """Compiled code depends on what its inputs are: those of a capture must be those that it was compiled for."""
     given: list[tuple[int, bool]] = []

@@ -341,6 +341,7 @@ def test_the_files_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         for task, steps, text in product(("edit", "compose", "subject"), (2, 3), (1, 4))
     ]
     assert set(data["best_balanced"]) == {"edit", "compose", "subject"}
+    assert {point["task"] for point in data["points"] if point["covered"] is not None} == {"edit", "compose"}
     with Image.open(tmp_path / "out" / "guidance.png") as image:
         assert image.size == (1100, 800)
 
@@ -354,7 +355,7 @@ def _few(
 
 def _point(text: float, image: float, right: float, kept: float) -> SweepPoint:
     estimates = [Estimate(share, share, share) for share in (right, kept)]
-    return SweepPoint("edit", 8, text, image, estimates[0], None, estimates[1])
+    return SweepPoint("edit", 8, text, image, estimates[0], None, estimates[1], None)
 
 
 def test_the_best_balanced_scales_are_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,6 +364,9 @@ def test_the_best_balanced_scales_are_chosen(tmp_path: Path, monkeypatch: pytest
     assert choose(points) == {"edit": points[1]}
     fewer_steps = replace(points[1], num_inference_steps=4)
     assert choose([*points, fewer_steps]) == {"edit": fewer_steps}
+    nearer = replace(points[1], right=points[0].right, covered=Estimate(0.9, 0.9, 0.9))  # the mean of 0.2, 0.8, 0.9
+    farther = replace(nearer, covered=Estimate(-0.1, -0.1, -0.1))
+    assert choose([farther, nearer, replace(points[0], kept=points[1].kept)]) == {"edit": nearer}
     plot(points, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -208,6 +209,31 @@ def test_low_memory_loads_merged_weights_again(trained: Path, scene: Image.Image
     pipe.load_lora_weights(trained)
     assert np.array_equal(made(pipe, scene), expected)
     assert np.array_equal(made(pipe, scene), expected)
+
+
+def test_a_lora_is_merged_into_weights_of_float8(trained: Path, scene: Image.Image) -> None:
+    pipe = MigePipeline.from_pretrained(engine="pytorch", device="cpu", precision="fp8")
+    before = made(pipe, scene)
+    pipe.load_lora_weights(trained)
+    changed = made(pipe, scene)
+    assert np.abs(changed - before).max() > 10
+    pipe.unload_lora_weights()
+    assert np.array_equal(made(pipe, scene), before)
+
+
+def test_a_lora_that_cannot_be_merged_leaves_the_model_as_it_was(
+    trained: Path, scene: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = MigePipeline.from_pretrained(engine="pytorch", device="cpu")
+    before = made(pipe, scene)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise InputError("the file ends early")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MergedCheckpoint, "load", fail)
+        assert "ends early" in refusal(lambda: pipe.load_lora_weights(trained))
+    assert np.array_equal(made(pipe, scene), before)
 
 
 def test_run_takes_loras(trained: Path, tmp_path: Path) -> None:

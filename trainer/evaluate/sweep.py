@@ -33,10 +33,12 @@ GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0)
 IMAGE_GUIDANCE_SCALES = (1.0, 1.5, 2.5)
 LINE_STYLES = ("dotted", "dashed", "solid")  # of the numbers of steps
 TASKS: tuple[Task, ...] = ("edit", "compose", "subject")
-METRICS: Mapping[Literal["right", "found", "kept"], str] = {
+Metric = Literal["right", "found", "kept", "covered"]
+METRICS: Mapping[Metric, str] = {
     "right": "edited pixels right",
     "found": "subjects found",
     "kept": "untouched pixels kept",
+    "covered": "distance covered",
 }
 
 
@@ -49,9 +51,10 @@ class SweepPoint:
         num_inference_steps: Of the scheduler.
         guidance_scale: For the text.
         image_guidance_scale: For the source; None for tasks without one.
-        right: Share of edited pixels, of the result, as in KindMetrics; the same for the next two.
+        right: Share of edited pixels, of the result, as in KindMetrics; the same for the others.
         found: Share of subjects; None where none is asked for.
         kept: Share of untouched pixels; None where there are none.
+        covered: Share of the distance from the source to the ground truth; None for tasks without a source.
     """
 
     task: Task
@@ -61,11 +64,13 @@ class SweepPoint:
     right: Estimate
     found: Estimate | None
     kept: Estimate | None
+    covered: Estimate | None
 
     @property
     def balance(self) -> float:
         """The mean of the metrics that there are: following the instruction and keeping the rest count alike."""
-        present = [share.value for share in (self.right, self.found, self.kept) if share is not None]
+        shares = (self.right, self.found, self.kept, self.covered)
+        present = [share.value for share in shares if share is not None]
         return sum(present) / len(present)
 
 
@@ -113,7 +118,7 @@ def sweep(
                 ]
             )
             found, kept = metrics.found.get("result"), metrics.kept.get("result")
-            points.append(SweepPoint(task, steps, text, image, metrics.right["result"], found, kept))
+            points.append(SweepPoint(task, steps, text, image, metrics.right["result"], found, kept, metrics.covered))
     return points
 
 
@@ -176,7 +181,7 @@ def plot(points: Sequence[SweepPoint], path: Path) -> None:
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
-def _plot_lines(axes: "Axes", points: Sequence[SweepPoint], metric: Literal["right", "found", "kept"]) -> None:
+def _plot_lines(axes: "Axes", points: Sequence[SweepPoint], metric: Metric) -> None:
     """Draw a line for each image guidance scale, by color, and number of steps, by style; hide axes without any."""
     image_scales = list(dict.fromkeys(point.image_guidance_scale for point in points))
     all_steps = list(dict.fromkeys(point.num_inference_steps for point in points))

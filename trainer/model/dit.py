@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from mige_rt.config import ModelConfig
 
+KEPT_POSITIONS = 32  # grids whose embeddings are kept: 2.4 MB each in float16 at the published sizes and 512 pixels
+
 
 def sincos_positions(gh: int, gw: int, width: int, trained_grid: int, device: torch.device | None = None) -> Tensor:
     """Fixed 2D sine-cosine positional embeddings.
@@ -302,8 +304,8 @@ class Denoiser(nn.Module):
             return self._positions[gh, gw]
         with torch.inference_mode(False):
             positions = sincos_positions(gh, gw, dit.width, dit.trained_grid, like.device).to(like.dtype)
-        if self._tables is not None:
-            self._positions[gh, gw] = positions
+        if self._tables is not None and len(self._positions) < KEPT_POSITIONS:
+            self._positions[gh, gw] = positions  # and never dropped, since captured CUDA graphs read it
         return positions
 
     def forward(
