@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -230,8 +231,10 @@ def test_a_graph_that_fails_ends_the_one_that_was_begun_after_it(
     monkeypatch.setattr(exporter, "WORKER", (sys.executable, "-c", worker))
     job = ExportJob(None, locate_checkpoint("tiny"), tmp_path, "fp32", {}, validate=False, small=False)
     for _ in range(3):  # a thread takes the next graph before or after the failure is noticed
-        jobs = exporter._Jobs(job, accept_failures=False, on_progress=None)
-        assert "vae_encoder: it is damaged" in refusal(lambda: jobs.run_graphs(dict.fromkeys(GRAPHS, "fp32")))
+        run = partial(
+            exporter._Jobs(job, accept_failures=False, on_progress=None).run_graphs, dict.fromkeys(GRAPHS, "fp32")
+        )
+        assert "vae_encoder: it is damaged" in refusal(run)
     assert not list(tmp_path.iterdir())
 
 
