@@ -21,6 +21,7 @@ MAX_PIXELS = 80_000_000  # 240 MB decoded
 # Not all that Pillow reads: some formats start other programs.
 READABLE = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 
+_LIMIT_OPTION = "--max-pixels"  # of `mige-rt run`
 _ELONGATION = 8  # a side may be this many times that of the largest square: each row costs memory of its own
 _pillow_settings = threading.Lock()  # Pillow's limit and Python's warnings are set for all threads
 
@@ -48,21 +49,26 @@ def open_image(path: str | Path, *, max_pixels: int | None = None) -> Image.Imag
         return _read(file, str(path), size, max_pixels)
 
 
-def decode_image(data: bytes, name: str, *, max_pixels: int | None = None) -> Image.Image:
+def decode_image(
+    data: bytes, name: str, *, max_pixels: int | None = None, limit_option: str = _LIMIT_OPTION
+) -> Image.Image:
     """Like `open_image`, for the content of an image file.
 
     Args:
         data: Of the file.
         name: What an error calls it.
         max_pixels: See `normalize_image`.
+        limit_option: What an error calls the option that raises `max_pixels`.
 
     Raises:
         InputError: It is no image, it is damaged or incomplete, or it is too large.
     """
-    return _read(BytesIO(data), name, len(data), max_pixels)
+    return _read(BytesIO(data), name, len(data), max_pixels, limit_option)
 
 
-def _read(file: BinaryIO, name: str, size: int, max_pixels: int | None) -> Image.Image:
+def _read(
+    file: BinaryIO, name: str, size: int, max_pixels: int | None, limit_option: str = _LIMIT_OPTION
+) -> Image.Image:
     description = f"{name} ({size} bytes)"
     with _own_limits():
         try:
@@ -73,7 +79,8 @@ def _read(file: BinaryIO, name: str, size: int, max_pixels: int | None) -> Image
             raise InputError(
                 f"{description} is not an image that can be read; give one of these formats: {', '.join(READABLE)}"
             ) from error
-        opened = normalize_image(image, name, max_pixels=max_pixels)
+        _check_size(image, name, max_pixels, limit_option)
+        opened = _normalized(image, name)
         if image.format == "PNG":
             _check_png_end(file, description)
         return opened
@@ -94,7 +101,11 @@ def normalize_image(image: Image.Image, name: str = "the image", *, max_pixels: 
     Raises:
         InputError: It has no pixels or too many, or cannot be decoded.
     """
-    _check_size(image, name, MAX_PIXELS if max_pixels is None else max_pixels)
+    _check_size(image, name, max_pixels, _LIMIT_OPTION)
+    return _normalized(image, name)
+
+
+def _normalized(image: Image.Image, name: str) -> Image.Image:
     try:
         image.load()
         return _to_rgb(_upright(image))
@@ -147,7 +158,8 @@ def _own_limits() -> Generator[None, None, None]:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
+def _check_size(image: Image.Image, name: str, max_pixels: int | None, limit_option: str) -> None:
+    max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
     width, height = image.size
     if width * height == 0:
         raise InputError(f"{name} has no pixels ({width}x{height}); give an image of at least 1x1")
@@ -155,7 +167,7 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
     if width * height > max_pixels or max(width, height) > max_side:
         raise InputError(
             f"{name} ({width}x{height}) is too large: images of at most {max_pixels:,} pixels, with sides of at most "
-            f"{max_side:,}, are opened; make it smaller, or raise --max-pixels"
+            f"{max_side:,}, are opened; make it smaller, or raise {limit_option}"
         )
 
 

@@ -150,7 +150,7 @@ def _serve(values: dict[str, Any], *, page: bool) -> None:
         from mige_rt.serve.logs import configure_logging
         from mige_rt.serve.metrics import Metrics
         from mige_rt.serve.options import LOOPBACK_HOSTS, ServerOptions
-        from mige_rt.serve.server import Server
+        from mige_rt.serve.server import Server, bind_sockets, listen
         from mige_rt.serve.supervisor import QueueLimits, Supervisor
         from mige_rt.serve.tracing import otlp_provider, trace_requests
         from mige_rt.serve.worker import WorkerOptions
@@ -161,9 +161,13 @@ def _serve(values: dict[str, Any], *, page: bool) -> None:
 
     if values["api_key"] == "":
         raise InputError("--api-key is empty; leave it out for none")
+    host: str = values["host"]
+    sockets = bind_sockets(host, values["port"])  # now, since opening the model takes longer
+    for sock in sockets:
+        click.get_current_context().call_on_close(sock.close)
     configure_logging(values["log_format"])
-    if values["host"] not in LOOPBACK_HOSTS and values["api_key"] is None:
-        _log.warning("whoever reaches %s can use the server; --api-key keeps others out", message(values["host"]))
+    if host not in LOOPBACK_HOSTS and values["api_key"] is None:
+        _log.warning("whoever reaches %s can use the server; --api-key keeps others out", message(host))
     endpoint: str | None = values["otlp_traces_endpoint"]
     provider = None if endpoint is None else otlp_provider(endpoint)
     worker = WorkerOptions(
@@ -184,7 +188,7 @@ def _serve(values: dict[str, Any], *, page: bool) -> None:
     options = ServerOptions(
         model_names=(name,),
         api_key=values["api_key"],
-        any_host=values["host"] not in LOOPBACK_HOSTS,
+        any_host=host not in LOOPBACK_HOSTS,
         max_body=values["max_body_mb"] * 1024 * 1024,
         body_timeout=values["body_timeout"],
         max_input_pixels=values["max_input_pixels"],
@@ -204,8 +208,6 @@ def _serve(values: dict[str, Any], *, page: bool) -> None:
         end_page = mount_page(app, service, supervisor)
     config = uvicorn.Config(
         app,
-        host=values["host"],
-        port=values["port"],
         log_config=None,  # as the root logger was configured above
         access_log=False,  # requests for images are logged when they end
         server_header=False,
@@ -213,7 +215,10 @@ def _serve(values: dict[str, Any], *, page: bool) -> None:
     )
     signal.signal(signal.SIGTERM, _exit)  # uvicorn sends the signal again when all is done
     server = uvicorn.Server(config) if end_page is None else Server(config, end_page)
-    server.run()
+    listen(sockets, host)
+    shown_host = f"[{host}]" if ":" in host else host
+    _log.info("running on http://%s:%d (Ctrl+C ends it)", message(shown_host), sockets[0].getsockname()[1])
+    server.run(sockets)
 
 
 def _exit(number: int, frame: FrameType | None) -> None:

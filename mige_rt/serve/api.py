@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -117,10 +117,18 @@ def _operation_routes(service: ImageService) -> APIRouter:
 def check_origin(request: Request, options: ServerOptions) -> None:
     """Web pages of others may not ask. Raises ApiError."""
     host, origin = request.headers.get("host", ""), request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != host:
+    if origin is not None and ((page := _split(origin)) is None or page.netloc != host):
         raise ApiError(403, f"a page of {origin} asks, and only this server's own pages may")
-    if not options.any_host and urlsplit(f"//{host}").hostname not in LOOPBACK_HOSTS:
+    if not options.any_host and ((own := _split(f"//{host}")) is None or own.hostname not in LOOPBACK_HOSTS):
         raise ApiError(403, f"the request is for the host {host!r}; this server is {' or '.join(LOOPBACK_HOSTS)} alone")
+
+
+def _split(url: str) -> SplitResult | None:
+    """A URL's parts; None where it is malformed."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return None
 
 
 def _check_key(request: Request, options: ServerOptions) -> None:

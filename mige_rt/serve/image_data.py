@@ -20,6 +20,7 @@ from mige_rt.images import decode_image
 OutputFormat = Literal["png", "jpeg", "webp"]
 
 _MEMORY = 3 * 1024**3  # bytes of address space that decoding may take, libraries and their threads' stacks included
+_LIMIT_OPTION = "the server's --max-input-pixels"
 _QUALITY = 95  # of JPEG and WebP, as `image_output` writes them
 
 _log = logging.getLogger(__name__)
@@ -107,8 +108,14 @@ def _end_with_parent() -> None:
 
 def _decode(files: Sequence[bytes], max_pixels: int) -> list[Image.Image]:
     images: list[Image.Image] = []
+    pixels = 0
     for i, data in enumerate(files):
-        image = decode_image(data, f"image[{i}]", max_pixels=max_pixels)
-        max_pixels = max(0, max_pixels - image.width * image.height)
+        image = decode_image(data, f"image[{i}]", max_pixels=max_pixels, limit_option=_LIMIT_OPTION)
+        pixels += image.width * image.height
+        if pixels > max_pixels:
+            raise InputError(
+                f"image[0] to image[{i}] are too large together: they have {pixels:,} pixels, and the images of a "
+                f"request at most {max_pixels:,}; make them smaller, send fewer, or raise {_LIMIT_OPTION}"
+            )
         images.append(image)
     return images

@@ -6,14 +6,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mige_rt.errors import InputError
 from mige_rt.image_size import parse_size
+from mige_rt.instruction import MAX_CHARACTERS
 from mige_rt.sampling_params import SamplingParams
 from mige_rt.serve.body import Body
 from mige_rt.serve.errors import ApiError
 from mige_rt.serve.image_data import OutputFormat
 from mige_rt.serve.options import ServerOptions
 from mige_rt.validation import validation_message
-
-LONGEST_PROMPT = 32_000  # characters, OpenAI's limit; the model reads the first 88 words
 
 R = TypeVar("R", bound="ImageRequest")
 
@@ -23,7 +22,7 @@ class ImageRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str = Field(max_length=LONGEST_PROMPT, description="`<imagehere>` stands for an image, in their order.")
+    prompt: str = Field(max_length=MAX_CHARACTERS, description="`<imagehere>` stands for an image, in their order.")
     model: str | None = Field(None, description="One of `/v1/models`.")
     n: int = Field(1, ge=1, description="Images to make; one if `stream` is true.")
     size: str | None = Field(None, description="`WIDTHxHEIGHT` in pixels, or `auto`: the size that the model is for.")

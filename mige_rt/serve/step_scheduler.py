@@ -10,12 +10,13 @@ B images, R entries of the denoiser's batch (an image's guidance branches lie to
 
 import sys
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from engines.interface import Array, Engine, array_namespace, device
 from mige_rt.denoise import LoopInputs, coefficient_rows, loop_inputs, solver_step
-from mige_rt.errors import InputError
+from mige_rt.errors import InputError, NotFiniteError
 from mige_rt.pipeline import MigePipeline
 from mige_rt.sampling_plan import SamplingPlan
 from mige_rt.serve.options import Batching
@@ -177,31 +178,34 @@ class StepScheduler:
         for group in self._groups.values():
             group.images = [image for image in group.images if image.task.id != task_id]
 
-    def step(self) -> list[TaskEvent | StepReport]:
-        """Start what fits, and advance everything that is running by one step."""
-        events: list[TaskEvent | StepReport] = [*self._start_waiting()]
+    def step(self) -> Iterator[TaskEvent | StepReport]:
+        """Start what fits, and advance everything that is running by one step.
+
+        Yields:
+            What happens, when it happens: `Started` comes before any work on the image. The step goes on only as its
+            events are taken; until they all are, nothing else may be called.
+        """
+        yield from self._start_waiting()
         self._groups = {key: group for key, group in self._groups.items() if group.images}
         batch_sizes = tuple(len(group.images) for group in self._groups.values())
         for group in self._groups.values():
-            events += self._advance(group)
-        return [*events, StepReport(batch_sizes)]
+            yield from self._advance(group)
+        yield StepReport(batch_sizes)
 
-    def _start_waiting(self) -> list[TaskEvent]:
-        events: list[TaskEvent] = []
+    def _start_waiting(self) -> Iterator[TaskEvent]:
         if self._static and self.running:
-            return events
+            return
         while self._waiting and self.running < self.max_batch:
             task, plan = self._waiting[0]
             group = self._groups.setdefault((plan.noise.shape, task.id if self._one_image_a_call else ""), _Group())
             if group.entries + len(plan.branches) > self._max_entries:
                 break
             self._waiting.popleft()
-            events.append(Started(task.id))
+            yield Started(task.id)
             try:
                 group.images.append(self._start(task, plan))
             except InputError as error:
-                events.append(Failed(task.id, "invalid_request", str(error)))
-        return events
+                yield _failure(task, error)
 
     def _start(self, task: ImageTask, plan: SamplingPlan) -> _RunningImage:
         pipe = self.pipe
@@ -240,8 +244,8 @@ class StepScheduler:
                 events.append(Progress(image.task.id, image.step, image.steps))
             try:
                 events += self._images_due(image)
-            except InputError as error:  # the model overflowed
-                events.append(Failed(image.task.id, "invalid_request", str(error)))
+            except InputError as error:
+                events.append(_failure(image.task, error))
             else:
                 group.images += [image] if image.step < image.steps else []
         return events
@@ -251,7 +255,12 @@ class StepScheduler:
         return (self.pipe.runner.run("denoiser", latents=latents, timestep=timestep, **inputs._asdict()),)
 
     def _images_due(self, image: _RunningImage) -> list[TaskEvent]:
-        """The last image, or a partial one, if the step just made calls for it. Raises NotFiniteError."""
+        """The last image, or a partial one, if the step just made calls for it.
+
+        Raises:
+            NotFiniteError: The model overflowed.
+            InputError: The engine could not run the decoder.
+        """
         if image.step == image.steps:
             return [Finished(image.task.id, self.pipe.decode(image.latents)[0], image.usage)]
         due = partial_image_steps(image.steps, image.task.partial_images)
@@ -272,6 +281,11 @@ def partial_image_steps(steps: int, partial_images: int) -> list[int]:
     """After how many steps each partial image is made: evenly spread, and fewer where there are too few steps."""
     due = {steps * (i + 1) // (partial_images + 1) for i in range(partial_images)}
     return sorted(due & set(range(1, steps)))
+
+
+def _failure(task: ImageTask, error: InputError) -> Failed:
+    """The client's fault if the model overflowed, as scales may be too large; `submit` has checked all the rest."""
+    return Failed(task.id, "invalid_request" if isinstance(error, NotFiniteError) else "server_error", str(error))
 
 
 def _padded(values: Array, axis: int, length: int) -> Array:

@@ -1,13 +1,13 @@
 """The server's side of the engine worker: hands it images, gives their events back, and starts it again if it ends."""
 
 import asyncio
+import atexit
 import logging
 import multiprocessing
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
 from threading import Thread
@@ -66,14 +66,15 @@ class Supervisor:
         """
         self.limits, self.metrics = limits, metrics
         self._options = options
-        self._worker: _Worker | None = _Worker(options)
-        self.model = self._worker.ready
+        self._closing = False
+        self._newest: _Worker  # which may still be opening the model, or have ended
+        self._worker: _Worker | None  # the newest, while it has an open model
+        self._worker, self.model = self._open_worker()
         self._jobs: dict[str, Job] = {}  # by the ids of their tasks, in the order of acceptance
         self._attempts: dict[str, int] = {}  # how often each of them was begun
         self._timers: dict[Job, list[asyncio.TimerHandle]] = {}  # of jobs that have not ended
         self._loop: asyncio.AbstractEventLoop | None = None
         self._restart: asyncio.Task[None] | None = None
-        self._closing = False
         self._mean_latency = 1.0  # of the last requests, in seconds
 
     @property
@@ -104,8 +105,7 @@ class Supervisor:
             self._restart.cancel()
         for task_id in list(self._jobs):
             self._end(Failed(task_id, "server_error", "the server is shutting down; try again"))
-        if self._worker is not None:
-            await asyncio.to_thread(self._worker.close)
+        await asyncio.to_thread(self._newest.close)
 
     def check_room(self, images: int) -> None:
         """Raises QueueFullError unless so many more images may wait."""
@@ -199,6 +199,21 @@ class Supervisor:
 
         Thread(target=receive, name="worker-events", daemon=True).start()
 
+    def _open_worker(self) -> "tuple[_Worker, Ready]":
+        """Start a worker, and wait until it has opened the model; in any thread.
+
+        Raises:
+            InputError: It cannot open it, or the server is closed meanwhile.
+        """
+        self._newest = worker = _Worker(self._options)
+        try:
+            if self._closing:  # `close` came too early to end this one, and a thread outlives its cancelled task
+                raise InputError("the server is shutting down")
+            return worker, worker.first_message()
+        except InputError:
+            worker.close()
+            raise
+
     def _on_exit(self, worker: "_Worker") -> None:
         if not self._closing:
             assert self._loop is not None
@@ -212,7 +227,7 @@ class Supervisor:
         pause = 0.0
         while True:
             try:
-                worker = await asyncio.to_thread(_Worker, self._options)
+                worker, _ = await asyncio.to_thread(self._open_worker)
                 break
             except InputError as error:
                 pause = min(2 * pause + 1, _LONGEST_PAUSE)
@@ -230,20 +245,34 @@ class Supervisor:
 
 
 class _Worker:
-    """A worker's process with an open model, and a thread that sends to it, so that sending never waits."""
+    """A worker's process, and a thread that sends to it, so that sending never waits."""
 
     def __init__(self, options: WorkerOptions) -> None:
-        """Start the process, and wait until it is ready. Raises InputError if it is not."""
+        """Start the process."""
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self._process: BaseProcess = context.Process(
             target=run_worker, args=(theirs, options), name="mige-rt-worker", daemon=True
         )
         self._process.start()
+        atexit.register(self._process.kill)  # multiprocessing would wait for it, and it does not heed SIGTERM
         theirs.close()  # or else the end of the process would not end the connection
-        self.ready = _first_message(self.connection, self._process)
         self._messages: SimpleQueue[ImageTask | Cancel | None] = SimpleQueue()
         Thread(target=self._send_messages, name="worker-messages", daemon=True).start()
+
+    def first_message(self) -> Ready:
+        """Wait until the process has opened the model. Raises InputError if it does not."""
+        try:
+            message: Ready | NotOpened = self.connection.recv()
+        except (EOFError, OSError) as error:
+            self._process.join(1)
+            raise InputError(
+                "the engine worker has ended while it opened the model (exit code "
+                f"{self._process.exitcode}); is there enough memory? its own message, if any, is above"
+            ) from error
+        if isinstance(message, NotOpened):
+            raise InputError(message.message)
+        return message
 
     def send(self, message: ImageTask | Cancel) -> None:
         """Send it when the worker takes it. If the worker has ended, nothing is sent."""
@@ -254,6 +283,7 @@ class _Worker:
         self._messages.put(_END_OF_MESSAGES)
         self._process.kill()  # it holds nothing that is worth a farewell
         self._process.join()
+        atexit.unregister(self._process.kill)
         return self._process.exitcode
 
     def _send_messages(self) -> None:
@@ -262,17 +292,3 @@ class _Worker:
                 self.connection.send(message)
             except OSError:
                 return
-
-
-def _first_message(connection: Connection, process: BaseProcess) -> Ready:
-    try:
-        message: Ready | NotOpened = connection.recv()
-    except (EOFError, OSError) as error:
-        process.join(1)
-        raise InputError(
-            f"the engine worker has ended while it opened the model (exit code {process.exitcode}); is there enough "
-            "memory? its own message, if any, is above"
-        ) from error
-    if isinstance(message, NotOpened):
-        raise InputError(message.message)
-    return message

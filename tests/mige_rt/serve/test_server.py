@@ -11,7 +11,7 @@ import time
 import zlib
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from PIL import Image
 
 from benchmarks.serving.server_process import ServerProcess
 from mige_rt.cli import main
+from mige_rt.errors import InputError
 from mige_rt.pipeline import MigePipeline
 from mige_rt.serve.backend import MAX_ATTEMPTS
+from mige_rt.serve.server import bind_sockets, listen
 
 SECRET_WORD = "zanzibar"  # in every prompt; logs and metrics must not have it
 BLUE = f"make the background blue {SECRET_WORD}"
@@ -76,6 +78,14 @@ def running_server(*options: str) -> Iterator[Server]:
     assert SECRET_WORD not in "".join(server.log)
 
 
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
 @pytest.fixture(scope="module")
 def server() -> Generator[Server]:
     with running_server("--max-n", "3") as server:
@@ -86,7 +96,8 @@ def server() -> Generator[Server]:
 def narrow_server() -> Generator[Server]:
     """One that makes one image at a time, and is short of patience."""
     limits = ["--max-batch", "1", "--max-queue", "1", "--max-wait-ms", "4000", "--max-steps", "1000"]
-    with running_server(*limits, "--max-body-mb", "1", "--body-timeout", "2", "--api-key", KEY) as server:
+    limits += ["--max-body-mb", "1", "--max-input-pixels", "10000", "--body-timeout", "2"]
+    with running_server(*limits, "--api-key", KEY) as server:
         yield server
 
 
@@ -334,6 +345,22 @@ def test_other_bad_requests_are_refused_in_a_sentence(server: Server) -> None:
     check_refusal(server.request("GET", "/v1/models", None, {"Origin": "http://example.com"}), 403, "example.com")
     check_refusal(server.request("GET", "/v1/models", None, {"Host": "example.com"}), 403, "example.com")
     assert server.request("GET", "/v1/models", None, {"Origin": f"http://127.0.0.1:{server.port}"})[0] == 200
+    check_refusal(server.request("GET", "/v1/models", None, {"Origin": "http://["}), 403, "a page of http://[ asks")
+    check_refusal(server.request("GET", "/v1/models", None, {"Host": "[x"}), 403, "for the host '[x'")
+
+
+def test_images_that_are_too_large_are_refused_with_the_servers_own_limit(narrow_server: Server) -> None:
+    def refusal(*sides: tuple[int, int]) -> tuple[int, http.client.HTTPMessage, bytes]:
+        body = form(EDIT, [("image[]", png(Image.new("RGB", side, "red"))) for side in sides])
+        return narrow_server.post_form("/v1/images/edits", body)
+
+    option = "raise the server's --max-input-pixels"
+    alone = refusal((64, 64), (101, 100))
+    check_refusal(alone, 400, "image[1] (101x100) is too large: images of at most 10,000 pixels")
+    check_refusal(alone, 400, option)
+    together = refusal((64, 64), (96, 96))
+    check_refusal(together, 400, "have 13,312 pixels, and the images of a request at most 10,000")
+    check_refusal(together, 400, option)
 
 
 def test_nothing_is_left_of_bad_requests(server: Server, scene: Image.Image) -> None:
@@ -438,6 +465,34 @@ def test_a_request_that_ends_every_worker_is_given_up(narrow_server: Server) -> 
     assert narrow_server.post_form("/v1/images/edits", form(EDIT, {"image": png()}))[0] == 200
 
 
+def test_a_request_that_ends_every_worker_in_its_first_step_is_given_up() -> None:
+    large = {**EDIT, "n": "4", "size": "256x256", "guidance_scale": "3", "image_guidance_scale": "2"}
+    with running_server("--max-side", "256", "--max-wait-ms", "30000") as server, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(server.post_form, "/v1/images/edits", form(large, {"image": png()}))
+        for _ in range(MAX_ATTEMPTS):
+            server.wait_until(lambda: answer.done() or server.request("GET", "/ready")[0] == 200)
+            worker = server.worker()
+            idle = worker.cpu_times().user
+            while not answer.done() and worker.cpu_times().user < idle + 0.2:  # the step takes more than a second
+                time.sleep(0.02)
+            worker.kill()
+            server.wait_until(lambda: answer.done() or server.request("GET", "/ready")[0] == 503)
+        check_refusal(answer.result(), 500, f"ended {MAX_ATTEMPTS} times")
+        assert server.metric("steps_total") == 0
+
+
+def test_a_server_ends_while_its_worker_is_being_replaced() -> None:
+    with running_server() as server:
+        process = psutil.Process(server.process.pid)
+        before = set(process.children())
+        server.worker().kill()
+        server.wait_until(lambda: not before.issuperset(process.children()))
+        processes = process.children()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
+        assert not psutil.wait_procs(processes, 20)[1]
+
+
 def test_requests_end_when_their_time_is_over_and_sigterm_waits_for_those_accepted(scene: Image.Image) -> None:
     limits = ["--max-steps", "1000", "--request-timeout", "6", "--max-batch", "3"]
     with running_server(*limits, "--log-format", "json") as server:
@@ -462,6 +517,41 @@ def test_requests_end_when_their_time_is_over_and_sigterm_waits_for_those_accept
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["serve", "--model", str(tmp_path)])
+    result = CliRunner().invoke(main, ["serve", "--port", "0", "--model", str(tmp_path)])
     assert result.exit_code == 2 and "Traceback" not in result.output
     assert str(tmp_path) in result.output
+
+
+def test_an_address_that_cannot_be_had_is_said_before_the_model_is_opened(tmp_path: Path) -> None:
+    def refusal(host: str, port: int) -> str:
+        arguments = ["serve", "--no-page", "--host", host, "--port", str(port), "--model", str(tmp_path)]
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 2 and "Traceback" not in result.output
+        assert str(tmp_path) not in result.output  # where there is no model
+        return " ".join(result.output.split())
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused = refusal("127.0.0.1", port)
+        assert f"'127.0.0.1' and the port {port} (address already in use); give a --host" in refused
+    assert "'192.0.2.1' and the port 8000 (" in refusal("192.0.2.1", 8000)  # an address for examples, of no machine
+    assert "'a..b' and the port 8000 (" in refusal("a..b", 8000)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "::", "0.0.0.0"])
+def test_a_server_takes_connections_to_its_host_and_no_other_gets_its_port(host: str) -> None:
+    if ":" in host and not has_ipv6():
+        pytest.skip("this machine has no IPv6")
+    with ExitStack() as opened:
+        sockets = [opened.enter_context(sock) for sock in bind_sockets(host, 0)]
+        port = sockets[0].getsockname()[1]
+        reached = {"::": "::1", "0.0.0.0": "127.0.0.1"}.get(host, host)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((reached, port))
+        early = [opened.enter_context(sock) for sock in bind_sockets(host, port)]  # of a server that starts beside it
+        listen(sockets, host)
+        socket.create_connection((reached, port)).close()
+        with pytest.raises(InputError, match=f"the port {port} "):
+            bind_sockets(host, port)
+        with pytest.raises(InputError, match=f"the port {port} "):
+            listen(early, host)

@@ -1,6 +1,7 @@
 """Continuous batching: an image is the one that the pipeline makes alone, whatever is beside it, whenever it came."""
 
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mige_rt.bundle import DEFAULT_MODEL
+from mige_rt.denoise import Conditioning
 from mige_rt.errors import InputError
+from mige_rt.graphs import GraphName
 from mige_rt.pipeline import MigePipeline
 from mige_rt.requests import Request, resolve
 from mige_rt.sampling_params import SamplingParams
@@ -112,6 +116,25 @@ def test_images_start_in_the_order_in_which_they_came(pipe: MigePipeline, tasks:
         assert not isinstance(event, StepReport) or sum(event.batch_sizes) <= 3
 
 
+def test_an_image_is_said_to_start_before_any_work_on_it(pipe: MigePipeline, tasks: list[ImageTask]) -> None:
+    """Or else the server would not know which image ended a worker in its first step."""
+
+    class EndedError(Exception):
+        pass
+
+    class Ending(MigePipeline):
+        def encode_conditioning(self, *args: object) -> Conditioning:
+            raise EndedError
+
+    scheduler = StepScheduler(Ending(pipe.config, pipe.condition_encoder.tokenize, pipe.engine), 3)
+    scheduler.submit(tasks[0])
+    scheduler.submit(tasks[1])
+    events: list[TaskEvent | StepReport] = []
+    with pytest.raises(EndedError):
+        events.extend(scheduler.step())
+    assert events == [Started(tasks[0].id)]
+
+
 @pytest.mark.parametrize(("batching", "sizes"), [("static", [3, 3, 1]), ("none", [1] * 7)])
 def test_with_static_batching_none_joins_a_batch_that_has_begun_and_with_none_each_is_alone(
     pipe: MigePipeline, tasks: list[ImageTask], batching: Batching, sizes: list[int]
@@ -124,7 +147,7 @@ def test_with_static_batching_none_joins_a_batch_that_has_begun_and_with_none_ea
     running = [0]  # after each step
     images: dict[str, Image.Image] = {}
     while not scheduler.idle:
-        events = scheduler.step()
+        events = list(scheduler.step())
         started = sum(isinstance(event, Started) for event in events)
         assert not started or running[-1] == 0
         batches += [started] if started else []
@@ -153,7 +176,7 @@ def test_a_cancelled_image_leaves_before_the_next_step(pipe: MigePipeline, tasks
     running, other, waiting = tasks[0], tasks[4], tasks[2]
     for task in (running, other, waiting):
         scheduler.submit(task)
-    scheduler.step()
+    assert Started(running.id) in list(scheduler.step())
     scheduler.cancel(running.id)
     scheduler.cancel(waiting.id)
     scheduler.cancel("unknown")
@@ -227,6 +250,19 @@ def test_an_image_that_overflows_fails_alone(pipe: MigePipeline, tasks: list[Ima
     assert "overflowed" in failed[0].message
     alone = pipe.generate([tasks[1].request], tasks[1].params)[0]
     assert finished(events)[tasks[1].id].tobytes() == alone.tobytes()
+
+
+@pytest.mark.parametrize("graph", ["text_encoder", "vae_decoder"])
+def test_a_graph_that_cannot_be_run_is_the_servers_fault(
+    tmp_path: Path, tasks: list[ImageTask], graph: GraphName
+) -> None:
+    bundle = Path(shutil.copytree(DEFAULT_MODEL, tmp_path / "bundle"))
+    scheduler = StepScheduler(MigePipeline.from_pretrained(bundle, device="cpu"), 4)
+    (bundle / f"onnx/{graph}.onnx").unlink()  # it is loaded when it is needed
+    scheduler.submit(tasks[0])
+    failed = [event for event in run_until_idle(scheduler) if isinstance(event, Failed)]
+    assert [(event.id, event.kind) for event in failed] == [(tasks[0].id, "server_error")]
+    assert graph in failed[0].message
 
 
 @pytest.mark.parametrize("engine", ["int8", "pytorch"])
