@@ -17,10 +17,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-    ROOT / "docs/training/data.md",
-    ROOT / "docs/training/lora.md",
-    ROOT / "docs/training/run.md",
+    ROOT / "SECURITY.md",
+    ROOT / "integrations/comfyui/README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
