@@ -4,7 +4,7 @@ import logging
 import secrets
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial, wraps
@@ -38,7 +38,7 @@ from mige_rt.sampling_plan import SamplingPlan, plan_sampling
 from mige_rt.tokenizer import Tokenize, load_tokenizer
 
 if TYPE_CHECKING:
-    from torch import Generator
+    import torch
 
     from mige_rt.cuda_graphs import CudaGraphRunner
 
@@ -241,7 +241,7 @@ class MigePipeline:
         num_inference_steps: int | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
-        generator: "np.random.Generator | Generator | Sequence[Generator] | None" = None,
+        generator: "np.random.Generator | torch.Generator | Sequence[torch.Generator] | None" = None,
         width: int | None = None,
         height: int | None = None,
         fit: Fit | None = None,
@@ -409,7 +409,7 @@ class MigePipeline:
         ]
 
     @contextmanager
-    def _denoising(self) -> Iterator[None]:
+    def _denoising(self) -> Generator[None]:
         """Keeps the tensors of captured steps apart from those of the call whose callback this one is made in."""
         is_nested, self._is_denoising = self._is_denoising, True
         if is_nested and self._cuda_graphs is not None:
