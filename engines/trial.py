@@ -19,7 +19,7 @@ from engines.interface import Engine
 from engines.outputs import OutputCheck
 from mige_rt.bundle import MANIFEST, Manifest, OpenedModel, open_model
 from mige_rt.config import ModelConfig
-from mige_rt.errors import InputError, NotFiniteError
+from mige_rt.errors import InputError, NotAvailableError, NotFiniteError
 from mige_rt.graph_checks import check_graphs
 from mige_rt.graphs import GRAPHS, axis_size
 from mige_rt.known_files import remember
@@ -31,7 +31,8 @@ SECONDS = 60  # that a trial may take,
 BYTES_A_SECOND = 50_000_000  # and how fast weights are read besides
 BASE_BYTES = 3 << 30  # address space of Python and ONNX Runtime with nothing loaded, and room for a small graph
 WEIGHT_COPIES = 6  # as narrow weights are widened, and packed for matrix products
-_NOT_FINITE = 3  # the exit code of a trial whose graphs give NaN or infinite values
+_NOT_FINITE = 3  # the exit code of a trial whose graphs give NaN or infinite values,
+_NOT_AVAILABLE = 4  # and of one that the machine is to blame for
 _ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"}  # address space is counted, and threads take most
 
 
@@ -69,6 +70,7 @@ def run_trial(folder: Path, manifest: Manifest, device: str) -> None:
     Raises:
         InputError: A graph cannot be run, gives something else than the table says, or takes too much time or memory.
         NotFiniteError: What a graph gives is not finite.
+        NotAvailableError: ONNX Runtime cannot use the device.
     """
     weights = [graph.weights.bytes for graph in manifest.graphs.values()]
     seconds = SECONDS + sum(weights) // BYTES_A_SECOND
@@ -94,6 +96,8 @@ def run_trial(folder: Path, manifest: Manifest, device: str) -> None:
     if ended.returncode == 0:
         return
     reason = next(iter(ended.stdout.splitlines()[-1:]), f"the process ended with exit code {ended.returncode}")
+    if ended.returncode == _NOT_AVAILABLE:
+        raise NotAvailableError(reason)
     limit = "" if memory is None else f", with at most {memory / 2**30:.0f} GiB of memory"
     error_type = NotFiniteError if ended.returncode == _NOT_FINITE else InputError
     raise error_type(
@@ -121,7 +125,7 @@ def _try_graphs(config: ModelConfig, manifest: Manifest, engine: Engine) -> None
 
 
 def main() -> None:
-    """Read a job from stdin, and do it; exit code 2 or 3 and a sentence on stdout if the bundle failed."""
+    """Read a job from stdin, and do it; if the bundle failed, exit code 2, 3 or 4 and a sentence on stdout."""
     job = json.load(sys.stdin)
     if job["memory"] is not None and sys.platform != "win32":
         import resource
@@ -142,7 +146,8 @@ def main() -> None:
     except InputError as error:
         print(error)
         print(error.__cause__, file=sys.stderr)
-        sys.exit(_NOT_FINITE if isinstance(error, NotFiniteError) else 2)
+        codes: dict[type[InputError], int] = {NotFiniteError: _NOT_FINITE, NotAvailableError: _NOT_AVAILABLE}
+        sys.exit(codes.get(type(error), 2))
 
 
 if __name__ == "__main__":

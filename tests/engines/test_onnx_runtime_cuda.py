@@ -1,5 +1,8 @@
 """ONNX Runtime on CUDA without a GPU: what a session is opened with, in which order streams wait, what errors say."""
 
+import io
+import subprocess
+import sys
 import tomllib
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
@@ -127,6 +130,25 @@ def test_no_session_is_made_of_a_foreign_graph_before_it_is_tried(monkeypatch: p
     monkeypatch.setattr(trial, "remember", lambda file: None)
     open_engine(foreign, "onnxruntime", EngineOptions(device="cuda"))
     assert tried == ["cuda:0"] and Session.opened
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_provider_that_is_lost_is_not_the_foreign_graphs_fault(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or else --engine auto would not try the next engine. The trial's process is this one, which has the stubs."""
+    foreign, Session.lost = replace(open_model(DEFAULT_MODEL), known=False), True
+
+    def run(command: Any, *, input: str, **_: Any) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(input))
+        with pytest.raises(SystemExit) as end:
+            trial.main()
+        return subprocess.CompletedProcess(command, int(end.value.code or 0), capsys.readouterr().out, "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(OnnxRuntimeEngine, "array", lambda self, values: values)
+    with pytest.raises(NotAvailableError, match="could not load its CUDA provider"):
+        open_engine(foreign, "onnxruntime", EngineOptions(device="cuda"))
 
 
 def test_without_the_provider_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
