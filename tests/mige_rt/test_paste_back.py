@@ -40,7 +40,7 @@ def test_another_size_is_refused() -> None:
 
 
 def test_an_edit_keeps_more_of_its_source(pipe: MigePipeline, concepts: list[Concept]) -> None:
-    sample = make_sample(4, 0, concepts, 64, {"recolour_subject": 1})
+    sample = make_sample(4, 1, concepts, 64, {"recolour_subject": 1})  # an edit that the model makes
     source, untouched = Image.fromarray(sample.images[0]), ~sample.changed
     plain, pasted = (
         np.asarray(pipe(sample.prompt, source=source, seed=0, paste_back=option).images[0]) for option in (False, True)
