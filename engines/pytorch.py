@@ -184,16 +184,14 @@ class PyTorchEngine:
         before = self._checkpoint
         adapted = before.adapted if isinstance(before, MergedCheckpoint) else frozenset[GraphName]()
         stale = (adapted | merged.adapted) - self._released
-        if "denoiser" in stale:
-            from_float8(self.model.denoiser)
+        self.release(sorted(stale))
         self._checkpoint = merged
-        self._released |= stale
         try:
             for graph in sorted(stale):
                 self._load(graph)
         except BaseException:
-            self._checkpoint = before  # from which the graphs that are left are loaded when they are needed
-            self._released |= stale
+            self.release(sorted(stale))
+            self._checkpoint = before  # from which they are loaded when they are needed
             raise
 
     def _tensors(self, graph: GraphName, inputs: Mapping[str, Array]) -> list[Tensor]:

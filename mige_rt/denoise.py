@@ -4,7 +4,7 @@ B images, R batch = guidance branches x B, branch-major (entry = branch * B + im
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 from engines.interface import Array, array_namespace, device
@@ -42,6 +42,10 @@ class Conditioning:
     source: Array | None
     cross_kv: Array
     text_mask: Array
+
+    def with_own_cross_kv(self) -> "Conditioning":
+        """The same with a copy of cross_kv, which an engine's next run may overwrite where it lies."""
+        return replace(self, cross_kv=array_namespace(self.cross_kv).asarray(self.cross_kv, copy=True))
 
 
 class LoopInputs(NamedTuple):

@@ -382,9 +382,8 @@ class MigePipeline:
             changes = callback_on_step_end(self, index, plan.schedule[index].timestep, {"latents": latents})
             return None if changes is None else changes.get("latents")
 
-        if callback_on_step_end is not None:  # it may use the pipeline, and an engine may overwrite its output
-            xp = array_namespace(conditioning.cross_kv)
-            conditioning = replace(conditioning, cross_kv=xp.asarray(conditioning.cross_kv, copy=True))
+        if callback_on_step_end is not None:  # it may use the pipeline
+            conditioning = conditioning.with_own_cross_kv()
         with self._denoising():
             latents = denoise(
                 self._step,
@@ -504,9 +503,10 @@ class MigePipeline:
             self._set_loras([])
 
     def _set_loras(self, loras: list[Lora]) -> None:
-        lora_engine(self.engine).set_loras(loras)
+        engine = lora_engine(self.engine)
+        self.clear_cache()  # first, since captured steps read the weights where they lie
+        engine.set_loras(loras)
         self._loras = loras
-        self.clear_cache()
 
     @property
     def max_batch_size(self) -> int:

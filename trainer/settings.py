@@ -4,17 +4,17 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le
 
 from mige_rt.config import PRESETS, ModelConfig, PositiveInt
 from mige_rt.errors import InputError
 from mige_rt.validation import validate
+from trainer.stages.ladder import LADDER
 
 TRAINED = ("vae", "vit", "looks", "qformer", "mige")  # the stages that train
 NonNegativeInt = Annotated[int, Ge(0)]
-Edit = Literal["recolour", "remove", "recolour_subject", "move", "resize", "restyle", "light", "weather"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class LadderSettings:
     draws: PositiveInt
     seed: NonNegativeInt
     climbed: bool = False
-    edits: dict[Edit, Annotated[float, Gt(0)]] | None = None
+    edits: dict[str, Annotated[float, Gt(0)]] | None = None
 
 
 @dataclass(frozen=True)
@@ -173,4 +173,7 @@ def load_settings(path: Path) -> TrainingSettings:
         if (table := getattr(file, name)) is not None
     }
     ladder = None if file.ladder is None else validate(LadderSettings, file.ladder, f"{path} [ladder]")
+    if ladder is not None and ladder.edits and (unknown := sorted(ladder.edits.keys() - LADDER[-1].shares.keys())):
+        expected = ", ".join(LADDER[-1].shares)
+        raise InputError(f"{path} [ladder.edits]: there is no edit {', '.join(unknown)}; expected are {expected}")
     return TrainingSettings(path, file.model, file.queries, stages, ladder)

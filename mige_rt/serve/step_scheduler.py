@@ -211,8 +211,8 @@ class StepScheduler:
         pipe = self.pipe
         noise = pipe.engine.array(plan.noise)
         xp = array_namespace(noise)
-        inputs = loop_inputs(pipe.encode_conditioning([task.request], plan, _ignore), plan.branches, noise)
-        inputs = inputs._replace(cross_kv=xp.asarray(inputs.cross_kv, copy=True))  # an engine may overwrite its output
+        conditioning = pipe.encode_conditioning([task.request], plan, _ignore).with_own_cross_kv()
+        inputs = loop_inputs(conditioning, plan.branches, noise)
         patch = pipe.config.dit.patch
         tokens, image_tokens = inputs.text_mask.shape[1], len(task.request.used_images) * pipe.config.qformer.queries
         image_tokens = min(image_tokens, tokens)  # a prompt that is too long may be cut in an image

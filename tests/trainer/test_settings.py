@@ -21,6 +21,11 @@ SHIPPED = Path(trainer.__file__).parent / "configs" / "tiny.toml"
         ("ema = 0.995", "ema = 1.5", "[vae]: ema is 1.5, expected a number less than or equal to 1"),
         ("clip = 1.0", "clip = nan", "[vae]: clip is nan, expected a number greater than 0"),
         ("shards = 8", 'shards = "8"', "[ladder]: shards is '8', expected an integer"),
+        (
+            "[mige]",
+            "[ladder.edits]\nresise = 1\n[mige]",
+            "[ladder.edits]: there is no edit resise; expected are recolour,",
+        ),
         ("steps = 6000", "steps = 6000.5", "[vae]: steps is 6000.5, expected an integer"),
     ],
 )

@@ -100,7 +100,7 @@ def practice(
             folder / rung.name,
             maker,
             known,
-            dict(ladder.edits.items()) if rung is LADDER[-1] and ladder.edits else rung.shares,
+            ladder.edits if rung is LADDER[-1] and ladder.edits else rung.shares,
             ladder.seed,
             ladder.shard_samples,
             ladder.shards,
