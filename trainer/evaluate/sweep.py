@@ -177,7 +177,8 @@ def plot(points: Sequence[SweepPoint], path: Path) -> None:
         lowest = [axes for axes in column if axes.axison][-1]
         lowest.set_xlabel("guidance scale")
         lowest.tick_params(labelbottom=True)
-    grid[0, 0].legend(*grid[0, 0].get_legend_handles_labels(), fontsize="x-small", handlelength=3)
+    # In the corner that tasks without a source leave empty.
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="lower right", fontsize="small", handlelength=3)
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
