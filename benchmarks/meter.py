@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mige_rt.config import ModelConfig, Precision
 from mige_rt.denoise import LoopInputs, denoising_step
 from mige_rt.graphs import GRAPHS, GraphName, axis_size, resolved_axes
+from mige_rt.scheduler import SchedulerStep
 from trainer.checkpoints.weights import empty_model
 from trainer.model.dit import Denoiser, attention_bias
 from trainer.model.mige import Mige
@@ -154,10 +155,11 @@ def step_launches(config: ModelConfig, batch: int = 2, tokens: int = 64) -> int:
         weights = torch.empty(batch, 1, 1, 1, 1)
         inputs: Any = LoopInputs(source, cross_kv, torch.empty(batch, tokens, dtype=torch.bool), weights)  # type: ignore[arg-type]
         step: Any = denoising_step(_on_cuda(denoiser))
+        row = torch.empty(len(SchedulerStep._fields) + denoiser.embed_timesteps(torch.empty(1)).shape[1])
         for _ in range(2):  # the first computes what is kept
             launches.count = 0
             with launches, _FusedAttention(launches):
-                step(inputs, latents, latents, torch.empty(6))
+                step(inputs, latents, latents, row)
     return launches.count
 
 

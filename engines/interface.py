@@ -93,6 +93,17 @@ class Engine(Protocol):
         """
         ...
 
+    def embed_timesteps(self, timesteps: Array) -> Array:
+        """What the denoiser takes in the place of timesteps, so that no step of the loop computes it.
+
+        Args:
+            timesteps: float32 [S], on this engine's device.
+
+        Returns:
+            float32 [S,E], or the timesteps themselves where the denoiser's graph takes nothing else.
+        """
+        ...
+
     def is_capturable(self, graph: GraphName) -> bool:
         """Whether a run of `graph` can be captured on the current CUDA stream; asked after a run of the same shapes."""
         ...

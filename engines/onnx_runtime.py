@@ -114,6 +114,10 @@ class OnnxRuntimeEngine:
         run = partial(self._run_arrays, self._session(graph, 1), graph)
         return dict(run_in_parts(graph, arrays, parts, self.pool, run))
 
+    def embed_timesteps(self, timesteps: Array) -> Array:
+        """See `Engine.embed_timesteps`: the graph embeds them."""
+        return timesteps
+
     def is_capturable(self, graph: GraphName) -> bool:
         """See `Engine.is_capturable`."""
         return False

@@ -156,6 +156,18 @@ class PyTorchEngine:
         # NumPy has no bfloat16.
         return {spec.name: out.float().numpy() if self.device == "cpu" else out for spec, out in by_name}
 
+    @torch.inference_mode()
+    def embed_timesteps(self, timesteps: Array) -> Array:
+        """See `Engine.embed_timesteps`; E is 7 times the denoiser's width.
+
+        Raises:
+            InputError: Memory runs out.
+        """
+        with _out_of_memory_said(self.device, "denoiser"):
+            self._load("denoiser")
+            embedded = self.model.denoiser.embed_timesteps(torch.as_tensor(_writable(timesteps))).float()
+        return embedded.numpy() if self.device == "cpu" else embedded
+
     def is_capturable(self, graph: GraphName) -> bool:
         """See `Engine.is_capturable`."""
         return self.max_cuda_graphs > 0

@@ -113,6 +113,10 @@ class TensorRTEngine:
                 plan.cache.save()
         return dict(plan.outputs)
 
+    def embed_timesteps(self, timesteps: Array) -> Array:
+        """See `Engine.embed_timesteps`: the graph embeds them."""
+        return timesteps
+
     def is_capturable(self, graph: GraphName) -> bool:
         """See `Engine.is_capturable`."""
         context = self._plans[graph].context

@@ -21,7 +21,7 @@ class Denoiser(Protocol):
         *,
         latents: Array,  # float32 [R,c,h,w]
         source: Array,  # float32 [R,c,h,w], scaled; zeros where there is no source
-        timestep: Array,  # float32 [R]; expanded from one value where all have the same
+        timestep: Array,  # float32 [R], or [R,E] as `Engine.embed_timesteps` gives it; expanded where all have the same
         cross_kv: Array,  # [2,depth,R,heads,L,head_dim]
         text_mask: Array,  # bool [R,L]
     ) -> Array:  # float32 [R,c,h,w]
@@ -67,7 +67,7 @@ class LoopInputs(NamedTuple):
         )
 
 
-# (inputs, latents [B,c,h,w], data predicted at the step before [B,c,h,w], a row [6] of the schedule) -> (latents, data)
+# (inputs, latents [B,c,h,w], data predicted at the step before [B,c,h,w], a schedule's row) -> (latents, data)
 Step = Callable[[LoopInputs, Array, Array, Array], tuple[Array, Array]]
 
 # (index of the step, latents after it) -> latents to go on with, or None for the same
@@ -77,9 +77,9 @@ OnStepEnd = Callable[[int, Array], Array | None]
 def denoising_step(denoiser: Denoiser) -> Step:
     """One step of the loop as a function of arrays, all of which lie on the engine's device."""
 
-    def step(inputs: LoopInputs, latents: Array, data_before: Array, coefficients: Array) -> tuple[Array, Array]:
-        prediction = predict(denoiser, inputs, latents, _by_name(coefficients).timestep)
-        return solver_step(prediction, inputs.weights, latents, data_before, coefficients)
+    def step(inputs: LoopInputs, latents: Array, data_before: Array, row: Array) -> tuple[Array, Array]:
+        prediction = predict(denoiser, inputs, latents, timestep_of(row))
+        return solver_step(prediction, inputs.weights, latents, data_before, row)
 
     return step
 
@@ -91,7 +91,7 @@ def predict(denoiser: Denoiser, inputs: LoopInputs, latents: Array, timestep: Ar
         denoiser: The graph.
         inputs: What the images are conditioned on.
         latents: float32 [B,c,h,w]
-        timestep: float32 []
+        timestep: float32 [], or [E] as the engine embeds it.
 
     Returns:
         float32 [R,c,h,w]
@@ -100,7 +100,7 @@ def predict(denoiser: Denoiser, inputs: LoopInputs, latents: Array, timestep: Ar
     return denoiser(
         latents=xp.concat([latents] * inputs.weights.shape[0]),
         source=inputs.source,
-        timestep=xp.broadcast_to(timestep, (inputs.source.shape[0],)),
+        timestep=xp.broadcast_to(timestep, (inputs.source.shape[0], *timestep.shape)),
         cross_kv=inputs.cross_kv,
         text_mask=inputs.text_mask,
     )
@@ -122,7 +122,7 @@ def guide(prediction: Array, weights: Array) -> Array:
 
 
 def solver_step(
-    prediction: Array, weights: Array, latents: Array, data_before: Array, coefficients: Array
+    prediction: Array, weights: Array, latents: Array, data_before: Array, row: Array
 ) -> tuple[Array, Array]:
     """What follows the model in a step: guidance, and the solver's update to the next time.
 
@@ -131,12 +131,12 @@ def solver_step(
         weights: Of the branches of guidance, float32 [branches,1,1,1,1].
         latents: float32 [B,c,h,w]
         data_before: The data predicted at the step before, float32 [B,c,h,w].
-        coefficients: A row [6] of the schedule.
+        row: Of the schedule, float32 [6+E].
 
     Returns:
         The latents and the predicted data, float32 [B,c,h,w] each.
     """
-    scheduler = _by_name(coefficients)
+    scheduler = _by_name(row)
     data = scheduler.data_from_latents * latents + scheduler.data_from_prediction * guide(prediction, weights)
     return _advance(latents, data, data_before, scheduler), data
 
@@ -164,9 +164,29 @@ def loop_inputs(conditioning: Conditioning, branches: Sequence[Branch], noise: A
     )
 
 
-def coefficient_rows(schedule: Sequence[SchedulerStep], like: Array) -> Array:
-    """A schedule as float32 [steps,6], in the library and on the device of `like`."""
-    return _on_device([tuple(row) for row in schedule], like)
+def schedule_rows(
+    schedule: Sequence[SchedulerStep], like: Array, embed_timesteps: Callable[[Array], Array] | None = None
+) -> Array:
+    """A schedule as one array, whose rows a step copies with all that it needs of its time.
+
+    Args:
+        schedule: A step each.
+        like: Whose library and device to use.
+        embed_timesteps: The engine's, see `Engine.embed_timesteps`; None: its denoiser embeds them itself, every step.
+
+    Returns:
+        float32 [steps,6+E]: the coefficients, then the timestep's embedding of E numbers, if it is embedded here.
+    """
+    coefficients = _on_device([tuple(step) for step in schedule], like)
+    timesteps = coefficients[:, SchedulerStep._fields.index("timestep")]
+    embedded = timesteps if embed_timesteps is None else embed_timesteps(timesteps)
+    return coefficients if len(embedded.shape) == 1 else array_namespace(like).concat([coefficients, embedded], axis=1)
+
+
+def timestep_of(row: Array) -> Array:
+    """What a row [6+E] of `schedule_rows` gives the denoiser: the timestep, [], or its embedding, [E]."""
+    coefficients = len(SchedulerStep._fields)
+    return row[coefficients:] if row.shape[0] > coefficients else _by_name(row).timestep
 
 
 def denoise(
@@ -174,7 +194,7 @@ def denoise(
     noise: Array,
     conditioning: Conditioning,
     branches: Sequence[Branch],
-    schedule: Sequence[SchedulerStep],
+    schedule: Array,
     *,
     approximations: Approximations | None = None,
     on_step_end: OnStepEnd | None = None,
@@ -186,7 +206,7 @@ def denoise(
         noise: float32 [B,c,h,w]
         conditioning: Of the batch.
         branches: Of guidance, in the order of the batch.
-        schedule: A step each.
+        schedule: float32 [steps,6+E], see `schedule_rows`.
         approximations: What saves time; None: nothing.
         on_step_end: Called after each step, which the device may still be at. The latents that it gets may be
             overwritten by the next step.
@@ -199,21 +219,21 @@ def denoise(
     """
     xp, approximations = array_namespace(noise), approximations or Approximations()
     all_branches = loop_inputs(conditioning, branches, noise)
-    first, last = (share * len(schedule) for share in approximations.guidance_range)
-    everywhere = len(branches) == 1 or (first <= 0 and last >= len(schedule))
+    steps = schedule.shape[0]
+    first, last = (share * steps for share in approximations.guidance_range)
+    everywhere = len(branches) == 1 or (first <= 0 and last >= steps)
     one_branch = all_branches if everywhere else all_branches.most_conditioned()
-    coefficients = coefficient_rows(schedule, noise)
 
     latents, data, last_evaluated = noise, xp.zeros_like(noise), None
-    for i in range(len(schedule)):
-        is_last = i == len(schedule) - 1
+    for i in range(steps):
+        is_last = i == steps - 1
         if last_evaluated is not None and not is_last and _change(latents, last_evaluated) < approximations.reuse:
-            latents = _advance(latents, data, data, _by_name(coefficients[i]))
+            latents = _advance(latents, data, data, _by_name(schedule[i]))
         else:
             if approximations.reuse:
                 last_evaluated = xp.asarray(latents, copy=True)
             inputs = all_branches if first <= i < last else one_branch
-            latents, data = step(inputs, latents, data, coefficients[i])
+            latents, data = step(inputs, latents, data, schedule[i])
         if on_step_end is not None:
             replacement = on_step_end(i, latents)
             latents = latents if replacement is None else replacement
@@ -225,9 +245,9 @@ def _on_device(values: Sequence[Any], like: Array) -> Array:
     return xp.asarray(values, dtype=xp.float32, device=device(like))
 
 
-def _by_name(coefficients: Array) -> SchedulerStep:
-    """A row [6] of the schedule on the device as scalars on the device, by name."""
-    return SchedulerStep(*(coefficients[i] for i in range(len(SchedulerStep._fields))))
+def _by_name(row: Array) -> SchedulerStep:
+    """The coefficients in a row [6+E] of the schedule on the device as scalars on the device, by name."""
+    return SchedulerStep(*(row[i] for i in range(len(SchedulerStep._fields))))
 
 
 def _advance(latents: Array, data: Array, data_before: Array, scheduler: SchedulerStep) -> Array:

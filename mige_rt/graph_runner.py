@@ -39,14 +39,21 @@ class GraphRunner:
         Raises:
             InputError: What it gives is not what the table of graphs says.
         """
-        if self.low_memory and (self._phase is None or graph not in self._phase):
-            self._enter(next(phase for phase in PHASES if graph in phase))
+        self._enter_phase_of(graph)
         outputs = self.engine.run(graph, inputs)
         self.check(graph, inputs, outputs)
         return outputs[GRAPHS[graph].outputs[0].name]
 
-    def _enter(self, phase: tuple[GraphName, ...]) -> None:
+    def embed_timesteps(self, timesteps: Array) -> Array:
+        """See `Engine.embed_timesteps`."""
+        self._enter_phase_of("denoiser")
+        return self.engine.embed_timesteps(timesteps)
+
+    def _enter_phase_of(self, graph: GraphName) -> None:
         """Release what other phases need: once a phase, since it waits for the device, which a capture must not."""
+        if not self.low_memory or (self._phase is not None and graph in self._phase):
+            return
+        phase = next(phase for phase in PHASES if graph in phase)
         others: list[GraphName] = [graph for graph in GRAPHS if graph not in phase]
         if "denoiser" in others:
             self.before_denoiser_release()

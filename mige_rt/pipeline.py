@@ -20,7 +20,7 @@ from engines.interface import Array, Attention, Engine, array_namespace, lora_en
 from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, open_model
 from mige_rt.conditioning import ConditionEncoder
 from mige_rt.config import ModelConfig, Precision, SchedulerName
-from mige_rt.denoise import Conditioning, Denoiser, Step, denoise, denoising_step
+from mige_rt.denoise import Conditioning, Denoiser, Step, denoise, denoising_step, schedule_rows
 from mige_rt.errors import InputError
 from mige_rt.graph_runner import GraphRunner
 from mige_rt.hub import local_folder
@@ -384,13 +384,14 @@ class MigePipeline:
 
         if callback_on_step_end is not None:  # it may use the pipeline
             conditioning = conditioning.with_own_cross_kv()
+        noise = self.engine.array(plan.noise)
         with self._denoising():
             latents = denoise(
                 self._step,
-                self.engine.array(plan.noise),
+                noise,
                 conditioning,
                 plan.branches,
-                plan.schedule,
+                self.schedule_rows(plan, noise),
                 approximations=plan.approximations,
                 on_step_end=on_step_end,
             )
@@ -455,6 +456,10 @@ class MigePipeline:
             cross_kv=self.runner.run("conditioner", text_states=text_states, has_text=self.engine.array(has_text)),
             text_mask=self.engine.array(np.tile(prompts.text_mask, (len(plan.branches), 1))),
         )
+
+    def schedule_rows(self, plan: SamplingPlan, like: Array) -> Array:
+        """A plan's schedule with timesteps as the engine takes them, float32 [steps,6+E] on the device of `like`."""
+        return schedule_rows(plan.schedule, like, self.runner.embed_timesteps)
 
     def decode(self, latents: Array) -> list[Image.Image]:
         """Images of scaled latents, float32 [B,c,h,w].

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from engines.interface import Array, Engine, array_namespace, device
-from mige_rt.denoise import LoopInputs, coefficient_rows, loop_inputs, solver_step
+from mige_rt.denoise import LoopInputs, loop_inputs, solver_step, timestep_of
 from mige_rt.errors import InputError, NotFiniteError
 from mige_rt.pipeline import MigePipeline
 from mige_rt.sampling_plan import SamplingPlan
@@ -42,7 +42,7 @@ class _RunningImage:
     Attributes:
         task: What was asked for.
         inputs: Of the denoiser for this image alone: B = 1, R = branches.
-        coefficients: float32 [steps,6], the schedule.
+        schedule: float32 [steps,6+E], see `schedule_rows`.
         latents: float32 [1,c,h,w]
         data: float32 [1,c,h,w], predicted at the step before.
         usage: For the answer.
@@ -51,7 +51,7 @@ class _RunningImage:
 
     task: ImageTask
     inputs: LoopInputs
-    coefficients: Array
+    schedule: Array
     latents: Array
     data: Array
     usage: TokenUsage
@@ -65,16 +65,17 @@ class _RunningImage:
     @property
     def steps(self) -> int:
         """Of the schedule."""
-        return self.coefficients.shape[0]
+        return self.schedule.shape[0]
 
     def timesteps(self) -> Array:
-        """Of each entry, float32 [branches]."""
-        return self.coefficients[self.step, 0] * array_namespace(self.latents).ones_like(self.inputs.source[:, 0, 0, 0])
+        """Of each entry, float32 [branches], or [branches,E] as the engine embeds them."""
+        timestep = timestep_of(self.schedule[self.step])
+        return array_namespace(timestep).broadcast_to(timestep, (self.branches, *timestep.shape))
 
     def advance(self, prediction: Array) -> None:
         """Make a step. prediction: the denoiser's, float32 [branches,c,h,w]."""
-        coefficients = self.coefficients[self.step]
-        self.latents, self.data = solver_step(prediction, self.inputs.weights, self.latents, self.data, coefficients)
+        row = self.schedule[self.step]
+        self.latents, self.data = solver_step(prediction, self.inputs.weights, self.latents, self.data, row)
         self.step += 1
 
 
@@ -218,7 +219,7 @@ class StepScheduler:
         image_tokens = min(image_tokens, tokens)  # a prompt that is too long may be cut in an image
         usage = TokenUsage(tokens - image_tokens, image_tokens, (noise.shape[2] // patch) * (noise.shape[3] // patch))
         return _RunningImage(
-            task, inputs, coefficient_rows(plan.schedule, noise), noise, data=xp.zeros_like(noise), usage=usage
+            task, inputs, pipe.schedule_rows(plan, noise), noise, data=xp.zeros_like(noise), usage=usage
         )
 
     def _advance(self, group: _Group) -> list[TaskEvent]:

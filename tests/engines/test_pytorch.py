@@ -23,6 +23,10 @@ from mige_rt.config import PRESETS
 from mige_rt.errors import InputError, NotAvailableError
 from mige_rt.graphs import GRAPHS
 from mige_rt.pipeline import MigePipeline
+from mige_rt.requests import Request, resolve
+from mige_rt.sampling_params import SamplingParams
+from mige_rt.serve.protocol import ImageTask
+from mige_rt.serve.step_scheduler import StepScheduler
 from trainer.checkpoints import weights
 from trainer.evaluate.metrics import psnr
 from trainer.model import vae
@@ -186,6 +190,39 @@ def test_one_timestep_and_no_mask_are_as_many_and_a_full_one(device: str, tokens
     fast: Any = engine.run("denoiser", inputs)["prediction"]  # type: ignore[arg-type]
     assert calls == [(1, False) if device == "cuda:0" else (3, tokens == 40)]
     torch.testing.assert_close(torch.as_tensor(fast), exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+@pytest.mark.parametrize("timesteps", [[420.5] * 3, [999.0, 420.5, 0.0]])
+def test_timesteps_that_were_embedded_ahead_give_the_same_prediction(device: str, timesteps: list[float]) -> None:
+    feed = random_feed("denoiser", PRESETS["tiny"], {"R": 3, "L": 40, "h": 8, "w": 12})
+    inputs: dict[str, Any] = {name: torch.as_tensor(values) for name, values in feed.items()}
+    one_for_all = len(set(timesteps)) == 1
+    inputs["timestep"] = torch.tensor(timesteps[0]).expand(3) if one_for_all else torch.tensor(timesteps)
+    engine = on_the_cpu()
+    engine.device = device
+    exact: Any = engine.run("denoiser", inputs)["prediction"]
+    embedded: Any = torch.as_tensor(engine.embed_timesteps(torch.tensor([timesteps[0]] if one_for_all else timesteps)))  # type: ignore[arg-type]
+    assert embedded.shape == (len(set(timesteps)), 7 * PRESETS["tiny"].dit.width)
+    ahead: Any = engine.run("denoiser", inputs | {"timestep": embedded.expand(3, -1)})["prediction"]
+    torch.testing.assert_close(torch.as_tensor(ahead), torch.as_tensor(exact), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_no_step_of_the_loop_embeds_its_timestep(low_memory: bool, scene: Image.Image) -> None:
+    pipe = MigePipeline.from_pretrained(engine="pytorch", device="cpu", low_memory=low_memory)
+    embedded: list[int] = []
+    embedder = pipe.engine.model.denoiser.t_embedder  # type: ignore[attr-defined]
+    embedder.register_forward_pre_hook(lambda _, inputs: embedded.append(len(inputs[0])))
+    pipe("make the background blue", source=scene, num_inference_steps=5, seed=0)
+    assert embedded == [5]
+    scheduler = StepScheduler(pipe, max_batch=2)
+    for steps in (3, 4):
+        request = resolve(Request("make the background blue", source=scene, seed=steps))
+        scheduler.submit(ImageTask(f"{steps} steps", request, SamplingParams(num_inference_steps=steps)))
+    while not scheduler.idle:
+        list(scheduler.step())
+    assert embedded == [5, 3, 4]
 
 
 def test_the_vae_in_channels_last_gives_the_same_image() -> None:

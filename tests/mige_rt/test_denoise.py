@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mige_rt.denoise import Conditioning, denoise, denoising_step
+from mige_rt.denoise import Conditioning, denoise, denoising_step, schedule_rows
 from mige_rt.guidance import branches
 from mige_rt.scheduler import draw_noise, make_schedule
 
@@ -39,7 +39,8 @@ def run(scales: tuple[float, float | None], seeds: list[int], steps: int = 6) ->
     given = None if scales[1] is None else source
     schedule = make_schedule("dpm_solver_pp_2m", steps, "v_prediction")
     conditioning = Conditioning(given, *conditions(len(guidance) * len(seeds)))
-    return np.asarray(denoise(denoising_step(denoiser), noise, conditioning, guidance, schedule)), denoiser
+    rows = schedule_rows(schedule, noise)
+    return np.asarray(denoise(denoising_step(denoiser), noise, conditioning, guidance, rows)), denoiser
 
 
 @pytest.mark.parametrize("scales", [(5.0, 1.6), (5.0, 1.0), (7.0, None)])
@@ -50,7 +51,11 @@ def test_numpy_and_torch_give_the_same_latents(scales: tuple[float, float | None
     cross_kv, text_mask = conditions(2 * len(guidance))
     schedule = make_schedule("dpm_solver_pp_2m", 12, "epsilon")
     from_numpy = denoise(
-        denoising_step(Elementwise()), noise, Conditioning(given, cross_kv, text_mask), guidance, schedule
+        denoising_step(Elementwise()),
+        noise,
+        Conditioning(given, cross_kv, text_mask),
+        guidance,
+        schedule_rows(schedule, noise),
     )
     from_torch = denoise(
         denoising_step(Elementwise()),
@@ -61,7 +66,7 @@ def test_numpy_and_torch_give_the_same_latents(scales: tuple[float, float | None
             torch.from_numpy(text_mask),
         ),
         guidance,
-        schedule,
+        schedule_rows(schedule, torch.from_numpy(noise)),
     )
     assert isinstance(from_numpy, np.ndarray) and from_numpy.dtype == np.float32
     assert np.isfinite(from_numpy).all()
@@ -74,7 +79,13 @@ def test_the_loop_is_guidance_and_solver() -> None:
     guidance, schedule = branches(5.0, 1.6), make_schedule("dpm_solver_pp_2m", 5, "v_prediction")
     noise, source = draw_noise([1, 2], SHAPE), draw_noise([3, 4], SHAPE)
     cross_kv, text_mask = conditions(6)
-    got = denoise(denoising_step(Elementwise()), noise, Conditioning(source, cross_kv, text_mask), guidance, schedule)
+    got = denoise(
+        denoising_step(Elementwise()),
+        noise,
+        Conditioning(source, cross_kv, text_mask),
+        guidance,
+        schedule_rows(schedule, noise),
+    )
 
     for sample in range(2):
         x, before = noise[sample : sample + 1].astype(np.float64), 0.0
@@ -122,7 +133,11 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
     cross_kv, text_mask = conditions(12)
     noise, source = draw_noise([1, 2, 3, 4], SHAPE), draw_noise([5, 6, 7, 8], SHAPE)
     together = denoise(
-        denoising_step(Elementwise()), noise, Conditioning(source, cross_kv, text_mask), guidance, schedule
+        denoising_step(Elementwise()),
+        noise,
+        Conditioning(source, cross_kv, text_mask),
+        guidance,
+        schedule_rows(schedule, noise),
     )
     for i in range(4):
         mine = slice(i, None, 4)
@@ -131,7 +146,7 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
             noise[i : i + 1],
             Conditioning(source[i : i + 1], cross_kv[:, :, mine], text_mask[mine]),
             guidance,
-            schedule,
+            schedule_rows(schedule, noise),
         )
         np.testing.assert_allclose(alone[0], together[i], rtol=1e-5)
 
@@ -146,7 +161,7 @@ def test_progress_is_reported_after_each_step_and_inputs_are_left_as_they_were()
         noise,
         Conditioning(None, *conditions(2)),
         guidance,
-        schedule,
+        schedule_rows(schedule, noise),
         on_step_end=lambda step, latents: reported.append((step, latents.shape)),
     )
     assert reported == [(0, noise.shape), (1, noise.shape), (2, noise.shape)]
@@ -160,7 +175,7 @@ def test_a_source_that_is_missing_is_an_error() -> None:
             draw_noise([1], SHAPE),
             Conditioning(None, *conditions(2)),
             branches(5.0, 1.0),
-            make_schedule("dpm_solver_pp_2m", 2, "epsilon"),
+            schedule_rows(make_schedule("dpm_solver_pp_2m", 2, "epsilon"), draw_noise([1], SHAPE)),
         )
 
 
@@ -173,8 +188,8 @@ def test_latents_that_the_callback_returns_are_gone_on_with() -> None:
         noise,
         conditioning,
         guidance,
-        schedule,
+        schedule_rows(schedule, noise),
         on_step_end=lambda step, latents: other if step == 1 else None,
     )
-    last = denoise(denoising_step(Elementwise()), other, conditioning, guidance, schedule[2:])
+    last = denoise(denoising_step(Elementwise()), other, conditioning, guidance, schedule_rows(schedule[2:], noise))
     np.testing.assert_array_equal(latents, last)

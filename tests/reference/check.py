@@ -40,7 +40,7 @@ from export.context import ExportTarget
 from export.exporter import ExportLimits, axis_ranges
 from export.graphs import export_graph
 from mige_rt.config import PRESETS, ModelConfig, TextConfig
-from mige_rt.denoise import Conditioning, denoise, denoising_step
+from mige_rt.denoise import Conditioning, denoise, denoising_step, schedule_rows
 from mige_rt.errors import InputError
 from mige_rt.guidance import Branch, branches
 from mige_rt.instruction import count_placeholders
@@ -296,7 +296,8 @@ class Stages:
         if isinstance(cross_kv, Tensor):
             noise, source = torch.from_numpy(noise), torch.from_numpy(source)
         table = make_schedule("dpm_solver_pp_2m", steps, self.config.prediction)
-        return denoise(denoising_step(denoiser), noise, Conditioning(source, cross_kv, text_mask), rows, table)
+        schedule = schedule_rows(table, noise)
+        return denoise(denoising_step(denoiser), noise, Conditioning(source, cross_kv, text_mask), rows, schedule)
 
 
 class PyTorchStages(Stages):

@@ -67,19 +67,12 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.frequencies = frequencies
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
-        self._omega: Tensor | None = None  # see `prepare`
-
-    def prepare(self) -> None:
-        """Compute now what does not change between calls, on the device of the weights."""
-        self._omega = self._angular_frequencies(next(self.mlp.parameters()).device)
-
-    def _angular_frequencies(self, device: torch.device) -> Tensor:
-        half = self.frequencies // 2
-        return torch.exp(torch.arange(half, dtype=torch.float32, device=device) * (-math.log(10000.0) / half))
 
     def forward(self, timestep: Tensor) -> Tensor:
         """Embed timesteps [R], which may be fractions, as [R,width]."""
-        omega = self._angular_frequencies(timestep.device) if self._omega is None else self._omega
+        half = self.frequencies // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=timestep.device)
+        omega = torch.exp(exponents * (-math.log(10000.0) / half))
         angle = timestep.float()[:, None] * omega
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(next(self.mlp.parameters()).dtype))
 
@@ -270,9 +263,17 @@ class Denoiser(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             tables = torch.stack([cast("Block", block).scale_shift_table for block in self.blocks])  # [depth,6,width]
             tables[:, [Modulation._fields.index("scale_attn"), Modulation._fields.index("scale_mlp")]] += 1
-            self.t_embedder.prepare()
         self._tables = tables
         self._positions.clear()
+
+    def embed_timesteps(self, timestep: Tensor) -> Tensor:
+        """What timesteps [R] become before they meet the image: the embedding, then the modulation, [R,7*width]."""
+        return torch.cat(self._time(timestep), dim=-1)
+
+    def _time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """[R,width] and [R,6*width]."""
+        t = self.t_embedder(timestep)
+        return t, self.t_block(t)
 
     def predict(
         self, latents: Tensor, source: Tensor, timestep: Tensor, cross_kv: Tensor, text_mask: Tensor | None
@@ -284,8 +285,8 @@ class Denoiser(nn.Module):
         dtype = self.x_embedder.proj.weight.dtype
         x = self.x_embedder(torch.cat([latents, source], dim=1).to(dtype))  # [R,T,width]
         x = x + self._position_embeddings(gh, gw, x)
-        t = self.t_embedder(timestep)  # [R,width]
-        modulation = self.t_block(t).reshape(timestep.shape[0], 6, dit.width)
+        t, modulation = self._time(timestep) if timestep.ndim == 1 else timestep.to(dtype).tensor_split([dit.width], -1)
+        modulation = modulation.reshape(-1, 6, dit.width)
         of_blocks: list[Tensor] | list[Modulation] = [modulation] * len(self.blocks)
         if self._tables is not None and timestep.shape[0] == 1:
             t = t[0]
@@ -316,7 +317,8 @@ class Denoiser(nn.Module):
         Args:
             latents: Noisy latents, scaled, float32 [R,c,h,w]; h and w are multiples of the patch size.
             source: Latents of the image to edit, scaled, float32 [R,c,h,w]; zeros without one.
-            timestep: float32 [R], 0 to 1000; after `prepare`, also [1] for the whole batch.
+            timestep: float32 [R], 0 to 1000, or [R,7*width], what `embed_timesteps` gives for them; after `prepare`,
+                also one for the whole batch.
             cross_kv: The conditioner's, [2,depth,R,heads,L,head_dim].
             text_mask: bool [R,L], true where there is a token; or what is added to the scores of cross-attention, of
                 the weights' type; None: all are tokens.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from engines.interface import Array
 from mige_rt.config import ModelConfig
-from mige_rt.denoise import Conditioning, denoise, denoising_step
+from mige_rt.denoise import Conditioning, denoise, denoising_step, schedule_rows
 from mige_rt.guidance import Branch, branches
 from mige_rt.postprocessing import to_image
 from mige_rt.scheduler import draw_noise, make_schedule
@@ -115,11 +115,13 @@ class Validation:
         defaults = getattr(sizes.defaults, sample.task)
         has_source = sample.source is not None
         guided = branches(defaults.guidance_scale, defaults.image_guidance_scale if has_source else None)
-        noise = torch.from_numpy(draw_noise([k], cast(tuple[int, int, int], tuple(batch.target.shape[1:]))))
+        drawn = draw_noise([k], cast(tuple[int, int, int], tuple(batch.target.shape[1:])))
+        noise = torch.from_numpy(drawn).to(self._accelerator.device)
         schedule = make_schedule(SCHEDULER, self._settings.num_inference_steps, sizes.prediction)
         denoiser = _BatchDenoiser(sizes, module, batch, guided)
         conditioning = Conditioning(batch.source if has_source else None, *denoiser.no_conditions())
-        latents = denoise(denoising_step(denoiser), noise.to(self._accelerator.device), conditioning, guided, schedule)
+        rows = schedule_rows(schedule, noise)
+        latents = denoise(denoising_step(denoiser), noise, conditioning, guided, rows)
         return cast(Tensor, latents)[0]
 
     def _decode(self, sample: PreparedSample, latents: NDArray[np.float32]) -> Shown:
