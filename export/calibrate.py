@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from engines.interface import Array, to_numpy
 from engines.pytorch import PyTorchEngine
+from engines.wrapper import EngineWrapper
 from export.inputs import sample_requests
 from export.reference import run_module, run_reference, widen_by_block
 from mige_rt.graphs import GraphName
@@ -54,11 +55,11 @@ def input_ranges(checkpoint: Checkpoint, tokenize: Tokenize, on_call: OnCall = l
     return ranges
 
 
-class _ReferenceEngine(PyTorchEngine):
+class _ReferenceEngine(EngineWrapper):
     """The model in float32. Every graph but the denoiser is loaded when it runs; images are not decoded."""
 
     def __init__(self, checkpoint: Checkpoint, on_call: OnCall) -> None:
-        super().__init__(empty_model(checkpoint.config))
+        super().__init__(PyTorchEngine(empty_model(checkpoint.config)))
         self.checkpoint, self.on_call, self.calls = checkpoint, on_call, 0
         self.denoiser = checkpoint.load(["denoiser"]).graph("denoiser")
         widen_by_block(self.denoiser)

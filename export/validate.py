@@ -19,7 +19,7 @@ from engines.interface import Array, EngineOptions, to_numpy
 from engines.onnx_runtime import OnnxRuntimeEngine, computes_in_bf16
 from engines.outputs import OutputCheck
 from engines.pytorch import PyTorchEngine
-from engines.wrapper import HookedEngine
+from engines.wrapper import EngineWrapper, HookedEngine
 from export.chunks import CHUNK_BYTES, run_onnx
 from export.context import ExportContext
 from export.inputs import RealInputs, Sizes, random_feed, sample_requests, shapes_of
@@ -166,15 +166,14 @@ def _check(compared: Compared, ours: NDArray[Any], expected: NDArray[Any], limit
     return Check(**vars(compared), rms=rms, worst=worst, cosine=cosine, limit=limit, ok=rms <= limit)
 
 
-class _PreciseEngine(PyTorchEngine):
+class _PreciseEngine(EngineWrapper):
     """The modules as they are exported, in PyTorch: what bf16 graphs compute, where ONNX Runtime cannot run them."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        super().__init__(load_model(folder, dtype=None), "cpu", manifest.precision)
+        model = load_model(folder, dtype=None)
+        super().__init__(PyTorchEngine(model, "cpu", manifest.precision))
         self.graphs = {
-            graph: PreciseGraph(
-                graph, self.model.graph(graph), "bf16" if computes_in_bf16(entry) else manifest.precision
-            )
+            graph: PreciseGraph(graph, model.graph(graph), "bf16" if computes_in_bf16(entry) else manifest.precision)
             for graph, entry in manifest.graphs.items()
         }
 

@@ -1,12 +1,15 @@
 """What makes the images of a model for the API, and the images of one request on their way."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from typing import Protocol
 
 from mige_rt.serve.protocol import Failed, Finished, ImageTask, Started, TaskEvent
 from mige_rt.serve.tracing import ImageSpans
+
+_log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3  # how often an image is begun: one that ends the worker each time must not do so for ever
 
@@ -48,6 +51,8 @@ class Job:
 
     def end(self, event: Finished | Failed) -> None:
         """One of the tasks has ended, and is forgotten."""
+        if isinstance(event, Failed) and event.kind == "server_error":
+            _log.error("image %s has failed: %s", event.id, event.message)
         del self.tasks[event.id]
         self.waiting.discard(event.id)
         self.spans.pop(event.id).end(event.kind if isinstance(event, Failed) else None)

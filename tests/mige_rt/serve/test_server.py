@@ -462,6 +462,7 @@ def test_a_request_that_ends_every_worker_is_given_up(narrow_server: Server) -> 
             narrow_server.wait_until(lambda before=before: narrow_server.metric("steps_total") > before)
             narrow_server.worker().kill()
         check_refusal(answer.result(), 500, f"ended {MAX_ATTEMPTS} times")
+    assert any(f"has failed: the engine has ended {MAX_ATTEMPTS} times" in line for line in narrow_server.log)
     assert narrow_server.post_form("/v1/images/edits", form(EDIT, {"image": png()}))[0] == 200
 
 
