@@ -41,8 +41,8 @@ def make_denoiser(stay: Stay) -> Denoiser:
     return module
 
 
-def make_inputs(stay: Stay, batch: int, mask: str) -> list[Tensor | None]:
-    """The denoiser's inputs on the device, in its order."""
+def make_inputs(stay: Stay, module: Denoiser, batch: int, mask: str) -> list[Tensor | None]:
+    """The denoiser's inputs on the device, in its order, with one timestep for all as the loop gives it."""
     generator = torch.Generator(stay.device).manual_seed(0)
     dit, channels = stay.config.dit, stay.config.vae.channels
     side, head_dim = dit.trained_grid * dit.patch, dit.width // dit.heads
@@ -56,7 +56,7 @@ def make_inputs(stay: Stay, batch: int, mask: str) -> list[Tensor | None]:
     return [
         noise(batch, channels, side, side),
         noise(batch, channels, side, side),
-        torch.full((batch,), 600.0, device=stay.device),
+        module.embed_timesteps(torch.full((1,), 600.0, device=stay.device)).float(),
         noise(2, dit.depth, batch, dit.heads, LENGTH, head_dim).to(DTYPE),
         None if mask == "none" else text_mask,
     ]
@@ -75,7 +75,7 @@ def measure_denoiser(stay: Stay, record: Record) -> None:
             expected: Any = None
             for backend in reversed(BACKENDS) if stay.cuda else ("math", "PyTorch's choice"):
                 with record.entry(f"batch {batch}, mask {mask}, {backend}") as entry:
-                    inputs = make_inputs(stay, batch, mask)
+                    inputs = make_inputs(stay, module, batch, mask)
                     with _attention(backend, entry):
                         output: Tensor = module(*inputs)
                         expected = output if expected is None else expected
@@ -93,7 +93,7 @@ def measure_denoiser(stay: Stay, record: Record) -> None:
         for backend in sorted(fastest, key=lambda name: fastest[name])[:1]:
             for mode, compiled in (("blocks", _compiled_blocks), ("whole", _compiled_whole)):
                 with record.entry(f"batch {BATCHES[0]}, mask {mask}, {backend}, compiled {mode}") as entry:
-                    inputs = make_inputs(stay, BATCHES[0], mask)
+                    inputs = make_inputs(stay, module, BATCHES[0], mask)
                     with _attention(backend, entry):
                         eager: Tensor = module(*inputs)
                         with compiled(module) as run:
