@@ -14,8 +14,9 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from torch import Tensor, nn
 
 from engines.pytorch import torch_device
+from mige_rt.atomic import check_folder
 from mige_rt.config import ModelConfig
-from mige_rt.errors import InputError
+from mige_rt.errors import InputError, reason
 from mige_rt.lora import LORA_FILE
 from mige_rt.scheduler import TRAIN_STEPS
 from mige_rt.tokenizer import Tokenize, load_tokenizer
@@ -141,7 +142,7 @@ def train_lora(
 
     Raises:
         InputError: The model, an image or an option cannot be used, `out` holds a LoRA already, or the training does
-            not converge. Nothing is written then.
+            not converge. No LoRA is written then.
     """
     lora.check()
     options.check()
@@ -151,6 +152,11 @@ def train_lora(
         raise InputError(f"{path} exists already; give another folder, or remove it first")
     checkpoint = open_checkpoint(model)
     adapted_layers(checkpoint.empty(), lora.targets)  # for its errors, before anything takes long
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        check_folder(out)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise InputError(f"{out} cannot be written ({reason(error)}); give a folder of your own") from error
     tokenize = _tokenizer(checkpoint)
     prepared = _prepare(load_encoders(model, device), samples)
     dtype = torch.bfloat16 if options.mixed_precision == "bf16" else torch.float32
@@ -161,10 +167,6 @@ def train_lora(
     description = add_lora(module, checkpoint.config, lora, prompts.pop() if len(prompts) == 1 else None)
     batches = _Batches(prepared, checkpoint.config, tokenize, options)
     losses = _train(module, batches, options, on_progress)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out} cannot be made ({error}); give another folder") from error
     save_adapted(path, module, description)
     parameters = sum(parameter.numel() for parameter in lora_parameters(module))
     return FineTuned(path, len(description.norms), parameters, losses)

@@ -346,6 +346,19 @@ def test_bad_options_are_one_sentence(images: Path, tmp_path: Path, arguments: l
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_said_before_training(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    samples, progress = instance_samples(images, "a <imagehere>"), []
+    options = FineTuningOptions(max_train_steps=10, train_batch_size=1, device="cpu")  # ten: a call of on_progress
+    sentence = refusal(
+        lambda: train_lora(
+            TINY, samples, tmp_path / "file" / "out", options=options, on_progress=lambda *step: progress.append(step)
+        )
+    )
+    assert not progress
+    assert "file/out cannot be written (not a directory); give a folder of your own" in sentence
+
+
 def test_a_manifest_is_trained_on_too(images: Path, tmp_path: Path) -> None:
     lines = [
         {"prompt": "a <imagehere>", "images": ["0.png"], "target": "2.png"},
