@@ -52,7 +52,7 @@ class FineTuningOptions:
         gradient_accumulation_steps: Batches in a step.
         learning_rate: AdamW's, after the warm-up.
         lr_scheduler: How it goes on, one of diffusers' names.
-        lr_warmup_steps: Steps over which it rises.
+        lr_warmup_steps: Steps over which it rises, with any scheduler but `constant`.
         max_grad_norm: Largest norm of the gradient.
         mixed_precision: `bf16`: the model's weights are bfloat16, and the LoRA's float32.
         device: cpu, cuda, cuda:1, or auto: cuda where there is a GPU.
@@ -83,6 +83,11 @@ class FineTuningOptions:
                 raise InputError(f"{name} is {value}; a number above 0 is expected")
         if self.lr_scheduler not in SCHEDULERS:
             raise InputError(f"lr_scheduler is {self.lr_scheduler!r}; one of {', '.join(SCHEDULERS)} is expected")
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps:  # diffusers' has no warm-up
+            raise InputError(
+                f"lr_warmup_steps is {self.lr_warmup_steps}, and the lr_scheduler constant does not warm up; give the "
+                "lr_scheduler constant_with_warmup, or no warm-up"
+            )
         if self.mixed_precision not in get_args(MixedPrecision):
             raise InputError(f"mixed_precision is {self.mixed_precision!r}; no or bf16 is expected")
 

@@ -47,7 +47,13 @@ MEAN_OVER = 50  # steps, of the losses that are printed
 @click.option("--gradient-accumulation-steps", type=int, default=1, show_default=True, help="batches in a step")
 @click.option("--learning-rate", type=float, default=1e-4, show_default=True)
 @click.option("--lr-scheduler", default="constant", show_default=True, help="one of diffusers', as cosine")
-@click.option("--lr-warmup-steps", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--lr-warmup-steps",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="steps over which the rate rises, with a scheduler such as constant_with_warmup",
+)
 @click.option("--max-grad-norm", type=float, default=1.0, show_default=True)
 @click.option("--mixed-precision", type=click.Choice(["no", "bf16"]), default="no", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1")

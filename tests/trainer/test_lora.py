@@ -335,6 +335,7 @@ def test_a_damaged_file_is_refused(
         (["--lora-targets", ","], "no target was given"),
         (["--max-train-steps", "0"], "max_train_steps is 0"),
         (["--lr-scheduler", "never"], "'never'; one of linear, cosine"),
+        (["--lr-warmup-steps", "5"], "lr_warmup_steps is 5.*give the lr_scheduler constant_with_warmup"),
         (["--data", "manifest.jsonl"], "either --instance-images or --data"),
     ],
 )
