@@ -14,7 +14,9 @@ from mige_rt.validation import validate
 from trainer.stages.ladder import LADDER
 
 TRAINED = ("vae", "vit", "looks", "qformer", "mige")  # the stages that train
+LARGEST_SEED = 2**32 - 1  # torch's generators take 64 bits, of which each step of a run has a number of its own
 NonNegativeInt = Annotated[int, Ge(0)]
+Seed = Annotated[int, Ge(0), Le(LARGEST_SEED)]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class StageSettings:
     epsilon: Annotated[float, Gt(0)]
     clip: Annotated[float, Gt(0)]
     ema: Annotated[float, Ge(0), Le(1)]
-    seed: NonNegativeInt
+    seed: Seed
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class LadderSettings:
     asked: Annotated[float, Gt(0)]
     looking: Annotated[float, Ge(0)]
     draws: PositiveInt
-    seed: NonNegativeInt
+    seed: Seed
     climbed: bool = False
     edits: dict[str, Annotated[float, Gt(0)]] | None = None
 

@@ -31,7 +31,7 @@ from trainer.data.tar_images import open_sample_image
 from trainer.loop import Float32Attention, Task, Trained, make_optimiser, optimisation_steps
 from trainer.lora import LoraOptions, adapted_layers, add_lora, lora_parameters, save_adapted
 from trainer.objective import sample_losses
-from trainer.settings import StageSettings
+from trainer.settings import LARGEST_SEED, StageSettings
 from trainer.stages.trained_part import TrainedPart
 
 ENCODED_AT_ONCE = 8  # images
@@ -75,9 +75,10 @@ class FineTuningOptions:
         for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps"):
             if (value := getattr(self, name)) < 1:
                 raise InputError(f"{name} is {value}; 1 or more is expected")
-        for name in ("lr_warmup_steps", "seed"):
-            if (value := getattr(self, name)) < 0:
-                raise InputError(f"{name} is {value}; 0 or more is expected")
+        if self.lr_warmup_steps < 0:
+            raise InputError(f"lr_warmup_steps is {self.lr_warmup_steps}; 0 or more is expected")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise InputError(f"seed is {self.seed}; 0 to {LARGEST_SEED} is expected")
         for name in ("learning_rate", "max_grad_norm"):
             if not 0 < (value := getattr(self, name)) < float("inf"):
                 raise InputError(f"{name} is {value}; a number above 0 is expected")

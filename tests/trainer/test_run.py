@@ -393,6 +393,7 @@ def test_sizes_that_do_not_fit_are_listed(alone: RunConfig, tmp_path: Path) -> N
         ("  blip2: ", "  # blip2: ", "start lacks blip2"),
         ("start:", "start:\n  model: MIGE", "start has a model and"),
         ("trained: [image_encoder, ", "trained: [vae_encoder, ", "trained[0] is 'vae_encoder'"),
+        ("seed: ", "seed: 9999999999", "expected a number less than or equal to 4294967295"),
         ("log:", "log: [", "cannot be read as a YAML file"),
     ],
 )

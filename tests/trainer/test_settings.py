@@ -19,6 +19,7 @@ SHIPPED = Path(trainer.__file__).parent / "configs" / "tiny.toml"
         ("warmup =", "warm_up =", "[vae]: unknown warm_up, did you mean warmup?; missing warmup"),
         ("batch = 16", "batch = 0", "[vae]: batch is 0, expected a number greater than 0"),
         ("ema = 0.995", "ema = 1.5", "[vae]: ema is 1.5, expected a number less than or equal to 1"),
+        ("seed = 1", "seed = 99999999999", "[vae]: seed is 99999999999, expected a number less than or equal to 429"),
         ("clip = 1.0", "clip = nan", "[vae]: clip is nan, expected a number greater than 0"),
         ("shards = 8", 'shards = "8"', "[ladder]: shards is '8', expected an integer"),
         (

@@ -119,6 +119,7 @@ def test_the_shipped_study_has_the_papers_comparisons() -> None:
     ("file", "old", "new", "message"),
     [
         ("study.toml", "remove = 0.2", "removee = 0.2", "there is no kind 'removee'"),
+        ("study.toml", "seeds = [", "seeds = [9999999999, ", "expected a number less than or equal to 4294967295"),
         ("study.toml", "[kinds.compose]", "[kinds.subject2]", "kinds"),
         ("study.toml", "evaluated", "evaluatd", "unknown evaluatd, did you mean evaluated?"),
         ("7-text-only.toml", "subject = 1", "subjekt = 1", "tasks"),

@@ -13,7 +13,7 @@ from mige_rt.config import PRESETS, ModelConfig, PositiveInt
 from mige_rt.errors import InputError
 from mige_rt.validation import validate
 from trainer.data.mixing import Source
-from trainer.settings import NonNegativeInt, StageSettings
+from trainer.settings import NonNegativeInt, Seed, StageSettings
 
 RATE_BATCH = 256  # the batch that `base_rate` is for; the authors' code scales it by sqrt(batch / 256)
 LARGEST_BATCH = 1_000_000
@@ -135,7 +135,7 @@ class RunConfig:
     weight_decay: Annotated[float, Ge(0)]
     epsilon: Annotated[float, Gt(0)]
     clip: Annotated[float, Gt(0)]
-    seed: NonNegativeInt
+    seed: Seed
     precision: Literal["fp32", "bf16"]
     distributed: Literal["ddp", "fsdp2"]
     reshard: bool

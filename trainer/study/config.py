@@ -11,7 +11,7 @@ from mige_rt.config import PRESETS, ModelConfig, PositiveInt
 from mige_rt.errors import InputError
 from mige_rt.instruction import Task
 from mige_rt.validation import validate
-from trainer.settings import LadderSettings, NonNegativeInt, StageSettings, read_toml, with_queries
+from trainer.settings import LadderSettings, Seed, StageSettings, read_toml, with_queries
 from trainer.synthetic.tasks import ALL_KINDS
 
 STUDY_FILE = "study.toml"
@@ -42,7 +42,7 @@ class _StudyFile:
     """The keys of study.toml."""
 
     model: str
-    seeds: Annotated[tuple[NonNegativeInt, ...], MinLen(1)]
+    seeds: Annotated[tuple[Seed, ...], MinLen(1)]
     evaluated: PositiveInt
     common_kinds: Shares
     kinds: Mapping[Task, Shares]
