@@ -335,7 +335,10 @@ def test_a_damaged_file_is_refused(
         (["--lora-targets", ","], "no target was given"),
         (["--max-train-steps", "0"], "max_train_steps is 0"),
         (["--lr-scheduler", "never"], "'never'; one of linear, cosine"),
-        (["--lr-warmup-steps", "5", "--max-train-steps", "1"], "lr_warmup_steps is 5.*give the lr_scheduler constant_with_warmup"),
+        (
+            ["--lr-warmup-steps", "5", "--max-train-steps", "1"],
+            "lr_warmup_steps is 5.*give the lr_scheduler constant_with_warmup",
+        ),
         (["--seed", "4294967296", "--max-train-steps", "1"], "seed is 4294967296; 0 to 4294967295 is expected"),
         (["--data", "manifest.jsonl"], "either --instance-images or --data"),
     ],

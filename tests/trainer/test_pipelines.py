@@ -467,6 +467,25 @@ def test_a_folder_of_another_run_is_refused(sa_1b: Path, server: ChatServer, tmp
         build(_load(other, tmp_path), sa_1b, tmp_path / "out", BuildOptions(limit=1))
 
 
+def test_a_model_that_the_environment_names_is_in_the_plan(
+    sa_1b: Path, server: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = _load(_add_config(server, model=None), tmp_path), tmp_path / "out"
+    monkeypatch.delenv("OPENAI_MODEL", raising=False)
+    with pytest.raises(InputError, match="a role of loader openai has no model"):
+        build(config, sa_1b, out, BuildOptions(limit=1))
+    assert not out.exists()  # so that it can be begun once the model is named
+    monkeypatch.setenv("OPENAI_MODEL", "one")
+    build(config, sa_1b, out, BuildOptions(limit=1))
+    monkeypatch.setenv("OPENAI_MODEL", "another")
+    with pytest.raises(InputError, match="begun with another served_models; give the same as before"):
+        build(config, sa_1b, out, BuildOptions(limit=1))
+    plan = json.loads((out / "plan.json").read_text())
+    del plan["served_models"]  # as an earlier version wrote it
+    (out / "plan.json").write_text(json.dumps(plan))
+    build(config, sa_1b, out, BuildOptions(limit=1))
+
+
 # --- bad input ---
 
 

@@ -191,6 +191,19 @@ def test_a_folder_begun_otherwise_is_not_gone_on_with(
     assert _bytes(whole) == before
 
 
+def test_a_folder_begun_with_images_elsewhere_is_not_gone_on_with(manifest: Path, whole: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.symlink_to(manifest.parent)
+    result = _prepare(manifest, whole, "--images-root", str(elsewhere))
+    assert result.exit_code == 2 and "was begun with another images_root" in " ".join(result.stderr.split())
+    out = tmp_path / "out"
+    out.mkdir()
+    plan = json.loads((whole / "plan.json").read_text())
+    del plan["images_root"]  # as an earlier version wrote it
+    (out / "plan.json").write_text(json.dumps(plan))
+    assert _prepare(manifest, out, "--images-root", str(elsewhere), "--part", "15/15").exit_code == 0
+
+
 def _damaged(manifest: Path, folder: Path, number: int) -> Path:
     """A copy of the manifest in which the sources of some edits are cut short."""
     shutil.copytree(manifest.parent, folder)

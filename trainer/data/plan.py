@@ -25,7 +25,8 @@ def write_plan(out: Path, plan: Mapping[str, Any], allowed: Collection[str] = ()
     path = out / PLAN_FILE
     if path.is_file():
         earlier = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in plan if earlier.get(name) != plan[name]]
+        # An earlier version's plan lacks what it did not write down yet.
+        changed = [name for name in plan if name in earlier and earlier[name] != plan[name]]
         if changed:
             raise InputError(
                 f"{out} was begun with another {', '.join(changed)}; give the same as before, or another folder"

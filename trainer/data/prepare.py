@@ -121,6 +121,7 @@ def prepare(
     plan = {
         "schema": SCHEMA,
         "manifest": sha256(manifest.read_bytes()).hexdigest(),
+        "images_root": None if root is None else str(root),
         "model": config.name,
         "encoders": fingerprint,
         "device": device.partition(":")[0],

@@ -22,7 +22,8 @@ from trainer.data.manifest import MANIFEST
 from trainer.data.plan import write_plan
 from trainer.pipelines.add import add_stages
 from trainer.pipelines.built import BuiltShard, write_shard
-from trainer.pipelines.config import PipelineConfig
+from trainer.pipelines.chat import served_model
+from trainer.pipelines.config import OpenAIRole, PipelineConfig
 from trainer.pipelines.edit import edit_stages
 from trainer.pipelines.funnel import plot_funnel
 from trainer.pipelines.inputs import read_records
@@ -145,6 +146,10 @@ def _plan(config: PipelineConfig, records: Sequence[Record]) -> dict[str, object
         "schema": SCHEMA,
         "pipeline": config.pipeline.model_dump(mode="json"),
         "roles": identities(config),
+        # Apart from the roles, whose entry earlier plans have without it.
+        "served_models": {
+            name: served_model(role) for name, role in dict(config.roles).items() if isinstance(role, OpenAIRole)
+        },
         "prompts": sha256(json.dumps(Prompts(config.prompts).all()).encode()).hexdigest(),
         "records": digest.hexdigest(),
         "shard_records": config.shard_records,

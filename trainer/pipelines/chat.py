@@ -85,6 +85,14 @@ def ask_json(chat: ChatModel, question: Question, answer: type[Answer]) -> Answe
     raise DroppedError("an answer that is not as asked", problem, bad=True)
 
 
+def served_model(role: OpenAIRole) -> str:
+    """The model that a role asks its server for. Raises InputError where neither config nor environment name it."""
+    model = role.model or os.environ.get("OPENAI_MODEL")
+    if not model:
+        raise InputError("a role of loader openai has no model: give it in the config, or set OPENAI_MODEL")
+    return model
+
+
 class OpenAIChat:
     """A server with OpenAI's chat API, by OpenAI's client, which sends requests again where the server is busy."""
 
@@ -92,11 +100,8 @@ class OpenAIChat:
         """Raises InputError where neither config nor environment name the model."""
         from openai import OpenAI
 
-        model = role.model or os.environ.get("OPENAI_MODEL")
-        if not model:
-            raise InputError("a role of loader openai has no model: give it in the config, or set OPENAI_MODEL")
         self.attempts = role.attempts
-        self._model, self._has_format = model, role.response_format
+        self._model, self._has_format = served_model(role), role.response_format
         self._client = OpenAI(
             base_url=role.url or os.environ.get("OPENAI_BASE_URL"),
             api_key=os.environ.get(role.key_variable) or "none",  # local servers ask for none; the client wants one
