@@ -138,7 +138,7 @@ def _judge_folder(
     scorer, file, unreadable = Scorer(encoders), ScoresFile(path, header), dict[str, str]()
     for done, (name, sample) in enumerate(images):
         on_progress("images judged", done, len(images))
-        if not file.is_current(name, results.image(name)):
+        if not file.is_current(name, results.image(name), sample):
             try:
                 file.add(scorer.score(name, results.image(name), sample))
             except InputError as error:

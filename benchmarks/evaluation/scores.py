@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -35,6 +36,7 @@ class Score:
         baseline: The same of the unchanged source, where an edit has a ground truth.
         subject: Whether the subject was found; None: none was looked for.
         notes: What could not be measured, and why.
+        masks: Digest of the files of its sample's masks; None: there are none, or an earlier version wrote this.
     """
 
     image: str
@@ -43,6 +45,7 @@ class Score:
     baseline: dict[str, float] = field(default_factory=dict)
     subject: Extraction | None = None
     notes: tuple[str, ...] = ()
+    masks: str | None = None
 
 
 class Scorer:
@@ -74,7 +77,9 @@ class Scorer:
         if source is not None and truth is not None and sample.truth != sample.source:
             baseline = self._whole(source, sample, truth, source, [])
             self._subject(source, sample, baseline, [])
-        return Score(name, sha256(content).hexdigest(), values, baseline, extraction, tuple(notes))
+        return Score(
+            name, sha256(content).hexdigest(), values, baseline, extraction, tuple(notes), _masks_digest(sample)
+        )
 
     def _whole(
         self,
@@ -169,11 +174,14 @@ class ScoresFile:
             header: `benchmark` and `results`, which have to be the same, and whatever else the scores depend on.
 
         Raises:
-            InputError: It holds scores of another benchmark or other results.
+            InputError: It holds scores of another benchmark or other results, or something else.
         """
         self._path = path
         self.scores: dict[str, Score] = {}
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} holds no scores ({error}); remove it, or give another --out") from error
         before = _parsed(lines[0]) if lines else None
         if isinstance(before, dict):
             for name in ("benchmark", "results"):
@@ -189,10 +197,14 @@ class ScoresFile:
             current = [json.dumps(header), *(json.dumps(asdict(score)) for score in self.scores.values())]
             file.write_text("".join(f"{line}\n" for line in current), encoding="utf-8")
 
-    def is_current(self, name: str, path: Path) -> bool:
-        """Whether an image was measured, and is still the same."""
+    def is_current(self, name: str, path: Path, sample: BenchmarkSample) -> bool:
+        """Whether an image was measured, and it and its sample's masks are still the same."""
         score = self.scores.get(name)
-        return score is not None and score.sha256 == sha256(path.read_bytes()).hexdigest()
+        return (
+            score is not None
+            and score.sha256 == sha256(path.read_bytes()).hexdigest()
+            and score.masks == _masks_digest(sample)
+        )
 
     def add(self, score: Score) -> None:
         """Write a score down at once."""
@@ -201,6 +213,16 @@ class ScoresFile:
             file.flush()
             os.fsync(file.fileno())
         self.scores[score.image] = score
+
+
+def _masks_digest(sample: BenchmarkSample) -> str | None:
+    """Of the files of a sample's masks; None where there are none. Without a mask a metric is missing, nothing else."""
+    digest = None
+    for mask in (sample.mask, sample.subject and sample.subject.mask):
+        if mask is not None:
+            with suppress(OSError):  # the note has the reason
+                digest = sha256((digest or "").encode() + mask.path.read_bytes()).hexdigest()
+    return digest
 
 
 def _parsed(line: str) -> Any:

@@ -529,6 +529,33 @@ def test_the_truth_itself_is_perfect_by_every_metric(
     assert report["encoders"]["CLIP"] == {"name": str(clip_folder), "sha256": weights_digest(clip_folder)}
 
 
+def test_a_mask_that_comes_later_is_measured_with(magicbrush: Path, tmp_path: Path) -> None:
+    mask = magicbrush / "images/139/139-mask1.png"
+    content = mask.read_bytes()
+    mask.unlink()
+    benchmark = open_benchmark(f"magicbrush:{magicbrush}")
+    _same_images(tmp_path / "results", benchmark, lambda image: image)
+    results = open_results(tmp_path / "results")
+
+    def counts() -> tuple[int, int]:
+        row = judge(benchmark, results, tmp_path / "report", NONE).judged.rows[0]
+        return row.counts["background shift"], len((tmp_path / "report/scores.jsonl").read_text().splitlines())
+
+    before, lines = counts()
+    mask.write_bytes(content)
+    assert counts() == (before + 1, lines + 1)  # that image alone is measured again
+    assert counts() == (before + 1, lines)
+
+
+def test_a_file_that_holds_no_scores_is_refused(magicbrush: Path, tmp_path: Path) -> None:
+    benchmark = open_benchmark(f"magicbrush:{magicbrush}")
+    _same_images(tmp_path / "results", benchmark, lambda image: image)
+    (tmp_path / "scores.jsonl").write_bytes(b"\xff\xfe no text")
+    with pytest.raises(InputError, match=r"scores.jsonl holds no scores \(.*\); remove it, or give another --out"):
+        judge(benchmark, open_results(tmp_path / "results"), tmp_path, NONE)
+    assert (tmp_path / "scores.jsonl").read_bytes() == b"\xff\xfe no text"
+
+
 def test_subjects_are_cut_out_and_the_whole_image_counts_where_there_is_none(
     migebench: Path, dino_folder: Path, tmp_path: Path
 ) -> None:
