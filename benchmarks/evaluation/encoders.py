@@ -1,7 +1,8 @@
 """The networks that judge images, from folders on this machine; each with its name and a digest of its weights.
 
-Nothing is downloaded: what is not here is reported with the command that gets it, and the other metrics go on. Image
-processors are those that need Pillow alone, so that the numbers do not depend on whether torchvision is installed.
+Nothing is downloaded: a default one that is not here is reported with the command that gets it, and the other metrics
+go on; one that was named has to be here. Image processors are those that need Pillow alone, so that the numbers do not
+depend on whether torchvision is installed.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from engines.pytorch import torch_device
+from mige_rt.errors import InputError
 from trainer.evaluate import efficientnet_lite
 from trainer.vision_models import (
     CLIP,
@@ -147,7 +150,10 @@ class EncoderOptions:
         segmenter: For subjects.
         lpips: Whether LPIPS is wanted.
         efficientnet: Whether the stand-in is wanted.
-        device: cpu, cuda, cuda:1.
+        device: cpu, cuda, cuda:1, or auto: cuda where there is a GPU.
+
+    Raises:
+        InputError: The device is not there.
     """
 
     clip: str | None = CLIP
@@ -157,6 +163,9 @@ class EncoderOptions:
     lpips: bool = True
     efficientnet: bool = False
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        torch_device(self.device)  # for its errors
 
 
 @dataclass(frozen=True)
@@ -179,7 +188,10 @@ class MissingEncoder:
 
 @dataclass
 class Encoders:
-    """The encoders that are here, each opened when it is first asked for, and those that are not."""
+    """The encoders that are here, each opened when it is first asked for, and those that are not.
+
+    Asking for one that was named, and cannot be opened, raises InputError.
+    """
 
     options: EncoderOptions
     missing: list[MissingEncoder] = field(default_factory=list)
@@ -217,6 +229,7 @@ class Encoders:
             ("metrics of subjects",),
             " && ".join(map(download_command, names, (DETECTOR, SEGMENTER))),
             lambda: GroundedSam((locate_model(names[0]), names[0]), (locate_model(names[1]), names[1]), self._device),
+            named=names != (DETECTOR, SEGMENTER),
         )
 
     @property
@@ -243,7 +256,7 @@ class Encoders:
 
     @property
     def _device(self) -> str:
-        return self.options.device
+        return torch_device(self.options.device)
 
     def _transformers(
         self, metrics: tuple[str, ...], name: str | None, default: str, load: Callable[[Path, str, str], T]
@@ -251,12 +264,18 @@ class Encoders:
         if name is None:
             return None
         return self._open(
-            metrics, download_command(name, default), lambda: load(locate_model(name), name, self._device)
+            metrics,
+            download_command(name, default),
+            lambda: load(locate_model(name), name, self._device),
+            named=name != default,
         )
 
-    def _open(self, metrics: tuple[str, ...], command: str, load: Callable[[], T]) -> T | None:
+    def _open(self, metrics: tuple[str, ...], command: str, load: Callable[[], T], *, named: bool = False) -> T | None:
         try:
             return load()
         except Exception as error:  # those of the libraries have no common class, and the other metrics go on
-            self.missing.append(MissingEncoder(metrics, " ".join(str(error).split()), command))
+            missing = MissingEncoder(metrics, " ".join(str(error).split()), command)
+            if named:
+                raise InputError(f"{missing}, or leave its option out") from error
+            self.missing.append(missing)
             return None

@@ -93,11 +93,11 @@ def judge(results: Path, benchmark: str, out: Path, **options: Any) -> None:
     \b
       mige-rt eval judge results --benchmark dreambench:dreambooth/dataset --out report
 
-    Encoders come from folders here or from the hub's cache; nothing is downloaded. For one that is missing, the report
-    has the command that gets it, and the other metrics go on. On the synthetic world, and by --stand-in
+    Encoders come from folders here or from the hub's cache; nothing is downloaded. For a default one that is missing,
+    the report has the command that gets it, and the other metrics go on. On the synthetic world, and by --stand-in
     elsewhere, EfficientNet-Lite0 judges, and the encoders that are named.
     """
-    _judge(results, benchmark, out, options)
+    _judge(results, benchmark, out, options, _encoder_options(benchmark, options))
 
 
 @evaluate.command("run")
@@ -112,8 +112,9 @@ def run_both(benchmark: str, out: Path, **options: Any) -> None:
     \b
       mige-rt eval run --benchmark synthetic:world --out evaluation
     """
+    encoders = _encoder_options(benchmark, options)  # first, for its errors
     complete = _generate(benchmark, out / "results", options)
-    _judge(out / "results", benchmark, out / "report", options)
+    _judge(out / "results", benchmark, out / "report", options, encoders)
     if not complete:
         sys.exit(1)
 
@@ -193,7 +194,7 @@ def _generate(spec: str, out: Path, options: dict[str, Any]) -> bool:
     return not generated.failures
 
 
-def _judge(results: Path, spec: str, out: Path, options: dict[str, Any]) -> None:
+def _judge(results: Path, spec: str, out: Path, options: dict[str, Any], encoders: "EncoderOptions") -> None:
     with requires("eval", "judging"):
         from benchmarks.evaluation.judge import judge
         from benchmarks.evaluation.layouts import open_benchmark
@@ -202,17 +203,18 @@ def _judge(results: Path, spec: str, out: Path, options: dict[str, Any]) -> None
 
     opened, folder = open_benchmark(spec), open_results(results)
     against = None if options["against"] is None else open_results(options["against"])
-    encoders = _encoder_options(options["stand_in"] or opened.layout == "synthetic", options)
     with progress("judging") as advance:
         judgement = judge(opened, folder, out, encoders, against=against, on_progress=advance)
     report_lines(write_report(judgement, out, command_line()))
     echo(out)
 
 
-def _encoder_options(stand_in: bool, options: dict[str, Any]) -> "EncoderOptions":
+def _encoder_options(spec: str, options: dict[str, Any]) -> "EncoderOptions":
     """The encoders that were named, and for the others the paper's, or the stand-in."""
-    from benchmarks.evaluation.encoders import EncoderOptions
+    with requires("eval", "judging"):
+        from benchmarks.evaluation.encoders import EncoderOptions
 
+    stand_in = options["stand_in"] or spec.startswith("synthetic:")
     names = ("clip", "dino", "detector", "segmenter")
     instead: dict[str, Any] = {**dict.fromkeys(names), "lpips": False, "efficientnet": True}
     given = {name: options[name] for name in names if options[name] is not None}

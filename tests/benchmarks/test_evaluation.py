@@ -38,7 +38,7 @@ from mige_rt.pipeline import MigePipeline
 from mige_rt.sampling_params import SamplingParams
 from trainer.synthetic.concepts import Concept
 from trainer.synthetic.manifest import write_manifest
-from trainer.vision_models import Clip, GroundingDino, weights_digest
+from trainer.vision_models import DETECTOR, Clip, GroundingDino, weights_digest
 
 QUICK = SamplingParams(num_inference_steps=2)
 NONE = EncoderOptions(clip=None, dino=None, detector=None, segmenter=None, lpips=False)
@@ -401,18 +401,35 @@ def test_a_detector_and_a_segmenter_find_the_best_box(tmp_path: Path, monkeypatc
     assert finder.find(_noise(4, (96, 80)), "A signboard") is None
 
 
-def test_what_is_missing_is_said_with_the_command_that_gets_it(tmp_path: Path, clip_folder: Path) -> None:
-    options = replace(NONE, clip=str(tmp_path / "clip"), dino="facebook/no-such-model-here", lpips=True)
-    encoders = Encoders(options)
-    assert encoders.names(subjects=True) == {} and encoders.similarities == {}
+def test_what_is_missing_is_said_with_the_command_that_gets_it(
+    tmp_path: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    encoders = Encoders(EncoderOptions(lpips=True))
+    assert encoders.names(subjects=True).keys() <= {"LPIPS"} and encoders.similarities == {}
     commands = {missing.metrics[0]: missing.command for missing in encoders.missing}
-    assert commands["DINO"].startswith("hf download facebook/no-such-model-here --exclude")
-    assert commands["CLIP-I"].startswith(f"hf download openai/clip-vit-base-patch32 --local-dir {tmp_path / 'clip'}")
+    assert commands["DINO"].startswith("hf download facebook/dino-vits16 --exclude")
+    assert commands["metrics of subjects"].count("hf download") == 2
     assert commands.get("LPIPS", "pip install lpips torchvision") == "pip install lpips torchvision"
-    (tmp_path / "clip").mkdir()
-    (tmp_path / "clip" / "config.json").write_text((clip_folder / "config.json").read_text())
-    encoders = Encoders(replace(NONE, clip=str(tmp_path / "clip")))
-    assert encoders.clip is None and "no model.safetensors" in encoders.missing[0].reason
+    # One that was named has to be there.
+    folder = tmp_path / "clip"
+    named = Encoders(replace(NONE, clip=str(folder), dino="facebook/no-such-model-here", segmenter=str(folder)))
+    with pytest.raises(InputError, match=f"hf download openai/clip-vit-base-patch32 --local-dir {folder}.*, or leave"):
+        _ = named.clip
+    with pytest.raises(InputError, match=r"no DINO: .*hf download facebook/no-such-model-here --exclude"):
+        _ = named.dino
+    folder.mkdir()
+    (folder / "config.json").write_text((clip_folder / "config.json").read_text())
+    with pytest.raises(InputError, match=r"no model\.safetensors"):
+        _ = named.clip
+    with pytest.raises(InputError, match="no metrics of subjects"):
+        _ = Encoders(replace(NONE, detector=DETECTOR, segmenter=str(folder))).subjects
+
+
+def test_a_device_that_is_not_there_is_said_before_images_are_made(world: Path, tmp_path: Path) -> None:
+    result = _run("run", "--benchmark", f"synthetic:{world}", "--judge-device", "cuda:99", "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "there is no device 'cuda:99' here" in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()
 
 
 # --- generating and judging ---
