@@ -153,15 +153,12 @@ def _gallery(judgement: Judgement) -> list[tuple[str, list[Tile]]]:
     samples = {name: sample for sample, _, name in judgement.benchmark.image_names()}
     sections = []
     for metric in METRICS:
-        ranked = sorted(
-            (score.metrics[metric] * (1 if higher_is_better(metric) else -1), name)
-            for name, score in judgement.judged.scores.items()
-            if metric in score.metrics
-        )
+        values = ((s.metrics[metric], name) for name, s in judgement.judged.scores.items() if metric in s.metrics)
+        ranked = sorted(values, reverse=not higher_is_better(metric))
         if ranked:
             places = {"worst": 0, "median": len(ranked) // 2, "best": len(ranked) - 1}
             tiles = [
-                _tile(f"{place}: {abs(ranked[k][0]):.3f}", ranked[k][1], samples[ranked[k][1]], judgement.judged)
+                _tile(f"{place}: {ranked[k][0]:.3f}", ranked[k][1], samples[ranked[k][1]], judgement.judged)
                 for place, k in places.items()
             ]
             sections.append((_header(metric), tiles))

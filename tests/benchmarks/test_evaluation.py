@@ -623,6 +623,18 @@ def test_one_image_a_prompt_and_all_four_are_both_reported(dreambench: Path, din
     assert four.metrics["DINO"].low < four.metrics["DINO"].value < four.metrics["DINO"].high
 
 
+def test_the_gallery_keeps_the_sign_of_a_value(dreambench: Path, dino_folder: Path, tmp_path: Path) -> None:
+    benchmark = open_benchmark(f"dreambench:{dreambench}")
+    _same_images(tmp_path / "results", benchmark, lambda image: image)
+    judgement = judge(benchmark, open_results(tmp_path / "results"), tmp_path, replace(NONE, dino=str(dino_folder)))
+    for score, value in zip(judgement.judged.scores.values(), (-0.25, 0.5, *[0.1] * 10), strict=True):
+        score.metrics.update({"CLIP-T": value, "L1": abs(value)})
+    write_report(judgement, tmp_path, "the command")
+    page = (tmp_path / "report.html").read_text()
+    for title in ("worst: -0.250", "best: 0.500", "worst: 0.500", "best: 0.100"):
+        assert title in page
+
+
 def test_parity_is_the_difference_image_by_image(emu_edit: Path, tmp_path: Path) -> None:
     benchmark = open_benchmark(f"emu-edit:{emu_edit}")
     _same_images(tmp_path / "a", benchmark, lambda image: Image.eval(image, lambda level: level + 51))
