@@ -84,7 +84,8 @@ def read_votes(files: Sequence[Path]) -> list[Vote]:
 def preferences(votes: Sequence[Vote]) -> list[Preference]:
     """The systems with their scores, the best first.
 
-    Intervals are percentile bootstraps over pairs, whose votes are alike; the generator's seed is fixed.
+    Intervals are percentile bootstraps over pairs, whose votes are alike; the generator's seed is fixed. Of one pair
+    alone there is none.
 
     Raises:
         InputError: There are no votes, or a system was compared with itself.
@@ -109,7 +110,7 @@ def preferences(votes: Sequence[Vote]) -> list[Preference]:
     results = [
         Preference(
             system,
-            Estimate(float(scores[k]), float(low[k]), float(high[k])),
+            Estimate(float(scores[k]), *((float(low[k]), float(high[k])) if len(pairs) > 1 else (None, None))),
             round(float(totals[k].sum() + totals[:, k].sum())),
             float(totals[k].sum()),
         )

@@ -120,7 +120,7 @@ def _context(judgement: Judgement) -> dict[str, Any]:
 
 
 def _cells(name: str, values: Mapping[str, Estimate], images: int) -> dict[str, str]:
-    texts = {metric: "{value:.3f} ({low:.3f} to {high:.3f})".format(**asdict(v)) for metric, v in values.items()}
+    texts = {metric: value.text("{:.3f}") for metric, value in values.items()}
     return {"row": name, "images": str(images), **{_header(m): texts.get(m, "") for m in METRICS}}
 
 
@@ -142,7 +142,11 @@ def _count_table(rows: Sequence[TableRow]) -> str:
 
 def _verdict(row: TableRow) -> str:
     """Which metrics of a parity row differ for certain."""
-    different = [metric for metric, value in row.metrics.items() if value.low > 0 or value.high < 0]
+    different = [
+        metric
+        for metric, value in row.metrics.items()
+        if value.low is not None and value.high is not None and (value.low > 0 or value.high < 0)
+    ]
     if not different:
         return f"{row.name}: no difference shown"
     return f"{row.name}: different in {', '.join(different)}"

@@ -161,7 +161,7 @@ def preference(votes: tuple[Path, ...]) -> None:
     rows = [
         {
             "system": place.system,
-            "score": f"{place.score.value:.2f} ({place.score.low:.2f} to {place.score.high:.2f})",
+            "score": place.score.text("{:.2f}"),
             "wins": f"{place.wins:g} of {place.votes}",
         }
         for place in preferences(read_votes(votes))

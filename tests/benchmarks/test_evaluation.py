@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -620,7 +621,8 @@ def test_one_image_a_prompt_and_all_four_are_both_reported(dreambench: Path, din
     assert (one.name, four.name) == ("all prompts, seed 0", "all prompts, seeds 0 to 3")
     assert (one.counts["DINO"], four.counts["DINO"]) == (3, 12)
     assert one.metrics["DINO"].value == pytest.approx(1, abs=1e-4) and four.metrics["DINO"].value < 0.999
-    assert four.metrics["DINO"].low < four.metrics["DINO"].value < four.metrics["DINO"].high
+    low, high = four.metrics["DINO"].low, four.metrics["DINO"].high
+    assert low is not None and high is not None and low < four.metrics["DINO"].value < high
 
 
 def test_the_gallery_keeps_the_sign_of_a_value(dreambench: Path, dino_folder: Path, tmp_path: Path) -> None:
@@ -643,9 +645,12 @@ def test_parity_is_the_difference_image_by_image(emu_edit: Path, tmp_path: Path)
     judgement = judge(benchmark, a, tmp_path / "report", NONE, against=b)
     assert [row.name for row in judgement.parity] == ["all tasks", "add", "global"]
     difference = judgement.parity[0].metrics["L1"]
-    assert difference.value == pytest.approx(0.2) and difference.low > 0
+    assert difference.value == pytest.approx(0.2) and difference.low is not None and difference.low > 0
     text = write_report(judgement, tmp_path, "the command")
     assert "- all tasks: different in L1, L2" in text and "input-output:" not in text
+    # One group says nothing of others.
+    assert [row.name for row in judgement.parity if row.metrics["L1"].low is None] == ["add"]
+    assert "- add: no difference shown" in text and re.search(r"\| add +\| +1 \|.*\| +0\.200 +\|", text)
     same = judge(benchmark, b, tmp_path / "same", NONE, against=b)
     assert "- all tasks: no difference shown" in write_report(same, tmp_path, "the command")
     with pytest.raises(InputError, match="holds scores of another results"):

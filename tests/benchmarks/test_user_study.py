@@ -117,7 +117,9 @@ def test_two_systems_differ_by_the_log_odds_of_a_win() -> None:
     assert (first.system, first.wins, first.votes) == ("a", 30, 41)
     assert first.score.value - second.score.value == pytest.approx(np.log(30.5 / 11.5), abs=1e-3)
     assert second.score.value == pytest.approx(-first.score.value)
-    assert first.score.low < first.score.value < first.score.high and first.score.low > 0
+    assert first.score.low is not None and first.score.high is not None
+    assert 0 < first.score.low < first.score.value < first.score.high
+    assert all(place.score.low is None for place in preferences(votes[:1]))  # one pair says nothing of others
 
 
 def test_scores_are_those_of_hunters_algorithm() -> None:

@@ -72,7 +72,7 @@ def test_an_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     held = 0
     for _ in range(100):
         mean = estimate(list(rng.normal(3, 1, 50)))
-        assert mean is not None
+        assert mean is not None and mean.low is not None and mean.high is not None
         held += mean.low <= 3 <= mean.high
     assert 88 <= held <= 99
 
@@ -82,6 +82,8 @@ def test_an_estimate_weighs_samples_by_their_denominators() -> None:
     assert share is not None and share.value == 0.91
     assert (share.low, share.high) == (0.1, 1.0)
     assert estimate([1, 2], [0, 0]) is None
+    assert estimate([3]) == estimate([3, 0], [1, 0]) == Estimate(3, None, None)
+    assert Estimate(3, None, None).text("{:.1f}") == "3.0" and share.text("{:.1f}") == "0.9 (0.1 to 1.0)"
     assert estimate([1, 2, 4]) == estimate([1, 2, 4])
 
 

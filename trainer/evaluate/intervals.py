@@ -13,11 +13,18 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric over samples, and the ends of its confidence interval."""
+    """A metric over samples, and the ends of its confidence interval; None: there are too few samples for one."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+
+    def text(self, form: str) -> str:
+        """The value and, in brackets, its interval; form: of a number, for str.format."""
+        value = form.format(self.value)
+        if self.low is None or self.high is None:
+            return value
+        return f"{value} ({form.format(self.low)} to {form.format(self.high)})"
 
 
 def estimate(numerators: Sequence[float], denominators: Sequence[float] | None = None) -> Estimate | None:
@@ -30,15 +37,15 @@ def estimate(numerators: Sequence[float], denominators: Sequence[float] | None =
         denominators: One value for each sample; without them, the estimate is the numerators' mean.
 
     Returns:
-        None where the denominators' sum is not above zero.
+        None where the denominators' sum is not above zero; without an interval where fewer than two samples count.
     """
     top = np.asarray(numerators, np.float64)
     bottom = np.ones_like(top) if denominators is None else np.asarray(denominators, np.float64)
     if bottom.sum() <= 0:
         return None
     value = float(_ratio(top, bottom))
-    if len(top) == 1:  # all resamples are the same, and scipy wants two samples or more
-        return Estimate(value, value, value)
+    if np.count_nonzero(bottom) < 2:  # all resamples are the same, which says nothing of other samples
+        return Estimate(value, None, None)
     with warnings.catch_warnings():
         # A resample without a ratio makes scipy's own interval NaN, of which it warns; ours leaves that resample out.
         warnings.simplefilter("ignore", DegenerateDataWarning)

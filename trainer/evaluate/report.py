@@ -184,10 +184,7 @@ def _section(title: str, text: str, headers: Sequence[str], rows: Sequence[Seque
 
 
 def _with_interval(estimate: Estimate | None, form: str) -> str:
-    if estimate is None:
-        return "-"
-    value, low, high = (form.format(number) for number in (estimate.value, estimate.low, estimate.high))
-    return f"{value} ({low} to {high})"
+    return "-" if estimate is None else estimate.text(form)
 
 
 def _value(estimate: Estimate | None, form: str) -> str:
