@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -314,6 +315,18 @@ def test_an_image_that_cannot_be_read_is_left_out_and_counted(tmp_path: Path) ->
     assert len(samples) == 1
     assert "1 (unreadable image)" in result.stderr and "1 (width more than 4 times the height)" in result.stderr
     assert len(list((tmp_path / "out").rglob("*.*"))) == 3  # two images and the manifest
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    data = _instructpix2pix(tmp_path / "data")
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, most))
+    try:
+        result = _convert("instructpix2pix", data, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    assert result.exit_code == 2 and "out cannot be written ([Errno 27]" in " ".join(result.stderr.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 @pytest.mark.parametrize(

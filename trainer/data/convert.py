@@ -78,15 +78,16 @@ def convert(
         on_progress: Gets a description, how many samples were read, and `limit`, or 0 where there is none.
 
     Raises:
-        InputError: The dataset has not this layout, no sample of it can be used, or `out` exists.
+        InputError: The dataset has not this layout, no sample of it can be used, `out` exists or cannot be
+            written, or the disk is full.
     """
     if not data.exists():
         raise InputError(f"there is nothing at {data}; download the dataset first")
     check_score_names(options.score_columns)
     rejected: Counter[str] = Counter()
     written = 0
-    with atomic_folder(out) as folder:
-        with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+    try:
+        with atomic_folder(out) as folder, (folder / MANIFEST).open("w", encoding="utf-8") as file:
             for number, sample in enumerate(CONVERTERS[layout](data, options)):
                 if number == limit:
                     break
@@ -99,9 +100,11 @@ def convert(
                     continue
                 file.write(manifest_line(record))
                 written += 1
-        if not written:
-            reasons = ", ".join(f"{reason}: {number}" for reason, number in rejected.items()) or "it holds none"
-            raise InputError(f"no sample of {data} can be used ({reasons})")
+            if not written:
+                reasons = ", ".join(f"{reason}: {number}" for reason, number in rejected.items()) or "it holds none"
+                raise InputError(f"no sample of {data} can be used ({reasons})")
+    except OSError as error:
+        raise InputError(f"{out} cannot be written ({error}); make room, or give another path") from error
     return ConversionReport(written, dict(rejected.most_common()))
 
 
