@@ -31,6 +31,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.overrides import TorchFunctionMode
 
 from mige_rt.atomic import atomic_file
+from mige_rt.errors import InputError
 from trainer.settings import StageSettings
 
 LOG_EVERY = 50  # steps
@@ -245,6 +246,12 @@ class StepResult:
     metrics: Sequence[Mapping[str, float]]
     batches: Sequence[Any]
     skipped: bool
+
+
+def check_one_process(what: str) -> None:
+    """Raises InputError where several processes were started; `what` they would have run in."""
+    if (number := Accelerator().num_processes) > 1:
+        raise InputError(f"{what} runs in one process, and {number} were started; start it without accelerate launch")
 
 
 def make_optimiser(parameters: Iterable[nn.Parameter], settings: StageSettings) -> torch.optim.AdamW:

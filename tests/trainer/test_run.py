@@ -51,7 +51,7 @@ from trainer.run.train import FREE, RunOptions, make_state, train_run
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pretrained_files import small_numbers, states, write_folders, write_pth
-from two_processes import launch, run, run_killed_while_saving
+from two_processes import alone_refused, launch, run, run_killed_while_saving
 
 CONFIGS = Path(trainer.__file__).parent / "configs"
 
@@ -180,6 +180,14 @@ def test_shared_and_whole_weights_learn_the_same(shared_run: tuple[RunConfig, Pa
 
 
 FIRST_LOSSES: dict[str, list[float]] = {}  # of ddp, which comes first
+
+
+def test_what_is_for_one_process_says_so_before_it_opens_a_model(free_port: Callable[[], int], tmp_path: Path) -> None:
+    said = tmp_path / "said.txt"
+    assert launch(alone_refused, free_port(), CONFIGS / "tiny.toml", CONFIGS / "study", said) == [0, 0]
+    rest = "runs in one process, and 2 were started; start it without accelerate launch"
+    for rank in range(2):
+        assert said.with_suffix(f".{rank}").read_text() == f"the stage mige {rest}\na study {rest}"
 
 
 # --- one process ---

@@ -14,6 +14,9 @@ from mige_rt.errors import InputError
 from trainer.run.checkpoints import SavedRun
 from trainer.run.config import RunConfig
 from trainer.run.train import RunOptions, train_run
+from trainer.settings import load_settings
+from trainer.stages.train_mige import train_mige
+from trainer.study.__main__ import run_study
 
 PROCESSES = 2
 
@@ -64,3 +67,17 @@ def run_refused(config: RunConfig, options: RunOptions, message: Path) -> None:
         train_run(config, options)
     except InputError as error:
         message.with_suffix(f".{os.environ['RANK']}").write_text(str(error))
+
+
+def alone_refused(config: Path, study: Path, message: Path) -> None:
+    """Every process writes the InputErrors of the stage mige and of a study to `message`, as above."""
+    settings, nowhere, said = load_settings(config), message.parent / "nowhere", list[str]()
+    for start in (
+        lambda: train_mige(settings.config(), settings.stage("mige"), settings.ladder(), [], nowhere),
+        lambda: run_study(study, nowhere, nowhere, None, nowhere),
+    ):
+        try:
+            start()
+        except InputError as error:
+            said.append(str(error))
+    message.with_suffix(f".{os.environ['RANK']}").write_text("\n".join(said))

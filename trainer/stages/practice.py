@@ -49,12 +49,8 @@ class Practice:
 
         Yields:
             A batch.
-
-        Raises:
-            ValueError: There is more than one process; only the first would know when a rung holds.
         """
-        if ranks > 1:
-            raise ValueError("the ladder is climbed in one process; start one")
+        assert (rank, ranks) == (0, 1)  # `train_mige` has seen to it
         while True:
             rng = np.random.default_rng([settings.seed, step])
             chosen = []

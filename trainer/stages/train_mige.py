@@ -17,7 +17,7 @@ from mige_rt.pipeline import MigePipeline
 from mige_rt.sampling_params import SamplingParams
 from mige_rt.scheduler import TRAIN_STEPS
 from trainer.contact_sheet import grid
-from trainer.loop import STATE_FILE, Task, train
+from trainer.loop import STATE_FILE, Task, check_one_process, train
 from trainer.model.dit import Denoiser
 from trainer.objective import NOISY_FROM, sample_losses
 from trainer.preview import answer
@@ -94,8 +94,9 @@ def train_mige(
         start: The model folder or bundle that the VAE, T5 and the DiT are taken from, if there is one.
 
     Raises:
-        InputError: As `open_practice`.
+        InputError: As `open_practice`, or there is more than one process.
     """
+    check_one_process("the stage mige")  # of several, only the first would know when a rung holds
     torch.manual_seed(settings.seed)
     folder = state / "mige"
     model, samples = open_practice(config, ladder, concepts, state, start)

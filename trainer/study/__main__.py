@@ -34,6 +34,7 @@ def run_study(config: Path, assets: Path, state: Path, start: Path | None, out: 
     Raises:
         InputError: What was given cannot be used.
     """
+    from trainer.loop import check_one_process
     from trainer.plotting import check_matplotlib
     from trainer.study.config import load_study
     from trainer.study.measure import RESULT_FILE, HeldOut, measure_run
@@ -42,6 +43,7 @@ def run_study(config: Path, assets: Path, state: Path, start: Path | None, out: 
     from trainer.synthetic.concepts import load_concepts
 
     check_matplotlib()
+    check_one_process("a study")
     study, concepts = load_study(config), load_concepts(assets)
     out.mkdir(parents=True, exist_ok=True)
     workshop = Workshop.open(study, concepts, state, start, out)

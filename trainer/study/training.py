@@ -149,13 +149,8 @@ class MixedSeries:
     weights: Mapping[str, float]
 
     def batches(self, settings: StageSettings, step: int, rank: int, ranks: int) -> Iterator[Batch]:
-        """The batches from a step on, the same ones whenever it is called.
-
-        Raises:
-            ValueError: There is more than one process.
-        """
-        if ranks > 1:
-            raise ValueError("a study is trained in one process; start one")
+        """The batches from a step on, the same ones whenever it is called."""
+        assert (rank, ranks) == (0, 1)  # `run_study` has seen to it
         uses = self.workshop.study.data.uses
         numbers = apportion(self.weights, settings.batch)
         while True:
