@@ -343,6 +343,22 @@ def test_half_removed_checkpoints_are_none(tmp_path: Path) -> None:
     assert latest is not None and latest.step == 1 and not (tmp_path / "checkpoint-2").exists()
 
 
+def test_a_damaged_checkpoint_is_passed_over_beside_whole_ones(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, Accelerator(), total_limit=1)
+    checkpoints.save(saved(tmp_path, 1), {"a": torch.ones(3)})
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "run.json").touch()  # as a power cut may leave it
+    with pytest.warns(UserWarning, match=r"passed over: .*checkpoint-2 is no checkpoint of a run"):
+        latest = checkpoints.find("latest")
+    assert latest is not None and latest.step == 1
+    with pytest.warns(UserWarning, match="passed over"):
+        checkpoints.save(saved(tmp_path, 3, 0.5), {"a": torch.ones(3)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    with pytest.raises(InputError, match=r"checkpoint-2 is no checkpoint of a run"):
+        checkpoints.find("latest")
+
+
 def test_a_checkpoint_is_data(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, Accelerator(), total_limit=None)
     checkpoints.save(saved(tmp_path, 1), {"a": torch.ones(3)})

@@ -5,9 +5,11 @@ written last and removed first, so that a folder without it is no checkpoint. Pr
 """
 
 import json
+import os
 import pickle
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from mige_rt.atomic import atomic_folder
+from mige_rt.atomic import atomic_file, atomic_folder
 from mige_rt.errors import InputError
 
 RUN_FILE = "run.json"
@@ -74,7 +76,10 @@ class SavedRun:
     def write(self, folder: Path) -> None:
         """Write it into a folder."""
         content = {name: value for name, value in vars(self).items() if name != "folder"}
-        (folder / RUN_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        with atomic_file(folder / RUN_FILE) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     @staticmethod
     def read(folder: Path) -> "SavedRun":
@@ -92,9 +97,23 @@ class SavedRun:
 
 
 def saved_runs(out: Path) -> list[SavedRun]:
-    """The checkpoints of a run, by their steps."""
-    folders = [path for path in out.iterdir() if _NAME.fullmatch(path.name) and (path / RUN_FILE).is_file()]
-    return sorted((SavedRun.read(path) for path in folders), key=lambda saved: saved.step)
+    """The checkpoints of a run, by their steps. A damaged one is passed over with a warning, beside whole ones.
+
+    Raises:
+        InputError: All of them are damaged.
+    """
+    whole, damaged = list[SavedRun](), list[InputError]()
+    for path in out.iterdir():
+        if _NAME.fullmatch(path.name) and (path / RUN_FILE).is_file():
+            try:
+                whole.append(SavedRun.read(path))
+            except InputError as error:
+                damaged.append(error)
+    if damaged and not whole:
+        raise damaged[0]
+    for error in damaged:
+        warnings.warn(f"passed over: {error}", stacklevel=2)
+    return sorted(whole, key=lambda saved: saved.step)
 
 
 class Checkpoints:
