@@ -612,11 +612,26 @@ def test_an_answer_that_breaks_its_schema_is_asked_for_again(
         ({"pipeline": {"name": "subtract"}}, "subtract"),
         ({"pipeline": {"name": "edit", "aesthetic": "much"}}, "aesthetic is 'much', expected a number"),
         ({"pipeline": {"name": "edit"}, "max_bad": 2}, "max_bad is 2"),
+        (
+            {"pipeline": {"name": "edit"}, "roles": {"clip": {"loader": "clip", "device": "gpu"}}},
+            "roles.clip.device is 'gpu', String should match pattern '^(cpu|cuda(:\\d+)?)$'",
+        ),
     ],
 )
 def test_configs_that_cannot_be_used_are_refused(config: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         _load(json.dumps(config), tmp_path)
+
+
+@pytest.mark.parametrize("options", [["--ray", "none"], ["--dry-run", "1"]])
+def test_a_device_that_is_not_here_is_said_before_anything_is_made(
+    options: list[str], sa_1b: Path, server: ChatServer, tmp_path: Path
+) -> None:
+    (tmp_path / "config.yaml").write_text(_add_config(server, device="cuda:99"))
+    result = _cli("build", "--config", tmp_path / "config.yaml", "--data", sa_1b, "--out", tmp_path / "out", *options)
+    assert result.exit_code == 2
+    assert "roles.describer.device: there is no device 'cuda:99' here" in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists() and not server.requests
 
 
 def test_the_shipped_configs_can_be_read() -> None:

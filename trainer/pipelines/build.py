@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from engines.pytorch import torch_device
 from mige_rt.atomic import atomic_file
 from mige_rt.errors import InputError
 from trainer.data.manifest import MANIFEST
@@ -82,6 +83,8 @@ def build(
             else. Shards that are whole stay.
     """
     check_matplotlib()
+    if options.ray is None:
+        _check_devices(config)
     records = _records(config, data, options.limit)
     write_plan(out, _plan(config, records), allowed=(PREVIEW,))
     shards = {
@@ -125,6 +128,7 @@ def dry_run(config: PipelineConfig, data: Path, out: Path, number: int) -> list[
     Raises:
         InputError: The input cannot be used, a role cannot work, or `out` cannot be written.
     """
+    _check_devices(config)
     records = list(_in_process(config, _records(config, data, number)))
     try:
         out.mkdir(exist_ok=True)
@@ -132,6 +136,16 @@ def dry_run(config: PipelineConfig, data: Path, out: Path, number: int) -> list[
     except OSError as error:
         raise InputError(f"{out} cannot be written ({error}): give a path in an existing folder of your own") from error
     return records
+
+
+def _check_devices(config: PipelineConfig) -> None:
+    """Raises InputError where a role's device is not on this machine. With Ray it is the cluster that has it or not."""
+    for name, role in dict(config.roles).items():
+        if role is not None:
+            try:
+                torch_device(role.device)
+            except InputError as error:
+                raise InputError(f"roles.{name}.device: {error}") from error
 
 
 def _records(config: PipelineConfig, data: Path, limit: int | None) -> list[Record]:

@@ -27,6 +27,7 @@ def _absolute_if_here(model: str) -> str:
 # Work may be done in another folder, by Ray's actors.
 LocalPath = Annotated[str, AfterValidator(_absolute)]
 ModelName = Annotated[str, AfterValidator(_absolute_if_here)]  # a folder, or a repository in the hub's cache
+Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
 Share = Annotated[float, Ge(0), Le(1)]
 Shares = tuple[Share, Share]  # smallest and largest
 
@@ -46,7 +47,7 @@ class _Role(_Checked):
         concurrency: Actors of this role.
     """
 
-    device: str = "cpu"
+    device: Device = "cpu"
     num_gpus: Annotated[float, Ge(0)] = 0.0
     concurrency: PositiveInt = 1
 
