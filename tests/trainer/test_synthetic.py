@@ -81,6 +81,19 @@ def test_a_folder_without_the_world_is_refused(tmp_path: Path) -> None:
         load_concepts(tmp_path)
 
 
+@pytest.mark.parametrize("content", [b'[{"category": "Anim', b"\xff", b'[{"category": "Objects"}]', b"[7]"])
+def test_a_damaged_index_of_the_world_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "emoji.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"emoji\.json is damaged \(.*\); remove .* and fetch it again"):
+        load_concepts(tmp_path)
+
+
+def test_fetching_into_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(main, ["--out", str(tmp_path / "file" / "x" / "y")])
+    assert result.exit_code == 2 and "cannot be written (not a directory)" in " ".join(result.output.split())
+
+
 def test_fetching_into_a_folder_that_exists_is_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["--out", str(tmp_path)])
     assert result.exit_code == 2 and "exists already" in result.output

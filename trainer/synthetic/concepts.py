@@ -68,13 +68,16 @@ def load_concepts(root: Path) -> list[Concept]:
     fluent = {path.stem.lower().replace("-fe0f", ""): path for path in (root / "fluent").glob("*.webp")}
     noto = {path.stem.lower().replace("-fe0f", ""): path for path in (root / "noto").glob("*.png")}
     concepts = []
-    for entry in json.loads(index.read_text()):
-        if entry["category"] not in CATEGORIES or entry["subcategory"] in LEFT_OUT:
-            continue
-        code = entry["unified"].lower().replace("-fe0f", "")
-        if code in fluent:
-            name = (entry["name"] or entry["short_name"]).lower().replace("_", " ")
-            concepts.append(Concept(code, name, fluent[code], noto.get(code)))
+    try:
+        for entry in json.loads(index.read_text(encoding="utf-8")):
+            if entry["category"] not in CATEGORIES or entry["subcategory"] in LEFT_OUT:
+                continue
+            code = entry["unified"].lower().replace("-fe0f", "")
+            if code in fluent:
+                name = (entry["name"] or entry["short_name"]).lower().replace("_", " ")
+                concepts.append(Concept(code, name, fluent[code], noto.get(code)))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} is damaged ({error}); remove {root} and fetch it again") from error
     if not concepts:
         raise InputError(f"{root} holds no image that emoji.json names; fetch it again")
     return sorted(concepts, key=lambda concept: concept.code)

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from mige_rt.atomic import atomic_folder
-from mige_rt.errors import InputError
+from mige_rt.errors import InputError, reason
 from trainer.synthetic.photos import fetch_photos
 
 FLUENT = "@lobehub/fluent-emoji-3d@1.1.0"  # MIT; 256x256 WebP with alpha
@@ -43,10 +43,13 @@ def unpack_package(package: str, out: Path, wanted: dict[str, str]) -> None:
 def fetch(out: Path) -> None:
     """Fill `out` with fluent/*.webp, noto/*.png, emoji.json and the licences. Needs the `npm` client.
 
-    Raises InputError if out exists, FileNotFoundError if there is no npm or the packages lack what is expected,
-    subprocess.CalledProcessError if npm fails.
+    Raises InputError if out exists or cannot be written, FileNotFoundError if there is no npm or the packages lack
+    what is expected, subprocess.CalledProcessError if npm fails.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out} cannot be written ({reason(error)}): give a path in a folder of your own") from error
     with atomic_folder(out) as partial:
         unpack_package(FLUENT, partial, {"package/assets/": "fluent", "package/README": "licences/fluent"})
         unpack_package(
