@@ -43,4 +43,5 @@ def markdown_table(rows: Sequence[Mapping[str, str]], words: Sequence[str] = ())
 def json_text(data: Any) -> str:
     """JSON with each list of numbers in a line; numbers of six digits, and null for one that is not finite."""
     text = json.dumps(rounded(data), indent=1, allow_nan=False)
-    return re.sub(r"\[\s+([^][{}\"]*?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"
+    # The line breaks keep it out of strings, which have none in JSON.
+    return re.sub(r"\[\n\s*([^][{}\"]*?)\n\s*\]", lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"

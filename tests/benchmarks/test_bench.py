@@ -24,6 +24,17 @@ from mige_rt.cli import main
 QUICK = {"warmup": 0, "cold_starts": 0, "compile": False, "peak_side": 128}
 
 
+def test_json_to_read_leaves_strings_as_they_are() -> None:
+    data = {
+        "prompt": "turn [  the cat  ] blue\n[\n 1,\n 2\n]",
+        "words": ["[", " 1 ]"],
+        "values": [1, [2.5, float("inf")]],
+    }
+    text = json_text(data)
+    assert json.loads(text) == {**data, "values": [1, [2.5, None]]}
+    assert "[2.5, null]" in text
+
+
 def test_every_row_has_what_the_report_promises(results: BenchResults) -> None:
     assert results.complete and not results.failed
     names = [row.name for row in results.results]
