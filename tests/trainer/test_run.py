@@ -29,6 +29,7 @@ from mige_rt.config import PRESETS, ModelConfig
 from mige_rt.errors import InputError
 from mige_rt.pipeline import MigePipeline
 from mige_rt.scheduler import TRAIN_STEPS
+from trainer.checkpoints.model_folder import load_model
 from trainer.data.mixing import Source
 from trainer.data.prepared import INDEX_FILE
 from trainer.loop import LossGuard, make_optimiser
@@ -215,6 +216,17 @@ def test_the_trained_model_is_a_model_folder_that_runs(alone: RunConfig, tmp_pat
     assert not torch.allclose(weights, before, atol=1e-6)
     before = start.conditioner.state_dict()[kept].half().float()
     torch.testing.assert_close(model.conditioner.state_dict()[kept].float(), before)
+
+
+def test_checkpoints_are_the_same_where_activations_are_computed_again(alone: RunConfig, tmp_path: Path) -> None:
+    """The run goes on without, and its model is saved with and without."""
+    wrapped = replace(alone, trained=("denoiser",), activation_checkpointing=True)
+    plain = replace(wrapped, activation_checkpointing=False)
+    train_run(wrapped, RunOptions(tmp_path / "run", max_steps=1))
+    models = [save_run(run, tmp_path / "run", None, tmp_path / str(k)) for k, run in enumerate((wrapped, plain))]
+    assert load_model(models[0]).config == load_model(models[1]).config
+    train_run(plain, RunOptions(tmp_path / "run", "latest"))
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2]
 
 
 def test_validation_measures_shows_and_changes_nothing(alone: RunConfig, tmp_path: Path) -> None:

@@ -4,7 +4,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    _CHECKPOINT_PREFIX,
+    apply_activation_checkpointing,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerLayer
@@ -37,8 +40,12 @@ def make_trained_module(model: Mige, config: RunConfig) -> TrainedPart:
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Those that the optimiser changes, by name; every name of a checkpoint's weights is one of these."""
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    """Those that the optimiser changes, by name; every name of a checkpoint's weights is one of these.
+
+    The names are the same whether layers are checkpointed or not, for which PyTorch wraps them.
+    """
+    named = {name.replace(_CHECKPOINT_PREFIX, ""): parameter for name, parameter in module.named_parameters()}
+    return {name: parameter for name, parameter in named.items() if parameter.requires_grad}
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
