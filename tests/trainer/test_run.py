@@ -330,6 +330,20 @@ def test_the_latest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert read["a"].tolist() == [5.0, 5.0, 5.0]
 
 
+def test_an_earlier_checkpoint_is_gone_on_from(alone: RunConfig, tmp_path: Path) -> None:
+    """What it led to before is neither the latest one, nor a reason to remove what is written now."""
+    config = replace(alone, trained=("image_encoder",), steps=4, checkpoints=CheckpointSettings(1, total_limit=2))
+    train_run(replace(config, checkpoints=CheckpointSettings(1)), RunOptions(tmp_path / "run"))
+    for number in (1, 2):
+        train_run(config, RunOptions(tmp_path / "run", str(tmp_path / "run" / "checkpoint-1"), max_steps=2))
+        assert saved_runs(tmp_path / "run")[-1].step == 2
+        assert (tmp_path / "run" / f"checkpoint-2.aside-{number}" / "run.json").is_file()
+    assert {path.name for path in (tmp_path / "run").glob("*-[34]*")} == {
+        "checkpoint-3.aside-1",
+        "checkpoint-4.aside-1",
+    }
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, Accelerator(), total_limit=1)
     checkpoints.save(saved(tmp_path, 1), {"a": torch.ones(100_000)})

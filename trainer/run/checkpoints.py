@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from mige_rt.atomic import atomic_file, atomic_folder
 from mige_rt.errors import InputError
+from mige_rt.terminal import report
 
 RUN_FILE = "run.json"
 METADATA_FILE = ".metadata"
@@ -176,6 +178,22 @@ class Checkpoints:
             raise InputError(
                 f"{saved.folder} cannot be read ({_cause(error)}); give another checkpoint, such as the one before"
             ) from error
+
+    def set_aside_after(self, step: int) -> None:
+        """Rename the checkpoints beyond a step from which the run goes on anew: each could be gone on from by its path.
+
+        Under their own names they would be the latest ones, and what is written now would be removed as older.
+        """
+
+        def rename() -> None:
+            for saved in saved_runs(self._out):
+                if saved.step > step:
+                    paths = (saved.folder.with_name(f"{saved.folder.name}.aside-{number}") for number in count(1))
+                    aside = next(path for path in paths if not path.exists())
+                    saved.folder.rename(aside)
+                    report(f"{saved.folder} is beyond step {step}, from which the run goes on: it is now {aside.name}")
+
+        self._on_main(rename)
 
     def _on_main(self, action: Callable[[], T]) -> T:
         """Do something on the main process alone; all processes get its result, or raise its InputError."""

@@ -141,6 +141,7 @@ class Run:
         self._validation = None if config.validation is None else Validation(config, accelerator, start, self.tokenize)
         if saved is not None:
             self._checkpoints.load(saved, self._tensors())
+            self._checkpoints.set_aside_after(saved.step)
             self.step, self._hours_before = saved.step, saved.hours
             self.guard = LossGuard(**saved.guard)
         self._log = RunLog(self.out, config, accelerator, self.step)
