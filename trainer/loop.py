@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from mige_rt.atomic import atomic_file
 from mige_rt.errors import InputError
+from mige_rt.terminal import report
 from trainer.settings import StageSettings
 
 LOG_EVERY = 50  # steps
@@ -361,6 +362,8 @@ def train(module: nn.Module, task: Task, settings: StageSettings, folder: Path) 
     state = TrainingState(folder / STATE_FILE, module, average, optimiser)
     state.load(accelerator.device)
     first_step, hours_before = state.step, state.hours
+    if first_step >= settings.steps and accelerator.is_main_process:
+        report(f"{state.path} has {first_step} steps, and the config's are {settings.steps}: nothing is left to train")
     prepared, optimiser = accelerator.prepare(module, optimiser)
     ranks, is_main = accelerator.num_processes, accelerator.is_main_process
     log = TrainingLog(folder / "log.jsonl", first_step) if is_main else None

@@ -1,16 +1,20 @@
 """The default model goes on learning as it is, from samples that several processes made before."""
 
+import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from tokenizers import Tokenizer
 
-from mige_rt.bundle import DEFAULT_MODEL, read_config
+from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, read_config
 from mige_rt.errors import InputError
+from mige_rt.tokenizer import save_tokenizer
 from trainer.__main__ import CONFIGS, main
-from trainer.checkpoints.model_folder import load_model
+from trainer.checkpoints.model_folder import load_model, save_model
 from trainer.settings import LadderSettings, StageSettings
 from trainer.stages.features import KIND_NAMES
 from trainer.stages.ladder import LADDER as LADDER_OF_TASKS
@@ -19,6 +23,7 @@ from trainer.stages.practice import open_practice
 from trainer.stages.train_mige import train_mige
 from trainer.stages.trained_part import TrainedPart
 from trainer.synthetic.concepts import Concept
+from trainer.tokenizer import train_tokenizer
 
 QUICK = StageSettings(
     steps=3, batch=12, rate=1e-9, warmup=1, decay=1, weight_decay=0.0, epsilon=1e-8, clip=1.0, ema=0.5, seed=1
@@ -47,6 +52,24 @@ def test_a_model_that_has_been_up_the_ladder_goes_on_from_samples_that_were_made
     for name, weight in given.items():
         torch.testing.assert_close(trained[name], weight, rtol=0, atol=1e-6, msg=name)
     assert not (tmp_path / "mige" / "start.json").exists()
+
+    # Samples, state and tokenizer are this start's and these settings'.
+    again = partial(train_mige, config, concepts=concepts, state=tmp_path)
+    with pytest.raises(InputError, match=r"features was begun with another ladder.varied;"):
+        again(QUICK, replace(LADDER, varied=0.0), start=DEFAULT_MODEL)
+    with pytest.raises(InputError, match=r"mige was begun with another rate, ladder.uses;"):
+        again(replace(QUICK, rate=1.0), replace(LADDER, uses=2, noisy=0.0), start=DEFAULT_MODEL)
+    other = shutil.copytree(DEFAULT_MODEL, tmp_path / "moved")
+    again(QUICK, LADDER, start=other)  # the same weights
+    model, tokenizer = load_model(other), Tokenizer.from_file(str(other / TOKENIZER_FILE))
+    with torch.no_grad():
+        model.denoiser.final_layer.linear.weight += 1.0
+    save_model(model, tokenizer, tmp_path / "other", torch.float16, "made up")
+    with pytest.raises(InputError, match=r"mige was begun with another start;"):
+        again(QUICK, LADDER, start=tmp_path / "other")
+    save_tokenizer(train_tokenizer(["other words"], config.text.vocabulary), tmp_path / "tokenizer.json")
+    with pytest.raises(InputError, match=r"tokenizer.json is not the tokenizer of .*moved"):
+        again(QUICK, LADDER, start=other)
 
 
 def test_the_edits_that_are_practised_can_be_chosen(concepts: list[Concept], tmp_path: Path) -> None:

@@ -86,6 +86,17 @@ def test_arms_are_trained_measured_and_reported(config: Path, state: Path, tmp_p
     assert again.exit_code == 0, again.output
     assert (tmp_path / "study.md").read_text() == text
     assert (tmp_path / f"{ARMS[0]}-1" / "result.json").stat().st_mtime_ns == first
+    # Neither another study nor another arm has these results.
+    other = shutil.copytree(config, tmp_path / "other")
+    for file, old, new, what in (
+        (f"{ARMS[1]}.toml", "edit = 1,", "edit = 3,", f"{ARMS[1]}-1 was begun with another tasks"),
+        ("study.toml", "evaluated = 1", "evaluated = 2", "was begun with another evaluated"),
+    ):
+        text = (other / file).read_text()
+        assert old in text
+        (other / file).write_text(text.replace(old, new))
+        refused = run(other, state, tmp_path)
+        assert refused.exit_code == 2 and what in " ".join(refused.output.replace("│", "").split()), refused.output
 
 
 def test_text_only_instructions_keep_what_is_put_in(concepts: list[Concept]) -> None:

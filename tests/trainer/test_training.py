@@ -1,6 +1,7 @@
 """The stages of training, on the real world and model, for a few steps."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -114,6 +115,21 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(state: Path, concepts: 
     expected, actual = _weights(whole), _weights(parts)
     for name, weight in expected.items():
         torch.testing.assert_close(actual[name], weight, rtol=1e-5, atol=1e-7)
+
+
+def test_a_state_is_gone_on_from_by_the_same_training_alone(
+    state: Path, concepts: list[Concept], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(state / "vae", tmp_path / "vae")
+    train = partial(train_vae, TINY, concepts=concepts, state=tmp_path)
+    with pytest.raises(InputError, match=r"vae was begun with another rate, seed; give the same as before, or another"):
+        train(replace(QUICK, rate=1e-2, seed=2))
+    (tmp_path / "vae" / "plan.json").unlink()  # as an earlier version left it
+    train(replace(QUICK, steps=1, decay=0))
+    said = capsys.readouterr().err
+    assert "vae was begun by an earlier version" in said and "has 2 steps, and the config's are 1: nothing is" in said
+    with pytest.raises(InputError, match="with another batch;"):
+        train(replace(QUICK, batch=4))
 
 
 def test_everything_is_trained_but_the_two_image_encoders(state: Path, concepts: list[Concept], tmp_path: Path) -> None:

@@ -39,10 +39,8 @@ class Encoders:
 
     def fingerprint(self) -> str:
         """A digest of the weights that the features depend on."""
-        digest = sha256()
-        for module in (self.vae, self.image_encoder.vision.embeddings, self.image_encoder.vision.encoder):
-            _digest(module, digest)
-        return digest.hexdigest()
+        vision = self.image_encoder.vision
+        return fingerprint(self.vae, vision.embeddings, vision.encoder)
 
     @torch.no_grad()
     def latents(self, images: Sequence[Image]) -> NDArray[np.float16]:
@@ -57,6 +55,16 @@ class Encoders:
         """The ViT's features, [V,1+patches,width], of whole images."""
         pixels = np.stack([vit_pixels(image, self.config.vision.side) for image in images])
         return _half(self.image_encoder.vit(torch.from_numpy(pixels).to(self.device)), "ViT")
+
+
+def fingerprint(*modules: nn.Module) -> str:
+    """A digest of the weights of some modules."""
+    digest = sha256()
+    for module in modules:
+        for name, value in sorted(module.state_dict().items()):
+            digest.update(f"{name}{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_encoders(model: CheckpointLocation, device: str) -> Encoders:
@@ -118,9 +126,3 @@ def _half(values: torch.Tensor, encoder: str) -> NDArray[np.float16]:
     if not np.isfinite(half).all():
         raise NotFiniteError(f"the {encoder} gives values that float16 cannot hold; its weights are damaged")
     return half
-
-
-def _digest(module: nn.Module, digest: Any) -> None:
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from mige_rt.instruction import compose_prompt
 from mige_rt.preprocessing import vae_pixels, vit_pixels
 from mige_rt.prompt_tokens import tokenize_prompt
 from mige_rt.tokenizer import Tokenize
+from trainer.data.encode import fingerprint
 from trainer.model.encoders import ImageEncoder
 from trainer.model.vae import VAEEncoder
 from trainer.synthetic.concepts import Concept
@@ -48,6 +50,12 @@ class FeatureMaker:
     vae: VAEEncoder
     encoder: ImageEncoder
     tokenize: Tokenize
+
+    def plan(self) -> dict[str, Any]:
+        """What the bytes of a shard depend on, beside its samples."""
+        vision = self.encoder.vision
+        encoders = fingerprint(self.vae, vision.embeddings, vision.encoder)
+        return {"model": self.config.name, "queries": self.config.qformer.queries, "encoders": encoders}
 
     def shard(self, samples: Sequence[Sample]) -> dict[str, NDArray]:
         """The arrays of some samples."""

@@ -18,6 +18,7 @@ from trainer.loop import steps_done
 from trainer.settings import LadderSettings, StageSettings
 from trainer.stages.ladder import LADDER
 from trainer.stages.practice import Practice, open_practice
+from trainer.stages.state_plan import begin_state
 from trainer.synthetic.concepts import Concept
 
 
@@ -47,7 +48,7 @@ def make_samples(
         The number of shards.
 
     Raises:
-        InputError: As `open_practice`, not all rungs have begun, or a process ended by itself.
+        InputError: As `open_practice` and `begin_state`, not all rungs have begun, or a process ended by itself.
     """
     load = partial(_Maker.load, config, ladder, concepts, state, start)
     practice = load("cpu").practice
@@ -56,6 +57,7 @@ def make_samples(
             "the stage mige finds out on its way when a rung of the ladder begins: before all have begun, its samples "
             "cannot be made before it; run it first, or go on from a model that has been up the ladder (climbed)"
         )
+    begin_state(state / "mige", config, settings, start, ladder)
     steps = range(steps_done(state / "mige"), settings.steps)
     work = practice.shards_of(steps, settings.batch) if steps else []
     made = make_in_processes(_Maker.make, work, load, ["cpu"] * processes)

@@ -10,6 +10,7 @@ import torch
 
 from mige_rt.config import ModelConfig
 from mige_rt.tokenizer import load_tokenizer
+from trainer.data.plan import write_plan
 from trainer.loop import steps_done
 from trainer.model.mige import Mige
 from trainer.settings import LadderSettings, StageSettings
@@ -89,7 +90,13 @@ def practice(
         climb: Where on the ladder training is.
         ladder: How many samples are kept, and how often they are used.
         folder: Where they are kept.
+
+    Raises:
+        InputError: The folder holds samples that were made with others of these.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    made_with = ("seed", "shard_samples", "varied", "edits")
+    write_plan(folder, maker.plan() | {f"ladder.{name}": getattr(ladder, name) for name in made_with}, allowed=None)
     known = [concept for concept in concepts if not concept.held_out]
     shards = {
         rung.name: RollingShards(
@@ -120,7 +127,7 @@ def open_practice(
         start: The model folder or bundle to go on from, if there is one.
 
     Raises:
-        InputError: As `climbed_model` or `with_trained_encoder`.
+        InputError: As `climbed_model` or `with_trained_encoder`, `state_tokenizer`, and `practice`.
     """
     model = climbed_model(config, start) if ladder.climbed else with_trained_encoder(config, state, start).train()
     folder = state / "mige"

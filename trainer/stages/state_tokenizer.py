@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 from mige_rt.atomic import atomic_file
 from mige_rt.bundle import TOKENIZER_FILE
 from mige_rt.config import ModelConfig
+from mige_rt.errors import InputError
 from mige_rt.instruction import PLACEHOLDER, compose_prompt
 from mige_rt.tokenizer import save_tokenizer
 from mige_rt.tokenizer_file import read_tokenizer_file
@@ -32,22 +33,23 @@ def synthetic_tokenizer(concepts: Sequence[Concept], vocabulary: int) -> Tokeniz
 
 
 def state_tokenizer(config: ModelConfig, concepts: Sequence[Concept], state: Path, start: Path | None) -> Path:
-    """The path of a state folder's tokenizer, which is made where it is missing.
+    """The path of a state folder's tokenizer, which is made or copied where it is missing.
 
     Args:
         config: Its vocabulary's size.
         concepts: Whose names it is made for.
         state: The state folder.
         start: The model folder or bundle whose tokenizer is taken, if there is one.
+
+    Raises:
+        InputError: The state folder has another tokenizer than `start`.
     """
     path = state / "tokenizer.json"
+    given = None if start is None else Tokenizer.from_str(read_tokenizer_file(start / TOKENIZER_FILE))
     if not path.is_file():
         known = [concept for concept in concepts if not concept.held_out]
-        tokenizer = (
-            Tokenizer.from_str(read_tokenizer_file(start / TOKENIZER_FILE))
-            if start is not None
-            else synthetic_tokenizer(known, config.text.vocabulary)
-        )
         with atomic_file(path) as temporary:
-            save_tokenizer(tokenizer, temporary)
+            save_tokenizer(given or synthetic_tokenizer(known, config.text.vocabulary), temporary)
+    elif given is not None and Tokenizer.from_str(read_tokenizer_file(path)).to_str() != given.to_str():
+        raise InputError(f"{path} is not the tokenizer of {start}: give the start as before, or another state folder")
     return path

@@ -19,6 +19,7 @@ from trainer.settings import StageSettings
 from trainer.stages.reading import code_size, fourier_code, patch_centres, ridge
 from trainer.stages.rolling import Images, batches, image_series
 from trainer.stages.starting_model import starting_model
+from trainer.stages.state_plan import begin_state
 from trainer.synthetic.concepts import Concept
 
 EVERY = 3  # steps, a new chunk of images
@@ -106,12 +107,13 @@ def train_looks(
         The file with the ViT's weights, state/looks/trained.safetensors.
 
     Raises:
-        InputError: As `starting_model`.
+        InputError: As `starting_model` and `begin_state`.
     """
     torch.manual_seed(settings.seed)
     model = starting_model(config, state, start)
     series, unseen = image_series(deepcopy(model), concepts, settings.seed)
     folder, reader = state / "looks", PatchReaders(model.image_encoder.train(), config)
+    begin_state(folder, config, settings, start)
     reader.start(series.first(START_CHUNKS))
     held_out = unseen.first(HELD_OUT_CHUNKS)
 

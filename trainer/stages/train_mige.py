@@ -27,6 +27,7 @@ from trainer.stages.ladder import LADDER, counts
 from trainer.stages.looking import Watch, looking_loss
 from trainer.stages.practice import HeldOutRungs, all_of, open_practice
 from trainer.stages.start_reading import start_reading
+from trainer.stages.state_plan import begin_state
 from trainer.stages.trained_part import TrainedPart
 from trainer.synthetic.concepts import Concept
 from trainer.synthetic.tasks import make_sample
@@ -94,12 +95,13 @@ def train_mige(
         start: The model folder or bundle that the VAE, T5 and the DiT are taken from, if there is one.
 
     Raises:
-        InputError: As `open_practice`, or there is more than one process.
+        InputError: As `open_practice` and `begin_state`, or there is more than one process.
     """
     check_one_process("the stage mige")  # of several, only the first would know when a rung holds
     torch.manual_seed(settings.seed)
     folder = state / "mige"
     model, samples = open_practice(config, ladder, concepts, state, start)
+    begin_state(folder, config, settings, start, ladder)
     maker, climb = samples.maker, samples.climb
     held_out, module = HeldOutRungs(maker, concepts), TrainedPart(model)
     if not (ladder.climbed or (folder / STATE_FILE).is_file()):

@@ -21,6 +21,7 @@ from trainer.settings import StageSettings
 from trainer.stages.reading import fourier_code, patch_centres, query_places, ridge, start_to_look
 from trainer.stages.rolling import Images, batches, image_series
 from trainer.stages.starting_model import with_trained_vit
+from trainer.stages.state_plan import begin_state
 from trainer.stages.train_looks import HELD_OUT_CHUNKS, START_CHUNKS, WATCH_EVERY, patches
 from trainer.synthetic.concepts import Concept
 
@@ -151,15 +152,15 @@ def train_qformer(
         The file with the image encoder's weights, state/qformer/trained.safetensors.
 
     Raises:
-        InputError: As `with_trained_vit`.
+        InputError: As `with_trained_vit` and `begin_state`.
     """
     torch.manual_seed(settings.seed)
     model, folder = with_trained_vit(config, state, start).train(), state / "qformer"
+    begin_state(folder, config, settings, start)
     series, unseen = image_series(model, concepts, settings.seed)
     held_out = unseen.first(HELD_OUT_CHUNKS)
     reader = PatchReader(model.image_encoder, config)
     shares = reader.start(series.first(START_CHUNKS))
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "start.json").write_text(json.dumps(shares) + "\n")
 
     def loss(module: nn.Module, images: Images) -> tuple[Tensor, dict[str, float]]:

@@ -18,6 +18,7 @@ from mige_rt.postprocessing import to_image
 from trainer.loop import Task, train
 from trainer.model.vae import VAEDecoder, VAEEncoder, make_vae
 from trainer.settings import StageSettings
+from trainer.stages.state_plan import begin_state
 from trainer.synthetic.concepts import Concept
 from trainer.synthetic.tasks import make_sample
 
@@ -85,9 +86,13 @@ def normalise_latents(vae: AutoencoderKL, pixels: Tensor) -> None:
 
 
 def train_vae(config: ModelConfig, settings: StageSettings, concepts: list[Concept], state: Path) -> Path:
-    """Train the VAE; returns the folder with it in diffusers' layout, state/vae/trained."""
+    """Train the VAE; returns the folder with it in diffusers' layout, state/vae/trained.
+
+    Raises InputError as `begin_state`.
+    """
     torch.manual_seed(settings.seed)
     folder = state / "vae"
+    begin_state(folder, config, settings)
     batches = partial(_images, concepts, settings, config.size)
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from mige_rt.preprocessing import vit_pixels
 from trainer.loop import Task, save_trained, train
 from trainer.model.mige import Mige
 from trainer.settings import StageSettings
+from trainer.stages.state_plan import begin_state
 from trainer.synthetic.backgrounds import draw
 from trainer.synthetic.concepts import Concept, paste
 from trainer.synthetic.scene import random_background
@@ -92,9 +93,13 @@ def _loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict
 
 
 def train_vit(config: ModelConfig, settings: StageSettings, concepts: list[Concept], state: Path) -> Path:
-    """Train the ViT; returns the file with its weights, state/vit/trained.safetensors (MIGE trains ln_vision anew)."""
+    """Train the ViT; returns the file with its weights, state/vit/trained.safetensors (MIGE trains ln_vision anew).
+
+    Raises InputError as `begin_state`.
+    """
     torch.manual_seed(settings.seed)
     folder = state / "vit"
+    begin_state(folder, config, settings)
     module = ImageNameTowers(config, concepts)
     task = Task("vit", _loss, partial(_views, concepts, settings, config.vision.side))
     average = train(module, task, settings, folder)

@@ -4,6 +4,7 @@ The same command goes on where it was stopped.
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -34,6 +35,7 @@ def run_study(config: Path, assets: Path, state: Path, start: Path | None, out: 
     Raises:
         InputError: What was given cannot be used.
     """
+    from trainer.data.plan import write_plan
     from trainer.loop import check_one_process
     from trainer.plotting import check_matplotlib
     from trainer.study.config import load_study
@@ -53,6 +55,7 @@ def run_study(config: Path, assets: Path, state: Path, start: Path | None, out: 
     for seed in study.seeds:  # all arms of the first seed, so that a study that is stopped compares all of them
         for name, arm in study.arms.items():
             folder = out / f"{name}-{seed}"
+            write_plan(folder, {name: value for name, value in asdict(arm).items() if name != "title"}, allowed=None)
             path = folder / RESULT_FILE
             if path.is_file():
                 results[name][seed] = json.loads(path.read_text(encoding="utf-8"))

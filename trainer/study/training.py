@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from mige_rt.instruction import PLACEHOLDER
 from mige_rt.tokenizer import Tokenize, load_tokenizer
+from trainer.data.encode import fingerprint
+from trainer.data.plan import write_plan
 from trainer.loop import Task, save_trained, train
 from trainer.model.encoders import FeatureFusion
 from trainer.model.mige import Mige
@@ -101,7 +103,8 @@ class Workshop:
             out: The study's folder.
 
         Raises:
-            InputError: The stages have not run, or `start` is no such folder or has other sizes.
+            InputError: The stages have not run, `start` is no such folder or has other sizes, or the study was begun
+                with others of these.
         """
         trained = with_trained_encoder(study.model, state, start)
         torch.manual_seed(study.common.seed)
@@ -114,6 +117,10 @@ class Workshop:
         tokenize = load_tokenizer(state_tokenizer(study.model, concepts, state, start))
         vae = model.vae_encoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         maker = FeatureMaker(study.model, vae, deepcopy(model.image_encoder), tokenize)
+        apart = ("model", "seeds", "arms")  # more seeds and arms may come
+        plan = {name: value for name, value in asdict(study).items() if name not in apart}
+        read_by = {"image_encoder": fingerprint(trained.image_encoder)}
+        write_plan(out, maker.plan() | read_by | plan, allowed=None)
         return Workshop(study, model, maker, tokenize, concepts, out)
 
     def module(self, fusion: bool) -> TrainedPart:
