@@ -34,7 +34,7 @@ from trainer.stages.measure_rungs import measure_rungs
 from trainer.stages.one_shot import one_shot
 from trainer.stages.practice import all_of, practice
 from trainer.stages.reading import fourier_code, patch_centres, query_places, ridge
-from trainer.stages.rolling import Images, ImageSeries
+from trainer.stages.rolling import Images, ImageSeries, image_series
 from trainer.stages.save_model import save
 from trainer.stages.start_reading import attention_inputs, start_reading
 from trainer.stages.starting_model import (
@@ -44,9 +44,9 @@ from trainer.stages.starting_model import (
     with_trained_encoder,
     with_trained_vit,
 )
-from trainer.stages.train_looks import patches, train_looks
+from trainer.stages.train_looks import PatchReaders, patches, reading_errors, train_looks
 from trainer.stages.train_mige import train_mige
-from trainer.stages.train_qformer import PatchReader, start_qformer, train_qformer
+from trainer.stages.train_qformer import PatchReader, reading_error, start_qformer, train_qformer
 from trainer.stages.train_vae import normalise_latents, train_vae
 from trainer.stages.train_vit import train_vit
 from trainer.stages.trained_part import TrainedPart
@@ -199,6 +199,18 @@ def test_the_qformer_stage_trains_the_image_encoder_that_mige_starts_from(state:
             assert torch.equal(weight, start[name]), name
     for name in ("projection.weight", "fusion.mlp.weight", "qformer.encoder.layer.0.attention.attention.query.weight"):
         assert not torch.equal(trained[name], start[name]), name
+
+
+def test_images_are_measured_where_the_module_is(state: Path, concepts: list[Concept]) -> None:
+    """Training moves the module to its device, which the device without memory stands for; images are made before."""
+    model = with_trained_encoder(TINY, state)
+    series, unseen = image_series(model, concepts, 1)
+    held_out = unseen.first(1)
+    readers = (PatchReaders(model.image_encoder, TINY), PatchReader(model.image_encoder, TINY))
+    looks, qformer = (reader.to("meta") for reader in readers)
+    assert all(error.is_meta for error in reading_errors(looks, looks, held_out).values())
+    assert all(error.is_meta for error in reading_error(qformer, qformer, held_out))
+    assert series.first(1).features.isfinite().all()
 
 
 def test_a_reader_is_asked_for_each_patch_at_its_own_position(state: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -80,7 +81,11 @@ class ImageSeries:
 
 
 def image_series(model: Mige, concepts: Sequence[Concept], seed: int) -> tuple[ImageSeries, ImageSeries]:
-    """A series of things to train on, most of them varied, and one of those that are held out, as they are."""
+    """A series of things to train on, most of them varied, and one of those that are held out, as they are.
+
+    They are encoded by a copy: training changes the model, and moves it to its device.
+    """
+    model = deepcopy(model)
     known, held_out = ([c for c in concepts if c.held_out == is_held_out] for is_held_out in (False, True))
     return ImageSeries(model, known, seed, VARIED), ImageSeries(model, held_out, HELD_OUT_SEED, 0.0)
 

@@ -4,7 +4,6 @@ Contrastive training keeps names rather than looks. EVA's own training is masked
 hold both.
 """
 
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -77,8 +76,9 @@ class PatchReaders(nn.Module):
         return features[:, 0], self.latents(tokens[:, 1:]), self.place(tokens[:, 1:])
 
 
-def _errors(module: nn.Module, reader: PatchReaders, images: Images) -> dict[str, Tensor]:
-    """The mean squared errors over the variances."""
+def reading_errors(module: nn.Module, reader: PatchReaders, images: Images) -> dict[str, Tensor]:
+    """The mean squared errors over the variances, on the module's device."""
+    images = images.to(reader.code.device)
     name, latents, place = module(images.pixels)
     targets = {
         "latents": (latents, patches(images.latents * reader.scale, reader.patch)),
@@ -111,20 +111,22 @@ def train_looks(
     """
     torch.manual_seed(settings.seed)
     model = starting_model(config, state, start)
-    series, unseen = image_series(deepcopy(model), concepts, settings.seed)
+    series, unseen = image_series(model, concepts, settings.seed)
     folder, reader = state / "looks", PatchReaders(model.image_encoder.train(), config)
     begin_state(folder, config, settings, start)
     reader.start(series.first(START_CHUNKS))
     held_out = unseen.first(HELD_OUT_CHUNKS)
 
     def loss(module: nn.Module, images: Images) -> tuple[Tensor, dict[str, float]]:
-        errors = _errors(module, reader, images)
+        errors = reading_errors(module, reader, images)
         return sum(errors.values(), torch.zeros(())), {f"{key} explained": 1 - e.item() for key, e in errors.items()}
 
     @torch.no_grad()
     def watch(average: nn.Module, step: int) -> dict[str, float]:
         assert isinstance(average, PatchReaders)
-        return {f"held-out {key} explained": 1 - float(e) for key, e in _errors(average, average, held_out).items()}
+        return {
+            f"held-out {key} explained": 1 - float(e) for key, e in reading_errors(average, average, held_out).items()
+        }
 
     stream = partial(batches, series, EVERY, settings)
     average = train(reader, Task("looks", loss, stream, watch, WATCH_EVERY), settings, folder)

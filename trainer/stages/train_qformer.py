@@ -129,11 +129,12 @@ class PatchReader(nn.Module):
         return self.read(x + self.mlp(F.layer_norm(x, x.shape[-1:])))
 
 
-def _error(module: nn.Module, reader: PatchReader, images: Images) -> tuple[Tensor, float]:
-    """The mean squared error of the patches, and the share of their variance that is explained."""
+def reading_error(module: nn.Module, reader: PatchReader, images: Images) -> tuple[Tensor, Tensor]:
+    """The patches' mean squared error, and the share of their variance that is explained, on the module's device."""
+    images = images.to(reader.positions.device)
     target = reader.patches(images.latents)
     error = (module(images.features, images.latents).float() - target).square().mean()
-    return error, 1 - error.item() / target.flatten(0, -2).var(dim=0).mean().item()
+    return error, 1 - error.detach() / target.flatten(0, -2).var(dim=0).mean()
 
 
 def train_qformer(
@@ -164,13 +165,13 @@ def train_qformer(
     (folder / "start.json").write_text(json.dumps(shares) + "\n")
 
     def loss(module: nn.Module, images: Images) -> tuple[Tensor, dict[str, float]]:
-        error, explained = _error(module, reader, images)
-        return error, {"explained": explained}
+        error, explained = reading_error(module, reader, images)
+        return error, {"explained": explained.item()}
 
     @torch.no_grad()
     def watch(average: nn.Module, step: int) -> dict[str, float]:
         assert isinstance(average, PatchReader)
-        return {"held-out explained": _error(average, average, held_out)[1]}
+        return {"held-out explained": reading_error(average, average, held_out)[1].item()}
 
     stream = partial(batches, series, EVERY, settings)
     average = train(reader, Task("qformer", loss, stream, watch, WATCH_EVERY), settings, folder)
