@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from mige_rt.errors import InputError
 from mige_rt.pipeline import MigePipeline
 from mige_rt.scheduler import TRAIN_STEPS
 from trainer.checkpoints.model_folder import load_model
+from trainer.checkpoints.open_checkpoint import CheckpointLocation
+from trainer.data.encode import load_encoders
 from trainer.data.mixing import Source
 from trainer.data.prepared import INDEX_FILE
 from trainer.loop import LossGuard, make_optimiser
@@ -63,8 +66,13 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_prepared(folder: Path, task: str, sizes: ModelConfig, samples: int = 6) -> Source:
-    """A prepared set of random features."""
+@cache
+def default_encoders() -> str:
+    return load_encoders(CheckpointLocation(DEFAULT_MODEL), "cpu").fingerprint()
+
+
+def make_prepared(folder: Path, task: str, sizes: ModelConfig, samples: int = 6, encoders: str | None = None) -> Source:
+    """A prepared set of random features, said to be of the default model's encoders, or of others."""
     folder.mkdir()
     random = np.random.default_rng(len(task))
     side = sizes.dit.trained_grid * sizes.dit.patch
@@ -79,7 +87,7 @@ def make_prepared(folder: Path, task: str, sizes: ModelConfig, samples: int = 6)
     index = {
         "schema": 1,
         "config": sizes.to_json(),
-        "encoders": "made up",
+        "encoders": encoders or default_encoders(),
         "samples": samples,
         "tasks": {task: samples},
         "shards": [{"name": "shard-000000.tar", "samples": samples}],
@@ -430,6 +438,15 @@ def test_sizes_that_do_not_fit_are_listed(alone: RunConfig, tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
+def test_features_of_another_models_encoders_are_refused(alone: RunConfig, tmp_path: Path) -> None:
+    sources = (make_prepared(tmp_path / "other", "edit", TINY, encoders="others"),)
+    with pytest.raises(
+        InputError, match=r"prepared with another VAE or ViT than the start's, .*tiny; prepare them with"
+    ):
+        train_run(replace(alone, sources=sources), RunOptions(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -474,7 +491,9 @@ def test_the_published_recipe_is_shipped() -> None:
     assert zero2.get_value("gradient_clipping") == xl.clip
 
 
-def test_reduced_trains_on_made_up_files_from_end_to_end(alone: RunConfig, tmp_path: Path) -> None:
+def test_reduced_trains_on_made_up_files_from_end_to_end(
+    alone: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     reduced = PRESETS["reduced"]
     torch.manual_seed(0)
     write_folders(tmp_path, reduced)
@@ -482,6 +501,7 @@ def test_reduced_trains_on_made_up_files_from_end_to_end(alone: RunConfig, tmp_p
     sources = (make_prepared(tmp_path / "edit", "edit", reduced, samples=2),)
     config = replace(alone, model="reduced", start=start, sources=sources, ema=None, batch=1, micro_batch=1)
     train_run(config, RunOptions(tmp_path / "run"))
+    assert "prepared with another VAE or ViT" in capsys.readouterr().err  # said, since none can prepare with the files
     assert [np.isfinite(line["loss"]) for line in lines(tmp_path / "run")] == [True, True]
     assert [one.step for one in saved_runs(tmp_path / "run")] == [2]
 

@@ -23,6 +23,7 @@ from mige_rt.config import ModelConfig
 from mige_rt.errors import NotFiniteError
 from mige_rt.preprocessing import vae_pixels, vit_pixels
 from trainer.checkpoints.open_checkpoint import CheckpointLocation, open_checkpoint
+from trainer.checkpoints.weights import Checkpoint
 from trainer.data.manifest import ManifestSample
 from trainer.model.encoders import ImageEncoder
 from trainer.model.vae import VAEEncoder
@@ -78,7 +79,11 @@ def load_encoders(model: CheckpointLocation, device: str) -> Encoders:
     Raises:
         InputError: There is no such checkpoint.
     """
-    checkpoint = open_checkpoint(model)
+    return encoders_of(open_checkpoint(model), device)
+
+
+def encoders_of(checkpoint: Checkpoint, device: str) -> Encoders:
+    """The encoders of an open checkpoint; see `load_encoders`."""
     loaded = checkpoint.load({"vae_encoder", "image_encoder"}, dtype=torch.float32, device=device)
     return Encoders(checkpoint.config, loaded.vae_encoder, loaded.image_encoder, torch.device(device))
 

@@ -58,9 +58,11 @@ class MixedBatches:
 
     Attributes:
         config: The sizes of the model whose encoders made the sources.
+        encoders: A digest of these encoders' weights.
     """
 
     config: ModelConfig
+    encoders: str
 
     def __init__(self, sources: Sequence[Source], batch: int, seed: int) -> None:
         """Open the sources.
@@ -88,7 +90,7 @@ class MixedBatches:
                     f"{prepared.folder} was prepared with other encoders than {first.folder}; prepare both with one "
                     "model"
                 )
-        self.config = first.config
+        self.config, self.encoders = first.config, first.index.encoders
         self._bounds = np.cumsum(ratios) / sum(ratios) * batch  # of each source's part of a batch, [S]
         self._bounds[-1] = batch
         self._seed = seed

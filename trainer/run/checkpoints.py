@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -30,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from mige_rt.atomic import atomic_file, atomic_folder
 from mige_rt.errors import InputError
 from mige_rt.terminal import report
+from trainer.run.module import on_main
 
 RUN_FILE = "run.json"
 METADATA_FILE = ".metadata"
@@ -196,19 +196,15 @@ class Checkpoints:
         self._on_main(rename)
 
     def _on_main(self, action: Callable[[], T]) -> T:
-        """Do something on the main process alone; all processes get its result, or raise its InputError."""
-        outcome: list[Any] = [None, None]
-        if self._accelerator.is_main_process:
+        """As `on_main`, where what the system refuses is an InputError too."""
+
+        def writing() -> T:
             try:
-                outcome[0] = action()
-            except InputError as error:
-                outcome[1] = str(error)
+                return action()
             except OSError as error:
-                outcome[1] = str(self._unwritten(self._out, error))
-        result, message = broadcast_object_list(outcome)
-        if message is not None:
-            raise InputError(message)
-        return result
+                raise self._unwritten(self._out, error) from error
+
+        return on_main(self._accelerator, writing)
 
     def _unwritten(self, folder: Path, error: BaseException) -> InputError:
         last = next(reversed(saved_runs(self._out)), None)

@@ -1,8 +1,11 @@
 """The module that a run trains: which parameters, in which layers it is split, and how processes share it."""
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     _CHECKPOINT_PREFIX,
@@ -22,6 +25,8 @@ from trainer.stages.trained_part import TrainedPart
 
 # What is sharded, checkpointed and compiled one by one.
 LAYERS: tuple[type[nn.Module], ...] = (Block, T5Block, Blip2QFormerLayer)
+
+T = TypeVar("T")
 
 
 def make_trained_module(model: Mige, config: RunConfig) -> TrainedPart:
@@ -63,6 +68,20 @@ def make_accelerator(config: RunConfig) -> Accelerator:
             "config say how they share the work: distributed: fsdp2, with reshard: false for what ZeRO-2 shards"
         )
     return accelerator
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """Do something on the main process alone; all processes get its result, or raise its InputError."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = action()
+        except InputError as error:
+            outcome[1] = str(error)
+    result, message = broadcast_object_list(outcome)
+    if message is not None:
+        raise InputError(message)
+    return result
 
 
 def share(module: TrainedPart, accelerator: Accelerator, config: RunConfig) -> nn.Module:

@@ -20,6 +20,7 @@ from mige_rt.terminal import report
 from mige_rt.tokenizer import load_tokenizer
 from trainer.checkpoints.model_folder import COMPONENTS
 from trainer.checkpoints.weights import Checkpoint
+from trainer.data.encode import encoders_of
 from trainer.data.mixing import MixedBatches
 from trainer.loop import (
     Float32Attention,
@@ -37,7 +38,7 @@ from trainer.run.checkpoints import LATEST, Checkpoints, SavedRun, saved_runs
 from trainer.run.config import RunConfig
 from trainer.run.log import RunLog, RunProgress
 from trainer.run.loss import RunLoss
-from trainer.run.module import make_accelerator, make_trained_module, share, trained_parameters
+from trainer.run.module import make_accelerator, make_trained_module, on_main, share, trained_parameters
 from trainer.run.start import open_start
 from trainer.run.validation import Validation, best_by, check_samples
 
@@ -91,6 +92,7 @@ def train_run(config: RunConfig, options: RunOptions) -> None:
     check_sizes(config.sizes, start.config, "start")
     check_sizes(config.sizes, mixed.config, "sources")
     check_samples(config)
+    check_encoders(config, start, mixed, accelerator)
     run = Run(config, options, accelerator, start)
     task = Task("train", RunLoss(config.sizes), RunBatches(mixed, run.tokenize))
     settings = replace(config.optimisation(accelerator.num_processes), steps=run.last_step)
@@ -267,6 +269,28 @@ def check_sizes(expected: ModelConfig, given: ModelConfig, what: str) -> None:
     given = replace(given, name=expected.name, defaults=expected.defaults)
     if unlike := differing(given.to_json(), expected.to_json(), what, f"model {expected.name}"):
         raise InputError(f"{what} is not for the config's model: {'; '.join(unlike)}; change either")
+
+
+def check_encoders(config: RunConfig, start: Checkpoint, mixed: MixedBatches, accelerator: Accelerator) -> None:
+    """The VAE and the ViT of the start, which are saved with the model, must be those that prepared the sources.
+
+    Where the start is the five pretrained files, from which no source can be prepared, a difference may be of rounding
+    alone, and is only reported.
+
+    Raises:
+        InputError: They are not, or cannot be read.
+    """
+
+    def check() -> None:
+        if encoders_of(start, "cpu").fingerprint() == mixed.encoders:
+            return
+        message = "sources were prepared with another VAE or ViT than the start's"
+        if config.start.model is None:
+            report(f"{message}: unless only their precision differs, prepare them with a model that has these")
+            return
+        raise InputError(f"{message}, {config.start.model}; prepare them with that model, or start from theirs")
+
+    on_main(accelerator, check)
 
 
 def check_resumable(saved: SavedRun, config: Mapping[str, Any]) -> None:
