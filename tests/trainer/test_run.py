@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from click.testing import CliRunner
 from PIL import Image
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from webdataset.writer import TarWriter
@@ -30,7 +31,7 @@ from mige_rt.config import PRESETS, ModelConfig
 from mige_rt.errors import InputError
 from mige_rt.pipeline import MigePipeline
 from mige_rt.scheduler import TRAIN_STEPS
-from trainer.checkpoints.model_folder import load_model
+from trainer.checkpoints.model_folder import load_model, save_model
 from trainer.checkpoints.open_checkpoint import CheckpointLocation
 from trainer.data.encode import load_encoders
 from trainer.data.mixing import Source
@@ -39,7 +40,7 @@ from trainer.loop import LossGuard, make_optimiser
 from trainer.model.mige import Mige
 from trainer.objective import sample_losses
 from trainer.run.average import WeightAverage
-from trainer.run.checkpoints import Checkpoints, SavedRun, saved_runs
+from trainer.run.checkpoints import Checkpoints, SavedRun, load_tensors, saved_runs
 from trainer.run.config import (
     CheckpointSettings,
     LogSettings,
@@ -334,7 +335,7 @@ def test_the_latest_and_the_best_are_kept(tmp_path: Path) -> None:
     latest = checkpoints.find("latest")
     assert latest is not None and latest.step == 5
     read = {"a": torch.zeros(3)}
-    checkpoints.load(latest, read)
+    load_tensors(latest, read)
     assert read["a"].tolist() == [5.0, 5.0, 5.0]
 
 
@@ -364,7 +365,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     read = {"a": torch.zeros(100_000)}
-    checkpoints.load(saved_runs(tmp_path)[0], read)
+    load_tensors(saved_runs(tmp_path)[0], read)
     assert read["a"].min() == 1
 
 
@@ -398,7 +399,7 @@ def test_a_checkpoint_is_data(tmp_path: Path) -> None:
     checkpoints.save(saved(tmp_path, 1), {"a": torch.ones(3)})
     (tmp_path / "checkpoint-1" / ".metadata").write_bytes(pickle.dumps(shutil.rmtree))
     with pytest.raises(InputError, match=r"names shutil.rmtree, which no checkpoint of a run does"):
-        checkpoints.load(saved_runs(tmp_path)[0], {"a": torch.zeros(3)})
+        load_tensors(saved_runs(tmp_path)[0], {"a": torch.zeros(3)})
 
 
 # --- bad input ---
@@ -426,6 +427,33 @@ def test_a_run_of_another_config_is_not_gone_on_with(alone: RunConfig, tmp_path:
         assert "base_rate is 0.002 in the checkpoint and 0.001 in the config" in message
         assert "processes is 2 in the checkpoint and 1 in the config" in message
         assert "sources is [] in the checkpoint" in message and "seed" not in message
+
+
+def test_a_model_is_saved_of_its_own_config_and_whole_files_alone(alone: RunConfig, tmp_path: Path) -> None:
+    folder, out = tmp_path / "run", tmp_path / "model"
+    config = replace(alone, trained=("image_encoder", "conditioner"), steps=1)
+    train_run(config, RunOptions(folder))
+    start, tokenizer = load_model(DEFAULT_MODEL), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with torch.no_grad():
+        start.denoiser.final_layer.linear.weight += 1.0
+    save_model(start, tokenizer, tmp_path / "start", torch.float16, "made up")
+    refused = {
+        r"trained\W.*'conditioner'\] in the checkpoint and \['image_encoder'\]": {"trained": ("image_encoder",)},
+        "ema is 0.9 in the checkpoint and None in the config; change it back": {"ema": None},
+        "start_weights.untrained is ": {"start": Start(model=str(tmp_path / "start"))},
+    }
+    for message, changed in refused.items():
+        with pytest.raises(InputError, match=message):
+            save_run(replace(config, **changed), folder, None, out)
+    (folder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    with pytest.raises(InputError, match=r"run.tokenizer.json is not a readable tokenizer.json"):
+        save_run(config, folder, None, out)
+    (tmp_path / "tokenizer.json").rename(folder / "tokenizer.json")
+    for file in (folder / "checkpoint-1").glob("*.distcp"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"checkpoint-1 cannot be read .*; give another checkpoint"):
+        save_run(config, folder, None, out)
+    assert not out.exists()
 
 
 def test_sizes_that_do_not_fit_are_listed(alone: RunConfig, tmp_path: Path) -> None:

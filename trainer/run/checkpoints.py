@@ -118,6 +118,20 @@ def saved_runs(out: Path) -> list[SavedRun]:
     return sorted(whole, key=lambda saved: saved.step)
 
 
+def load_tensors(saved: SavedRun, tensors: dict[str, Tensor]) -> None:
+    """Read a checkpoint's tensors into these, of which each process may have a part; every process makes the call.
+
+    Raises:
+        InputError: The checkpoint is damaged, or has other tensors.
+    """
+    try:
+        load(tensors, storage_reader=DataReader(saved.folder))
+    except (CheckpointException, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise InputError(
+            f"{saved.folder} cannot be read ({_cause(error)}); give another checkpoint, such as the one before"
+        ) from error
+
+
 class Checkpoints:
     """The checkpoints in a run's folder. Every process makes every call."""
 
@@ -165,19 +179,6 @@ class Checkpoints:
                 self._remove_old()
 
             self._on_main(complete)
-
-    def load(self, saved: SavedRun, tensors: dict[str, Tensor]) -> None:
-        """Read a checkpoint's tensors into these, of which each process may have a part.
-
-        Raises:
-            InputError: The checkpoint is damaged, or has other tensors.
-        """
-        try:
-            load(tensors, storage_reader=DataReader(saved.folder))
-        except (CheckpointException, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            raise InputError(
-                f"{saved.folder} cannot be read ({_cause(error)}); give another checkpoint, such as the one before"
-            ) from error
 
     def set_aside_after(self, step: int) -> None:
         """Rename the checkpoints beyond a step from which the run goes on anew: each could be gone on from by its path.

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from torch.distributed.checkpoint.state_dict_loader import load
 
 from mige_rt.errors import InputError
+from mige_rt.tokenizer_file import read_tokenizer_file
 from trainer.checkpoints.model_folder import save_model
-from trainer.run.checkpoints import LATEST, DataReader, SavedRun, saved_runs
+from trainer.run.checkpoints import LATEST, SavedRun, load_tensors, saved_runs
 from trainer.run.config import RunConfig
 from trainer.run.module import make_trained_module, trained_parameters
-from trainer.run.start import open_start
-from trainer.run.train import TOKENIZER_FILE
+from trainer.run.start import StartWeights, open_start
+from trainer.run.train import TOKENIZER_FILE, check_resumable, fixed_values
 
 
 def save_run(config: RunConfig, run: Path, checkpoint: str | None, out: Path) -> Path:
@@ -28,7 +28,8 @@ def save_run(config: RunConfig, run: Path, checkpoint: str | None, out: Path) ->
         The folder.
 
     Raises:
-        InputError: There is no such checkpoint, or `out` exists or cannot be written.
+        InputError: There is no such checkpoint, it is damaged or of another config or start, or `out` exists or cannot
+            be written.
     """
     if checkpoint in (None, LATEST):
         saved = next(reversed(saved_runs(run)), None) if run.is_dir() else None
@@ -37,6 +38,9 @@ def save_run(config: RunConfig, run: Path, checkpoint: str | None, out: Path) ->
     else:
         saved = SavedRun.read(Path(checkpoint))
     start = open_start(config.start, config.sizes, config.seed)
+    start_weights = StartWeights.of(start, config.trained)
+    check_resumable(saved, fixed_values(config, saved.config.get("processes", 1), start_weights))
+    tokenizer = Tokenizer.from_str(read_tokenizer_file(run / TOKENIZER_FILE))
     model = start.load(dtype=torch.float32)
     vision = model.image_encoder.vision
     embeddings, encoder = vision.embeddings, vision.encoder
@@ -44,8 +48,7 @@ def save_run(config: RunConfig, run: Path, checkpoint: str | None, out: Path) ->
     kind = "module" if config.ema is None else "average"
     tensors = {f"{kind}.{name}": parameter.detach() for name, parameter in trained_parameters(part).items()}
     tensors |= {f"module.{name}": buffer for name, buffer in part.named_buffers()}
-    load(tensors, storage_reader=DataReader(saved.folder))
+    load_tensors(saved, tensors)
     vision.embeddings, vision.encoder = embeddings, encoder
-    tokenizer = Tokenizer.from_file(str(run / TOKENIZER_FILE))
     save_model(model, tokenizer, out, torch.float16, f"trained for {saved.step} steps from {start.source}")
     return out

@@ -1,14 +1,45 @@
 """The checkpoint that a run starts from."""
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from mige_rt.bundle import DEFAULT_MODEL
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
+from trainer.checkpoints.model_folder import COMPONENTS
 from trainer.checkpoints.open_checkpoint import CheckpointLocation, open_checkpoint
 from trainer.checkpoints.pretrained import PretrainedCheckpoint, PretrainedFiles
 from trainer.checkpoints.weights import Checkpoint
-from trainer.run.config import Start
+from trainer.data.encode import encoders_of, fingerprint
+from trainer.run.config import Component, Start
+
+
+@dataclass(frozen=True)
+class StartWeights:
+    """What the weights are that a run takes from its start and does not change, wherever that is.
+
+    Attributes:
+        encoders: A digest of the VAE and the ViT, as prepared sets have it.
+        untrained: A digest of the components that the run does not train.
+    """
+
+    encoders: str
+    untrained: str
+
+    @staticmethod
+    def of(checkpoint: Checkpoint, trained: Collection[Component]) -> "StartWeights":
+        """Read them.
+
+        Raises:
+            InputError: A file is missing or damaged.
+        """
+        untrained = [name for name in COMPONENTS if name not in trained]
+        model = checkpoint.load(untrained, dtype=torch.float32)
+        modules = [model.get_submodule(name) for name in untrained]
+        return StartWeights(encoders_of(checkpoint, "cpu").fingerprint(), fingerprint(*modules))
 
 
 def open_start(start: Start, sizes: ModelConfig, seed: int) -> Checkpoint:

@@ -20,7 +20,6 @@ from mige_rt.terminal import report
 from mige_rt.tokenizer import load_tokenizer
 from trainer.checkpoints.model_folder import COMPONENTS
 from trainer.checkpoints.weights import Checkpoint
-from trainer.data.encode import encoders_of
 from trainer.data.mixing import MixedBatches
 from trainer.loop import (
     Float32Attention,
@@ -34,12 +33,12 @@ from trainer.loop import (
 )
 from trainer.run.average import WeightAverage
 from trainer.run.batches import RunBatches
-from trainer.run.checkpoints import LATEST, Checkpoints, SavedRun, saved_runs
+from trainer.run.checkpoints import LATEST, Checkpoints, SavedRun, load_tensors, saved_runs
 from trainer.run.config import RunConfig
 from trainer.run.log import RunLog, RunProgress
 from trainer.run.loss import RunLoss
 from trainer.run.module import make_accelerator, make_trained_module, on_main, share, trained_parameters
-from trainer.run.start import open_start
+from trainer.run.start import StartWeights, open_start
 from trainer.run.validation import Validation, best_by, check_samples
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -92,8 +91,9 @@ def train_run(config: RunConfig, options: RunOptions) -> None:
     check_sizes(config.sizes, start.config, "start")
     check_sizes(config.sizes, mixed.config, "sources")
     check_samples(config)
-    check_encoders(config, start, mixed, accelerator)
-    run = Run(config, options, accelerator, start)
+    weights = on_main(accelerator, lambda: StartWeights.of(start, config.trained))
+    check_encoders(config, weights, mixed, accelerator)
+    run = Run(config, options, accelerator, start, weights)
     task = Task("train", RunLoss(config.sizes), RunBatches(mixed, run.tokenize))
     settings = replace(config.optimisation(accelerator.num_processes), steps=run.last_step)
     # Its backward pass in bfloat16 is slow on the CPU, and compilers do not know it.
@@ -109,8 +109,22 @@ def train_run(config: RunConfig, options: RunOptions) -> None:
 class Run:
     """What a run consists of, on one of its processes, and what is done after each step."""
 
-    def __init__(self, config: RunConfig, options: RunOptions, accelerator: Accelerator, start: Checkpoint) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        options: RunOptions,
+        accelerator: Accelerator,
+        start: Checkpoint,
+        start_weights: StartWeights,
+    ) -> None:
         """Make the module and its optimiser, and read the checkpoint.
+
+        Args:
+            config: The run's.
+            options: Where, and from where on.
+            accelerator: Of the processes.
+            start: What the config names.
+            start_weights: What of it is not changed.
 
         Raises:
             InputError: The folder holds another run, or the checkpoint does not fit.
@@ -120,8 +134,9 @@ class Run:
         open_folder(options, accelerator)
         self._checkpoints = Checkpoints(self.out, accelerator, config.checkpoints.total_limit)
         saved = None if options.resume is None else self._checkpoints.find(options.resume)
+        self._fixed = fixed_values(config, accelerator.num_processes, start_weights)
         if saved is not None:
-            check_resumable(saved, self._fixed())
+            check_resumable(saved, self._fixed)
         if accelerator.is_main_process:
             with atomic_file(self.out / TOKENIZER_FILE) as temporary:
                 start.save_tokenizer(temporary)
@@ -142,7 +157,7 @@ class Run:
         self._validation_loss: float | None = None  # the last one
         self._validation = None if config.validation is None else Validation(config, accelerator, start, self.tokenize)
         if saved is not None:
-            self._checkpoints.load(saved, self._tensors())
+            load_tensors(saved, self._tensors())
             self._checkpoints.set_aside_after(saved.step)
             self.step, self._hours_before = saved.step, saved.hours
             self.guard = LossGuard(**saved.guard)
@@ -192,19 +207,13 @@ class Run:
             hours=self._hours(),
             loss=sum(losses) / len(losses) if self._validation_loss is None else self._validation_loss,
             guard=asdict(self.guard),
-            config=self._fixed(),
+            config=self._fixed,
         )
         self._checkpoints.save(saved, self._tensors())
         self._losses.clear()
 
     def _hours(self) -> float:
         return self._hours_before + (time.monotonic() - self._started) / 3600
-
-    def _fixed(self) -> dict[str, Any]:
-        """The values that a resumed run must have as well."""
-        values = {name: value for name, value in self.config.to_json().items() if name not in FREE}
-        # As JSON gives them back.
-        return json.loads(json.dumps({**values, "processes": self.accelerator.num_processes}))
 
     def _tensors(self) -> dict[str, Tensor]:
         """All that training changes, by names that do not depend on how processes share it."""
@@ -271,35 +280,38 @@ def check_sizes(expected: ModelConfig, given: ModelConfig, what: str) -> None:
         raise InputError(f"{what} is not for the config's model: {'; '.join(unlike)}; change either")
 
 
-def check_encoders(config: RunConfig, start: Checkpoint, mixed: MixedBatches, accelerator: Accelerator) -> None:
+def check_encoders(config: RunConfig, start: StartWeights, mixed: MixedBatches, accelerator: Accelerator) -> None:
     """The VAE and the ViT of the start, which are saved with the model, must be those that prepared the sources.
 
     Where the start is the five pretrained files, from which no source can be prepared, a difference may be of rounding
     alone, and is only reported.
 
     Raises:
-        InputError: They are not, or cannot be read.
+        InputError: They are not.
     """
-
-    def check() -> None:
-        if encoders_of(start, "cpu").fingerprint() == mixed.encoders:
-            return
-        message = "sources were prepared with another VAE or ViT than the start's"
-        if config.start.model is None:
-            report(f"{message}: unless only their precision differs, prepare them with a model that has these")
-            return
+    if start.encoders == mixed.encoders:
+        return
+    message = "sources were prepared with another VAE or ViT than the start's"
+    if config.start.model is not None:
         raise InputError(f"{message}, {config.start.model}; prepare them with that model, or start from theirs")
+    if accelerator.is_main_process:
+        report(f"{message}: unless only their precision differs, prepare them with a model that has these")
 
-    on_main(accelerator, check)
+
+def fixed_values(config: RunConfig, processes: int, start: StartWeights) -> dict[str, Any]:
+    """The values that a resumed run, and whoever saves its model, must have as well, as JSON gives them back."""
+    values = {name: value for name, value in config.to_json().items() if name not in FREE}
+    return json.loads(json.dumps({**values, "processes": processes, "start_weights": asdict(start)}))
 
 
 def check_resumable(saved: SavedRun, config: Mapping[str, Any]) -> None:
-    """A checkpoint's config must be the run's, in all that changes what the steps compute.
+    """A checkpoint's config must be the run's, in all that changes what the steps compute and an earlier version wrote.
 
     Raises:
         InputError: It is not; with the fields that differ.
     """
-    if unlike := list(differing(saved.config, config, "the checkpoint", "the config")):
+    written = {name: value for name, value in config.items() if name in saved.config}
+    if unlike := differing(saved.config, written, "the checkpoint", "the config"):
         raise InputError(
             f"{saved.folder} is of another config: {'; '.join(unlike)}; change it back, or begin another run"
         )
