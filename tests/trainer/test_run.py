@@ -292,13 +292,21 @@ def test_a_step_that_is_not_finite_is_skipped(
 
 
 def test_ten_steps_in_a_row_stop_the_run(alone: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    only = replace(alone, trained=("image_encoder",), steps=20, checkpoints=CheckpointSettings(every=20))
+    only = replace(alone, trained=("image_encoder",), steps=20, checkpoints=CheckpointSettings(every=2))
     monkeypatch.setattr("trainer.run.train.RunLoss", lambda sizes: Broken(set(range(3, 21))))
     with pytest.raises(InputError, match=r"10 steps in a row .* up to step 12; .*rejected.json"):
         train_run(only, RunOptions(tmp_path / "run"))
     rejected = json.loads((tmp_path / "run" / "rejected.json").read_text())
     assert [step["step"] for step in rejected] == list(range(3, 13))
     assert all(len(step["ids"]) == 2 and step["ids"][0].split("-")[0] in TASKS for step in rejected)
+    # With a lower base_rate it goes on from before.
+    monkeypatch.setattr("trainer.run.train.RunLoss", lambda sizes: Broken(set()))
+    adjusted = replace(only, base_rate=5e-4, clip=0.5, spike=None)
+    train_run(adjusted, RunOptions(tmp_path / "run", str(tmp_path / "run" / "checkpoint-2"), max_steps=4))
+    changed, third, fourth = lines(tmp_path / "run")[2:]
+    assert changed == {"step": 3, "changed": {"base_rate": 5e-4, "clip": 0.5, "spike": None}}
+    assert third["rate"] == fourth["rate"] == adjusted.rate
+    assert saved_runs(tmp_path / "run")[-1].guard["spike"] is None
 
 
 def test_a_spike_is_one_after_enough_steps() -> None:
@@ -416,7 +424,7 @@ def test_a_batch_that_does_not_divide_is_refused(config: RunConfig) -> None:
 def test_a_run_of_another_config_is_not_gone_on_with(alone: RunConfig, tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, Accelerator(), total_limit=None)
     values = {name: value for name, value in alone.to_json().items() if name not in FREE}
-    fixed = json.loads(json.dumps({**values, "processes": 2, "base_rate": 2e-3, "sources": []}))
+    fixed = json.loads(json.dumps({**values, "processes": 2, "seed": 6, "sources": []}))
     checkpoints.save(replace(saved(tmp_path, 1), config=fixed), {"a": torch.ones(3)})
     with pytest.raises(InputError, match="holds the checkpoints of a run: go on with --resume-from-checkpoint latest"):
         train_run(alone, RunOptions(tmp_path))
@@ -424,9 +432,9 @@ def test_a_run_of_another_config_is_not_gone_on_with(alone: RunConfig, tmp_path:
         with pytest.raises(InputError) as caught:
             train_run(alone, RunOptions(tmp_path, resume))
         message = str(caught.value)
-        assert "base_rate is 0.002 in the checkpoint and 0.001 in the config" in message
+        assert "seed is 6 in the checkpoint and 5 in the config" in message
         assert "processes is 2 in the checkpoint and 1 in the config" in message
-        assert "sources is [] in the checkpoint" in message and "seed" not in message
+        assert "sources is [] in the checkpoint" in message and "base_rate" not in message
 
 
 def test_a_model_is_saved_of_its_own_config_and_whole_files_alone(alone: RunConfig, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -49,6 +50,13 @@ class RunLog:
                 self._own[name].append(value)
         if self._lines is not None:
             self._lines.add({"loss": result.loss, "norm": result.norm, "rate": rate})
+
+    def add_changes(self, changed: Mapping[str, Any], step: int) -> None:
+        """Write the config's values that are others from a step on, if there are any, in a line of their own."""
+        if self._lines is not None and changed:
+            self._lines.write_line({"step": step, "changed": dict(changed)})
+            values = ", ".join(f"{name} is {value}" for name, value in changed.items())
+            report(f"from step {step} on, {values}")
 
     def add_validation(self, losses: Mapping[str, float], shown: Sequence[Shown], step: int) -> None:
         """Count what a validation gave, and write its images."""

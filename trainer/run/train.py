@@ -56,6 +56,8 @@ FREE = (
     "activation_checkpointing",
     "compile",
 )
+# What may be changed where a run does not go well; the log then says so.
+ADJUSTABLE = ("base_rate", "clip", "spike")
 
 
 @dataclass(frozen=True)
@@ -160,8 +162,10 @@ class Run:
             load_tensors(saved, self._tensors())
             self._checkpoints.set_aside_after(saved.step)
             self.step, self._hours_before = saved.step, saved.hours
-            self.guard = LossGuard(**saved.guard)
+            self.guard = LossGuard(**{**saved.guard, "spike": config.spike})
         self._log = RunLog(self.out, config, accelerator, self.step)
+        if saved is not None:
+            self._log.add_changes(adjusted(saved, self._fixed), self.step + 1)
         self.progress = RunProgress(config, self.step, self.last_step, accelerator.is_main_process)
         self._started = time.monotonic()
 
@@ -307,14 +311,22 @@ def fixed_values(config: RunConfig, processes: int, start: StartWeights) -> dict
 def check_resumable(saved: SavedRun, config: Mapping[str, Any]) -> None:
     """A checkpoint's config must be the run's, in all that changes what the steps compute and an earlier version wrote.
 
+    But for ADJUSTABLE.
+
     Raises:
         InputError: It is not; with the fields that differ.
     """
-    written = {name: value for name, value in config.items() if name in saved.config}
-    if unlike := differing(saved.config, written, "the checkpoint", "the config"):
+    before = {name: value for name, value in saved.config.items() if name not in ADJUSTABLE}
+    now = {name: value for name, value in config.items() if name in before}
+    if unlike := differing(before, now, "the checkpoint", "the config"):
         raise InputError(
             f"{saved.folder} is of another config: {'; '.join(unlike)}; change it back, or begin another run"
         )
+
+
+def adjusted(saved: SavedRun, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of ADJUSTABLE that are not the checkpoint's."""
+    return {name: config[name] for name in ADJUSTABLE if config[name] != saved.config.get(name, config[name])}
 
 
 def differing(first: Any, second: Any, first_name: str, second_name: str, field: str = "") -> list[str]:
