@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from benchmarks.annotation.masks import Box
-from benchmarks.appended_lines import AppendedLines
+from benchmarks.appended_lines import AppendedLines, read_appended
 from mige_rt.errors import InputError
-from mige_rt.requests import MAX_LINE, read_lines
-from mige_rt.validation import validate
+from mige_rt.requests import MAX_LINE
 
 Row = Literal["addition", "replacement", "edit"]
 Verdict = Literal["keep", "drop"]
+
+_WHAT = "decisions of mige-rt annotate"
 
 ROWS: tuple[Row, ...] = get_args(Row)
 
@@ -104,19 +105,7 @@ def read_decisions(files: Sequence[Path]) -> list[Decision]:
     Raises:
         InputError: Names the first line that is none. The last line of a file may be cut, as a killed page leaves it.
     """
-    decisions: list[Decision] = []
-    for path in files:
-        lines = read_lines(path, limited=False)
-        for number, line in lines:
-            if number == lines[-1][0] and not line.endswith("\n"):
-                continue
-            where = f"{path} line {number}"
-            try:
-                content = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{where} is no JSON; give decisions of mige-rt annotate") from error
-            decisions.append(validate(Decision, content, where))
-    return decisions
+    return [decision for path in files for decision in read_appended(path, Decision, _WHAT)]
 
 
 class DecisionLog:
@@ -124,8 +113,8 @@ class DecisionLog:
 
     def __init__(self, path: Path) -> None:
         """Go on with a file, or begin one. Raises InputError when it holds something else."""
-        self._lines = AppendedLines(path)
-        self.standing = Standing(read_decisions([path]) if path.is_file() and path.stat().st_size else [])
+        self._lines = AppendedLines(path, Decision, _WHAT)
+        self.standing = Standing(self._lines.before)
 
     def decide(
         self, annotator: str, pair: str, verdict: Verdict, annotation: Annotation | None, target_sha256: str | None

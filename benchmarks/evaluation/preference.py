@@ -1,6 +1,5 @@
 """Scores of systems from pairwise votes: Bradley and Terry's model (1952), fitted by scipy."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
+from benchmarks.appended_lines import read_appended
 from mige_rt.errors import InputError
-from mige_rt.requests import read_lines
-from mige_rt.validation import validate
 from trainer.evaluate.intervals import CONFIDENCE, Estimate
 
 Choice = Literal["left", "right", "tie"]
+
+WHAT = "votes of mige-rt eval user-study"
 
 RESAMPLES = 500
 PRIOR = 0.5  # of a win each way is added to every pair that was compared, so that no score is infinite
@@ -68,15 +68,7 @@ def read_votes(files: Sequence[Path]) -> list[Vote]:
     """
     votes: dict[tuple[str, str, frozenset[str]], Vote] = {}
     for path in files:
-        lines = read_lines(path)
-        for number, line in lines:
-            try:
-                content = json.loads(line)
-            except ValueError as error:
-                if number == lines[-1][0] and not line.endswith("\n"):
-                    continue
-                raise InputError(f"{path} line {number} is no JSON; give votes of mige-rt eval user-study") from error
-            vote = validate(Vote, content, f"{path} line {number}")
+        for vote in read_appended(path, Vote, WHAT):
             votes[vote.voter, vote.pair, frozenset((vote.left, vote.right))] = vote
     return list(votes.values())
 

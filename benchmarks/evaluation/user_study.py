@@ -18,7 +18,7 @@ from fastapi import FastAPI, Form, HTTPException
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
 from benchmarks.appended_lines import AppendedLines
-from benchmarks.evaluation.preference import Choice, Vote, read_votes
+from benchmarks.evaluation.preference import WHAT, Choice, Vote
 from benchmarks.evaluation.results import Results, check_benchmark
 from benchmarks.evaluation.sample import AnyImageFile, Benchmark, BenchmarkSample, ImageFile, image_labels
 from mige_rt.errors import InputError
@@ -67,13 +67,12 @@ class Study:
             votes: The file, JSON lines.
 
         Raises:
-            InputError: The file cannot be read.
+            InputError: The file holds something else, or cannot be read.
         """
         self.pairs = {pair.name: pair for pair in pairs}
         self.systems = systems
-        self._votes = AppendedLines(votes)
-        before = read_votes([votes]) if votes.is_file() and votes.stat().st_size else []
-        self._done = {(vote.voter, vote.pair) for vote in before}
+        self._votes = AppendedLines(votes, Vote, WHAT)
+        self._done = {(vote.voter, vote.pair) for vote in self._votes.before}
 
     def next_pair(self, voter: str) -> Pair | None:
         """The first pair, in an order of the voter's own, that the voter has not judged."""

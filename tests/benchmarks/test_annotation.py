@@ -133,6 +133,45 @@ def test_a_killed_page_goes_on_where_it_was_and_half_a_line_does_not_count(
         DecisionLog(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"a": 1}]', "line 1: expected an object"),
+        (b'{"a": 1', "line 1 is no JSON"),
+        (b'[\n {"a": 1}\n]', "line 1 is no JSON"),
+        (b"\x89PNG\r\n\x1a\n\0", "cannot be read as a text file"),
+    ],
+)
+def test_a_file_of_something_else_is_refused_and_left_as_it_is(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "decisions.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        DecisionLog(path)
+    assert path.read_bytes() == content
+
+
+def test_a_folder_is_no_file_of_decisions(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is no regular file"):
+        DecisionLog(tmp_path)
+
+
+def test_a_first_line_that_was_cut_is_begun_again_and_a_whole_one_gets_its_end(
+    annotating: Annotating, pairs: list[EditingPair], tmp_path: Path
+) -> None:
+    path = tmp_path / "decisions.jsonl"
+    first = _keep(annotating).pair.id
+    line = path.read_bytes()
+    path.write_bytes(line[:-1])  # its end alone is not on the disk
+    again = Annotating(pairs, DecisionLog(path))
+    assert path.read_bytes() == line and again.progress("Ann").startswith("1 of")
+    for length in (5, 40):
+        path.write_bytes(line[:length])
+        assert read_decisions([path]) == []
+        again = Annotating(pairs, DecisionLog(path))
+        assert path.read_bytes() == b""
+    assert _keep(again).pair.id == first
+
+
 def test_a_full_disk_leaves_no_half_line(annotating: Annotating, tmp_path: Path) -> None:
     path = tmp_path / "decisions.jsonl"
     _keep(annotating)
