@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import cast
@@ -36,23 +36,13 @@ def output_paths(out: Path, images: int) -> list[Path]:
     return [out] if images == 1 else [numbered(out, i) for i in range(1, images + 1)]
 
 
-def unused_paths(out: Path, images: int, taken: Collection[Path] = ()) -> list[Path]:
-    """Like `output_paths`, but counting on until no file exists under any of the names.
-
-    Args:
-        out: What the files are named after.
-        images: How many there are.
-        taken: Names that are used up although no file exists yet.
-    """
-
-    def unused(paths: list[Path]) -> bool:
-        return not any(path in taken or os.path.lexists(path) for path in paths)
-
-    if unused(paths := output_paths(out, images)):
+def unused_paths(out: Path, images: int) -> list[Path]:
+    """Like `output_paths`, but counting on until no file exists under any of the names."""
+    if not any(map(os.path.lexists, paths := output_paths(out, images))):
         return paths
     for first in itertools.count(1):
         paths = [numbered(out, i) for i in range(first, first + images)]
-        if unused(paths):
+        if not any(map(os.path.lexists, paths)):
             return paths
     raise AssertionError("numbers do not end")
 

@@ -17,14 +17,7 @@ from mige_rt.cli.limits import given_limits
 from mige_rt.cli.run import DEFAULT_OUT, RunOptions
 from mige_rt.cli.shared import engine_for, is_verbose
 from mige_rt.errors import InputError, requires
-from mige_rt.image_output import (
-    OutputExistsError,
-    check_existing,
-    check_name,
-    numbered,
-    output_paths,
-    unused_paths,
-)
+from mige_rt.image_output import OutputExistsError, check_existing, check_name, numbered, output_paths
 from mige_rt.known_files import sha256
 from mige_rt.lora import Lora
 from mige_rt.requests import RequestLine, RequestRecord, read_records
@@ -143,33 +136,24 @@ def _plan(options: RunOptions, batch: Path, settings: BatchSettings, seed: int) 
     check_name(out)  # a folder that cannot be written is no line's fault
     lines: list[_Line] = []
     failures: list[Failure] = []
-    taken: set[Path] = set()
     for line in read_records(batch):
         try:
             if isinstance(line.record, InputError):
                 raise line.record
             seed_given = None if options.seed is None else _line_seed(options, line, seed)
-            planned = _plan_line(options, settings, line, line.record, seed_given, taken)
+            lines.append(_plan_line(options, settings, line, line.record, seed_given))
         except OutputExistsError as error:
             raise InputError(f"{batch} line {line.number}: {error}") from error
         except InputError as error:
             if is_verbose():
                 report_cause(error)
             failures.append(Failure(line=line.number, id=line.id, reason=str(error)))
-        else:
-            taken.update(planned.paths)
-            lines.append(planned)
     _check_inputs_stay(options, batch, lines)
     return lines, failures
 
 
 def _plan_line(
-    options: RunOptions,
-    settings: BatchSettings,
-    line: RequestLine,
-    record: RequestRecord,
-    seed: int | None,
-    taken: set[Path],
+    options: RunOptions, settings: BatchSettings, line: RequestLine, record: RequestRecord, seed: int | None
 ) -> _Line:
     """A line's files: those of an earlier run of the same request stay.
 
@@ -179,7 +163,6 @@ def _plan_line(
         line: The line.
         record: Its record.
         seed: Its seed as far as the user gave one.
-        taken: The files of other lines.
 
     Raises:
         OutputExistsError: A file is there that this request has not made, and it may not be replaced.
@@ -193,8 +176,6 @@ def _plan_line(
         with suppress(ValueError):  # an input that cannot be read, of which making the images will speak
             digest = request_digest(record, settings.folder, seed, settings.images, settings.model)
             finished = [path for path in existing if is_finished(path, digest)]
-    if settings.images.count_on and (finished != existing or not taken.isdisjoint(paths)):
-        paths, finished = unused_paths(out, options.num_images, taken), []
     for path in paths:
         if path not in finished:
             check_existing(path, overwrite=options.overwrite)

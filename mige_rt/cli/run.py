@@ -111,7 +111,7 @@ class RunOptions:
             task=self.task,
             max_pixels=self.max_pixels,
             overwrite=self.overwrite,
-            count_on=self.out is None and not self.overwrite,
+            count_on=self.out is None and self.batch is None and not self.overwrite,
         )
 
     def open_pipeline(self) -> "MigePipeline":

@@ -192,11 +192,6 @@ def test_default_names_count_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert run(*RUN) == ["out-1.png"]
     assert run(*RUN, "--num-images", "2") == ["out-2.png", "out-3.png"]
     assert run(*RUN) == ["out-4.png"]
-    before = contents(tmp_path)
-    Path("requests.jsonl").write_text('{"prompt": "x"}\n{"prompt": "x", "id": "4"}\n{"prompt": "x", "id": "1-1"}\n')
-    batch_run = ("run", "--batch", "requests.jsonl", *QUICK)
-    assert run(*batch_run) == ["out-1-1.png", "out-4-1.png", "out-1-1-1.png"]
-    assert {name: contents(tmp_path)[name] for name in before} == before
     Path("out.png").unlink()
     Path("out.png").symlink_to("none.png")
     assert run(*RUN) == ["out-5.png"], "a dangling link has a name, too"

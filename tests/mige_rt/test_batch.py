@@ -108,6 +108,20 @@ def test_what_another_request_made_refuses_the_batch(folder: Path) -> None:
     assert images(folder) != before
 
 
+def test_default_names_are_recognised_and_do_not_count_on(folder: Path) -> None:
+    write(folder, LINES[3:4])
+    command = ["run", "--batch", "requests.jsonl", "--steps", "2"]
+    Image.new("RGB", (64, 64)).save("out-1.png")
+    refused = CliRunner().invoke(main, [*command, "--seed", "1"])
+    assert refused.exit_code == 2 and "line 1: out-1.png exists already" in refused.stderr
+    Path("out-1.png").unlink()
+    for stdout in ("out-1.png\n", ""):
+        assert CliRunner().invoke(main, [*command, "--seed", "1"]).stdout == stdout
+    changed = CliRunner().invoke(main, [*command, "--seed", "2"])
+    assert changed.exit_code == 2 and "line 1: out-1.png exists already" in changed.stderr
+    assert [path.name for path in folder.glob("out*")] == ["out-1.png"]
+
+
 def test_a_drawn_seed_is_as_good_as_another(folder: Path) -> None:
     write(folder, [LINES[0], {**LINES[1], "seed": None}])
     assert run().exit_code == 0
