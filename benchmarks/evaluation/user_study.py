@@ -72,7 +72,8 @@ class Study:
         self.pairs = {pair.name: pair for pair in pairs}
         self.systems = systems
         self._votes = AppendedLines(votes, Vote, WHAT)
-        self._done = {(vote.voter, vote.pair) for vote in self._votes.before}
+        of_these = [vote for vote in self._votes.before if {vote.left, vote.right} == set(systems)]
+        self._done = {(vote.voter, vote.pair) for vote in of_these}
 
     def next_pair(self, voter: str) -> Pair | None:
         """The first pair, in an order of the voter's own, that the voter has not judged."""

@@ -140,12 +140,13 @@ def user_study(first: Path, second: Path, benchmark: str, votes: Path, host: str
         from benchmarks.evaluation.results import open_results
         from benchmarks.evaluation.user_study import Study, create_app, open_pairs
 
-    if first.resolve() == second.resolve():
+    systems = (str(first.resolve()), str(second.resolve()))  # however they are typed the next time
+    if systems[0] == systems[1]:
         raise InputError(f"{first} is given twice; give the folders of two systems")
     if not votes.absolute().parent.is_dir():
         raise InputError(f"{votes} cannot be written: {votes.parent} is no folder; make it first")
     pairs = open_pairs(open_benchmark(benchmark), (open_results(first), open_results(second)))
-    study = Study(pairs, (str(first), str(second)), votes)
+    study = Study(pairs, systems, votes)
     report(f"{len(pairs)} pairs; votes go to {votes}")
     uvicorn.run(create_app(study), host=host, port=port, log_level="warning")
 

@@ -80,6 +80,13 @@ def test_every_pair_is_voted_on_once_and_blindly(benchmark: Benchmark, systems: 
     assert (best.system, best.wins, best.votes) == ("ours", len(pairs), len(pairs))
 
 
+def test_votes_on_other_systems_do_not_count(benchmark: Benchmark, systems: list[Results], tmp_path: Path) -> None:
+    pairs, votes = open_pairs(benchmark, systems), tmp_path / "votes.jsonl"
+    Study(pairs, ("ours", "third"), votes).vote("Ann", pairs[0].name, "tie")
+    assert Study(pairs, SYSTEMS, votes).progress("Ann") == (0, len(pairs))
+    assert Study(pairs, ("third", "ours"), votes).progress("Ann") == (1, len(pairs))
+
+
 def test_the_page_shows_the_request_and_refuses_what_it_does_not_know(
     benchmark: Benchmark, systems: list[Results], tmp_path: Path
 ) -> None:
