@@ -100,7 +100,7 @@ def open_run(folder: Path, pipe: MigePipeline, benchmark: Benchmark, params: Sam
         fingerprint=benchmark.fingerprint(),
         model=pipe.model_name,
         engine=engine.name,
-        device=engine.device,
+        device=engine.device.partition(":")[0],  # parts are made on several of a kind
         precision=engine.precision,
         params={task: asdict(params.with_defaults(pipe.config, task)) for task in tasks},
     )

@@ -24,7 +24,7 @@ class RunId:
         fingerprint: Of the benchmark, see `Benchmark.fingerprint`.
         model: Its name.
         engine: Its name, as in `--engine`.
-        device: The engine's.
+        device: The engine's, without its number: cpu, cuda.
         precision: The engine's.
         params: Sampling parameters by task.
     """

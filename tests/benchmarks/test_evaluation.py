@@ -476,6 +476,17 @@ def test_the_world_goes_from_images_to_the_report_and_is_resumed(world: Path, tm
     assert other.exit_code == 2 and "its params is" in other.stderr
 
 
+def test_devices_of_a_kind_share_a_results_folder(
+    world: Path, pipe: MigePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = open_benchmark(f"synthetic:{world}")
+    for device in ("cuda:0", "cuda:1"):
+        monkeypatch.setattr(pipe.engine, "device", device)
+        results = open_run(tmp_path / "results", pipe, benchmark, SamplingParams())
+        assert results.id.device == "cuda"
+        results.image("of-an-earlier-part.png").touch()
+
+
 def _check_resumed_scores(out: Path, spec: str) -> None:
     """A judge that was killed in the middle of a line goes on behind the line before."""
     scores, whole = out / "report/scores.jsonl", (out / "report/report.json").read_text()
