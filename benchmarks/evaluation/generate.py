@@ -8,11 +8,13 @@ from typing import get_args
 from benchmarks.evaluation.results import Results, RunId, start_results
 from benchmarks.evaluation.sample import Benchmark, BenchmarkSample, ImageFile
 from mige_rt.errors import InputError
+from mige_rt.guidance import branches
 from mige_rt.image_output import save_image
 from mige_rt.instruction import Task
 from mige_rt.pipeline import MigePipeline
 from mige_rt.requests import Request, ResolvedRequest, resolve
 from mige_rt.sampling_params import SamplingParams
+from mige_rt.scheduler import make_schedule
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -92,9 +94,18 @@ def generate(
 
 
 def open_run(folder: Path, pipe: MigePipeline, benchmark: Benchmark, params: SamplingParams) -> Results:
-    """Begin a results folder for a model, or go on with one. Raises InputError when it holds other images."""
+    """Begin a results folder for a model, or go on with one.
+
+    Raises:
+        InputError: It holds other images, or no image can be made with these parameters; the folder is then not begun.
+    """
     tasks: tuple[Task, ...] = get_args(Task)
     engine = pipe.engine
+    resolved = {task: params.with_defaults(pipe.config, task) for task in tasks}
+    params.approximations()
+    for of_task in resolved.values():
+        make_schedule(of_task.scheduler, of_task.num_inference_steps, pipe.config.prediction)
+        branches(of_task.guidance_scale, of_task.image_guidance_scale)
     run = RunId(
         layout=benchmark.layout,
         fingerprint=benchmark.fingerprint(),
@@ -102,7 +113,7 @@ def open_run(folder: Path, pipe: MigePipeline, benchmark: Benchmark, params: Sam
         engine=engine.name,
         device=engine.device.partition(":")[0],  # parts are made on several of a kind
         precision=engine.precision,
-        params={task: asdict(params.with_defaults(pipe.config, task)) for task in tasks},
+        params={task: asdict(of_task) for task, of_task in resolved.items()},
     )
     return start_results(folder, run)
 

@@ -1,10 +1,10 @@
 """A results folder: `results.json`, what made the images, and `images/SAMPLE-SEED.png`."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from benchmarks.evaluation.sample import Benchmark
 from export.formatting import json_text
@@ -72,21 +72,20 @@ def open_results(folder: Path) -> Results:
 
 
 def start_results(folder: Path, run: RunId) -> Results:
-    """Begin a results folder, or go on with one.
+    """Begin a results folder, or go on with one; one without an image is begun again.
 
     Raises:
         InputError: It holds other images, with what differs; or it cannot be written.
     """
-    if (folder / FILE).is_file():
+    if (folder / FILE).is_file() and any((folder / IMAGES).glob("*.png")):
         results = open_results(folder)
-        before, now = asdict(results.id), json.loads(json_text(asdict(run)))
-        different = [name for name in now if before[name] != now[name]]
-        if different:
-            name = different[0]
-            raise InputError(
-                f"{folder} holds images of another run: its {name} is {_shown(before, name)}, and not "
-                f"{_shown(now, name)}; give another folder"
-            )
+        before, now = dict(_leaves(asdict(results.id))), dict(_leaves(json.loads(json_text(asdict(run)))))
+        for name in now | before:
+            if before.get(name) != now.get(name):
+                raise InputError(
+                    f"{folder} holds images of another run: its {name} is {before.get(name)!r}, and not "
+                    f"{now.get(name)!r}; give another folder"
+                )
         return results
     try:
         (folder / IMAGES).mkdir(parents=True, exist_ok=True)
@@ -108,6 +107,10 @@ def check_benchmark(results: Results, benchmark: Benchmark) -> None:
         )
 
 
-def _shown(values: Mapping[str, Any], name: str) -> str:
-    text = str(values[name])
-    return repr(text if len(text) <= 80 else f"{text[:77]}...")
+def _leaves(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"params": {"edit": {"reuse": 0.1}}}` -> `params.edit.reuse`, 0.1."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(cast("dict[str, Any]", value), f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value

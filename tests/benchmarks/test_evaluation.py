@@ -472,8 +472,19 @@ def test_the_world_goes_from_images_to_the_report_and_is_resumed(world: Path, tm
     page = (out / "report/report.html").read_text()
     assert page.count("data:image/webp") >= 12 and "worst: " in page
     _check_resumed_scores(out, spec)
-    other = _run("generate", "--benchmark", spec, "--steps", "3", "--device", "cpu", "--out", out / "results")
-    assert other.exit_code == 2 and "its params is" in other.stderr
+    other = _run("generate", *quick, "--image-guidance-scale", "1.25", "--out", out / "results")
+    assert other.exit_code == 2 and "its params.subject.image_guidance_scale is " in other.stderr
+    assert ", and not 1.25; give another folder" in other.stderr
+
+
+def test_a_setting_that_makes_no_image_does_not_claim_the_folder(
+    world: Path, pipe: MigePipeline, tmp_path: Path
+) -> None:
+    out, benchmark = tmp_path / "results", open_benchmark(f"synthetic:{world}")
+    result = _run("generate", "--benchmark", f"synthetic:{world}", "--steps", "1", "--device", "cpu", "--out", out)
+    assert result.exit_code == 2 and "the number of steps is 1" in result.stderr and not out.exists()
+    open_run(out, pipe, benchmark, SamplingParams(guidance_scale=3))
+    assert open_run(out, pipe, benchmark, QUICK).id == open_results(out).id
 
 
 def test_devices_of_a_kind_share_a_results_folder(
