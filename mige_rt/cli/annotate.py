@@ -41,22 +41,19 @@ def page(manifest: Path, root: Path | None, decisions: Path, host: str, port: in
     password: whoever reaches the page can write to the file, so it listens on this machine alone by default.
     """
     with requires("annotate", "the annotation page"):
-        import uvicorn
-
         from benchmarks.annotation.annotating import Annotating
         from benchmarks.annotation.decisions import DecisionLog
         from benchmarks.annotation.page import create_app
         from benchmarks.annotation.pairs import open_pairs
+        from mige_rt.serve.server import serve_page
 
     if not decisions.absolute().parent.is_dir():
         raise InputError(f"{decisions} cannot be written: {decisions.parent} is no folder; make it first")
     pairs = open_pairs(manifest, root)
     annotating = Annotating(pairs, DecisionLog(decisions))
-    address = f"; the page is at http://{host}:{port}" if port else ""
-    report(f"{len(pairs)} editing pairs; decisions go to {decisions}{address}")
     with TemporaryDirectory(prefix="mige-rt-annotate-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # the images that it has shown do not stay
-        uvicorn.run(create_app(annotating), host=host, port=port, log_level="warning")
+        serve_page(create_app(annotating), host, port, f"{len(pairs)} editing pairs; decisions go to {decisions}")
 
 
 @annotate.command()

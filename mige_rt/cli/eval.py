@@ -134,11 +134,10 @@ def user_study(first: Path, second: Path, benchmark: str, votes: Path, host: str
       mige-rt eval preference votes.jsonl
     """
     with requires("eval,serve", "a user study"):
-        import uvicorn
-
         from benchmarks.evaluation.layouts import open_benchmark
         from benchmarks.evaluation.results import open_results
         from benchmarks.evaluation.user_study import Study, create_app, open_pairs
+        from mige_rt.serve.server import serve_page
 
     systems = (str(first.resolve()), str(second.resolve()))  # however they are typed the next time
     if systems[0] == systems[1]:
@@ -147,8 +146,7 @@ def user_study(first: Path, second: Path, benchmark: str, votes: Path, host: str
         raise InputError(f"{votes} cannot be written: {votes.parent} is no folder; make it first")
     pairs = open_pairs(open_benchmark(benchmark), (open_results(first), open_results(second)))
     study = Study(pairs, systems, votes)
-    report(f"{len(pairs)} pairs; votes go to {votes}")
-    uvicorn.run(create_app(study), host=host, port=port, log_level="warning")
+    serve_page(create_app(study), host, port, f"{len(pairs)} pairs; votes go to {votes}")
 
 
 @evaluate.command()

@@ -150,7 +150,7 @@ def _serve(values: dict[str, Any], *, page: bool) -> None:
         from mige_rt.serve.logs import configure_logging
         from mige_rt.serve.metrics import Metrics
         from mige_rt.serve.options import LOOPBACK_HOSTS, ServerOptions
-        from mige_rt.serve.server import Server, bind_sockets, listen
+        from mige_rt.serve.server import Server, address_of, bind_sockets, listen
         from mige_rt.serve.supervisor import QueueLimits, Supervisor
         from mige_rt.serve.tracing import otlp_provider, trace_requests
         from mige_rt.serve.worker import WorkerOptions
@@ -216,8 +216,7 @@ def _serve(values: dict[str, Any], *, page: bool) -> None:
     signal.signal(signal.SIGTERM, _exit)  # uvicorn sends the signal again when all is done
     server = uvicorn.Server(config) if end_page is None else Server(config, end_page)
     listen(sockets, host)
-    shown_host = f"[{host}]" if ":" in host else host
-    _log.info("running on http://%s:%d (Ctrl+C ends it)", message(shown_host), sockets[0].getsockname()[1])
+    _log.info("running on %s (Ctrl+C ends it)", message(address_of(sockets, host)))
     server.run(sockets)
 
 

@@ -5,11 +5,14 @@ import errno
 import os
 import socket
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from mige_rt.errors import InputError, reason
+from mige_rt.terminal import report
 
 _BACKLOG = 2048  # connections that wait to be accepted; uvicorn's own number
 
@@ -52,6 +55,31 @@ def listen(sockets: Sequence[socket.socket], host: str) -> None:
             sock.listen(_BACKLOG)
         except OSError as error:  # another server bound the same port meanwhile, and was faster
             raise _cannot_listen(host, sock.getsockname()[1], error) from error
+
+
+def address_of(sockets: Sequence[socket.socket], host: str) -> str:
+    """What a browser takes, with the port that was chosen for 0. host: as it was given to `bind_sockets`."""
+    shown_host = f"[{host}]" if ":" in host else host
+    return f"http://{shown_host}:{sockets[0].getsockname()[1]}"
+
+
+def serve_page(app: ASGIApp, host: str, port: int, what: str) -> None:
+    """Serve a page until it is told to end, and say on stderr what it is and where.
+
+    Args:
+        app: The page.
+        host: See `bind_sockets`.
+        port: The same.
+        what: Begins the line.
+
+    Raises:
+        InputError: See `bind_sockets`.
+    """
+    with ExitStack() as opened, suppress(KeyboardInterrupt):  # which is how it is ended
+        sockets = [opened.enter_context(sock) for sock in bind_sockets(host, port)]
+        listen(sockets, host)
+        report(f"{what}; the page is at {address_of(sockets, host)}")
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets)
 
 
 def _bound_socket(family: socket.AddressFamily, address: tuple[Any, ...]) -> socket.socket:

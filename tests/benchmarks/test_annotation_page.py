@@ -171,6 +171,20 @@ def test_what_was_decided_before_a_crash_is_there_after_it(page: Page, manifest:
     assert [message for message in severe if "Content Security Policy" in message] == []
 
 
+def test_the_command_says_where_its_page_is_and_refuses_a_port_that_is_taken(manifest: Path, tmp_path: Path) -> None:
+    command = ["annotate", "page", str(manifest), "--decisions", str(tmp_path / "decisions.jsonl"), "--port"]
+    process = subprocess.Popen([sys.executable, "-m", "mige_rt.cli", *command, "0"], stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        address = process.stderr.readline().rstrip("\n").partition("; the page is at ")[2]
+        assert address.startswith("http://127.0.0.1:") and urlopen(address).status == 200
+        refused = CliRunner().invoke(main, [*command, address.rpartition(":")[2]])
+        assert refused.exit_code == 2 and "(address already in use); give a --host" in refused.stderr
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+
+
 @pytest.mark.long
 def test_twenty_samples_become_a_benchmark_that_is_evaluated(page: Page, manifest: Path, tmp_path: Path) -> None:
     path = tmp_path / "decisions.jsonl"

@@ -2,9 +2,14 @@
 
 import io
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -28,10 +33,15 @@ COLORS = ((200, 0, 0), (0, 0, 200))  # of the systems' images
 
 
 @pytest.fixture(scope="module")
-def benchmark(concepts: list[Concept], tmp_path_factory: pytest.TempPathFactory) -> Benchmark:
+def world(concepts: list[Concept], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study") / "world"
     write_manifest(folder, concepts, 8, 1, 32)
-    return open_benchmark(f"synthetic:{folder}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def benchmark(world: Path) -> Benchmark:
+    return open_benchmark(f"synthetic:{world}")
 
 
 @pytest.fixture
@@ -99,6 +109,31 @@ def test_the_page_shows_the_request_and_refuses_what_it_does_not_know(
     data = {"voter": "a", "pair": edit, "choice": "both"}
     assert client.post("/vote", data=data).status_code == 422
     assert not (tmp_path / "votes.jsonl").exists()
+
+
+def test_the_command_says_where_its_page_is_and_names_systems_by_their_full_paths(
+    benchmark: Benchmark, world: Path, systems: list[Results], tmp_path: Path
+) -> None:
+    command = ["eval", "user-study", *SYSTEMS, "--benchmark", f"synthetic:{world}", "--votes", "votes.jsonl"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mige_rt.cli", *command, "--port", "0"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stderr is not None
+        said = process.stderr.readline().rstrip("\n")
+        address = said.partition("; the page is at ")[2]
+        pair = benchmark.image_names()[0][2]
+        data = urlencode({"voter": "Ann", "pair": pair, "choice": "tie"}).encode()
+        assert address.startswith("http://127.0.0.1:") and urlopen(f"{address}/vote", data).status == 200
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path)
+            refused = CliRunner().invoke(main, [*command, "--port", address.rpartition(":")[2]])
+        assert refused.exit_code == 2 and "(address already in use); give a --host" in refused.stderr
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    (vote,) = read_votes([tmp_path / "votes.jsonl"])
+    assert {vote.left, vote.right} == {str(results.folder) for results in systems}
 
 
 def test_folders_without_a_common_image_are_refused(benchmark: Benchmark, systems: list[Results]) -> None:
