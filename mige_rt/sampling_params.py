@@ -91,6 +91,7 @@ class SamplingParams:
             fit=self.fit,
             guidance_range=self.guidance_range,
             reuse=self.reuse,
+            paste_back=self.paste_back or None,
         )
 
 
@@ -107,3 +108,4 @@ class ResolvedParams:
     fit: Fit | None
     guidance_range: tuple[float, float] | None
     reuse: float | None
+    paste_back: bool | None

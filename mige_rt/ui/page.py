@@ -112,7 +112,7 @@ class _Page:
             return {
                 **self._tabs[settings.task].restored(settings),
                 self._titles: gr.update(selected=settings.task),
-                self._details: status_line("The settings are in the tab above. Add its images, if they are not there."),
+                self._details: status_line(settings.summary),
                 self._restore: gr.update(visible=False),
             }
 

@@ -1,5 +1,6 @@
 """What the page reads from an image file."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,18 @@ def test_the_settings_are_those_of_a_run(pipe: MigePipeline, tmp_path: Path) -> 
         guidance_scale=3.5,
         image_guidance_scale=pipe.config.defaults.edit.image_guidance_scale,
         size=(64, 64),
+    )
+
+
+def test_what_the_page_cannot_take_over_is_named(pipe: MigePipeline, tmp_path: Path) -> None:
+    params = SamplingParams(num_inference_steps=2, scheduler="ddim", reuse=0.1, guidance_range=(0, 0.5), fit="pad")
+    settings = ImageSettings(params=replace(params, paste_back=True), edit_scope="global")
+    record = RequestRecord("make the background blue", source=str(ROOT / "docs/scene.png"))
+    job = ImageJob(prompt=record.prompt, request=settings.resolve(record, Path(), 7), paths=(tmp_path / "a.png",))
+    (path,) = make_images(pipe, job, settings)
+    assert settings_of(path).summary == (
+        "The settings are in the tab above, but for scheduler ddim, edit_scope global, fit pad, guidance_range "
+        "(0, 0.5), reuse 0.1, paste_back True, which only mige-rt run takes. Add its images, if they are not there."
     )
 
 
