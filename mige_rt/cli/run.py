@@ -68,8 +68,11 @@ class RunOptions:
 
     def check(self) -> None:
         """Raises InputError when options exclude each other."""
-        if self.build and self.engine not in ("auto", *PLAN_ENGINES):
-            raise InputError(f"--build is for the engines {' and '.join(PLAN_ENGINES)}, and {self.engine} was given")
+        if self.build and self.engine not in PLAN_ENGINES:  # auto passes over engines without plans
+            raise InputError(
+                f"--build is for the engines {' and '.join(PLAN_ENGINES)}, and {self.engine} was given; name one of "
+                "them by --engine"
+            )
         if (self.prompt is None) == (self.batch is None):
             raise InputError("give either --prompt or --batch")
         if self.batch is not None and (self.images or self.source):
@@ -233,7 +236,7 @@ class RunOptions:
     show_default=True,
     help="PyTorch's implementation of it on CUDA (engine pytorch); auto: the fastest, measured",
 )
-@click.option("--build", is_flag=True, help="build plans for this machine if the bundle has none")
+@click.option("--build", is_flag=True, help="build plans for this machine if the bundle has none (engines with plans)")
 @click.option(
     "--lora",
     "loras",

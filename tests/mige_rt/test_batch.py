@@ -191,7 +191,7 @@ def test_a_model_that_cannot_be_opened_is_no_lines_fault(folder: Path) -> None:
         (("--failures", "notes.txt"), "notes.txt exists already, and holds no failures"),
         (("--failures", "requests.jsonl", "--overwrite"), "would overwrite requests.jsonl, which the batch reads"),
         (("--failures", "none/f.jsonl"), "none/f.jsonl cannot be written"),
-        (("--workers", "2", "--build"), "--build is for one process"),
+        (("--workers", "2", "--build", "--engine", "tensorrt"), "--build is for one process"),
     ],
 )
 def test_bad_options_are_refused_before_any_work(folder: Path, arguments: tuple[str, ...], words: str) -> None:

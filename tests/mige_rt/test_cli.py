@@ -127,6 +127,7 @@ def test_bad_input_costs_exit_code_2_and_nothing_is_written(
         ([*edit, "--model", tmp_path], "model folder"),
         ([*edit, "--device", "cuda:77"], "cuda:77"),
         ([*edit, "--device", "banana"], "banana"),
+        ([*edit, "--build"], "--build is for the engines tensorrt and tensorrt-rtx, and auto was given"),
         ([*edit, "--out", tmp_path / "none" / "made.png"], "does not exist"),
         ([*edit, "--out", tmp_path / "made.bmp"], ".bmp"),
         ([*edit, "--batch", tmp_path / "batch.jsonl"], "--prompt or --batch"),
