@@ -50,8 +50,10 @@ class Annotating:
     """The pairs, and the file that decisions on them go to."""
 
     def __init__(self, pairs: Sequence[EditingPair], log: DecisionLog) -> None:
+        """Raises InputError where a decision is on a pair of another manifest, which an undo could not show."""
         self.pairs = {pair.id: pair for pair in pairs}
         self.log = log
+        log.standing.check_pairs(self.pairs)
 
     def next_pair(self, annotator: str, after: str | None = None) -> EditingPair | None:
         """The first pair behind `after`, or else from the beginning, that the annotator has not decided on."""

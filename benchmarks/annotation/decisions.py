@@ -1,7 +1,7 @@
 """Decisions of annotators: JSON lines that are only added to; what was undone is still there, as is the undo."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -93,6 +93,15 @@ class Standing:
     def by_pair(self, annotator: str) -> dict[str, Decision]:
         """An annotator's decision on each pair: the last one of several."""
         return {decision.pair: decision for decision in self._stacks.get(annotator, [])}
+
+    def check_pairs(self, known: Collection[str]) -> None:
+        """Raises InputError where a decision is on a pair that is not among those of the manifest."""
+        unknown = {decision.pair for stack in self._stacks.values() for decision in stack} - set(known)
+        if unknown:
+            raise InputError(
+                f"{len(unknown)} decisions are on pairs that the manifest has not, such as {min(unknown)!r}; give the "
+                "manifest that they were made with"
+            )
 
     def annotators(self) -> list[str]:
         """Everyone with a decision that stands, by name."""

@@ -62,10 +62,8 @@ def select(pairs: Sequence[EditingPair], standing: Standing) -> Selection:
     Raises:
         InputError: A decision is on a pair that the manifest has not, or on another target than the pair's.
     """
+    standing.check_pairs({pair.id for pair in pairs})
     by_annotator = {name: standing.by_pair(name) for name in standing.annotators()}
-    unknown = {pair for decisions in by_annotator.values() for pair in decisions} - {pair.id for pair in pairs}
-    if unknown:
-        raise InputError(f"{len(unknown)} decisions are on pairs that the manifest has not, such as {min(unknown)!r}")
     kept: list[tuple[EditingPair, Annotation]] = []
     counts: Counter[str] = Counter()
     for pair in pairs:

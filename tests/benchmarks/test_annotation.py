@@ -172,6 +172,17 @@ def test_a_first_line_that_was_cut_is_begun_again_and_a_whole_one_gets_its_end(
     assert _keep(again).pair.id == first
 
 
+def test_decisions_on_another_manifest_are_refused_before_the_page_opens(
+    annotating: Annotating, pairs: list[EditingPair], tmp_path: Path
+) -> None:
+    path = tmp_path / "decisions.jsonl"
+    first = _keep(annotating).pair.id
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=f"1 decisions are on pairs that the manifest has not, such as '{first}'"):
+        Annotating(pairs[1:], DecisionLog(path))
+    assert path.read_bytes() == before
+
+
 def test_a_full_disk_leaves_no_half_line(annotating: Annotating, tmp_path: Path) -> None:
     path = tmp_path / "decisions.jsonl"
     _keep(annotating)
