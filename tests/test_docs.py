@@ -1,6 +1,7 @@
 """The README and the documentation stay true: their commands exist, their links lead somewhere."""
 
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -151,6 +152,18 @@ def test_options_named_in_the_text_exist() -> None:
     for page in PAGES:
         named = {word for words in inline_commands(page.read_text()) for word in words if re.match(r"--\w", word)}
         assert not named - known, page
+
+
+def test_what_the_options_save_is_what_the_committed_report_says() -> None:
+    report = json.loads((ROOT / "benchmarks/results/cpu/report.json").read_text())
+    text = " ".join((ROOT / "docs/benchmarks.md").read_text().partition("## Options that save time")[2].split())
+    for change in ("guidance at 0% to 50% of the steps", "reuse below 0.1"):
+        for case in (0, 2):  # one reference; 60 steps, and 20
+            (row,) = [row for row in report["speedups"] if (row["case"], row["change"]) == (case, change)]
+            gain = row["speedup"]
+            assert f"{gain['value']:.2f} ({gain['low']:.2f} to {gain['high']:.2f})" in text
+        (result,) = [each for each in report["results"] if (each["case"], each["name"]) == (0, row["candidate"])]
+        assert f"; {result['fidelity']['errors']['psnr']:.1f} dB" in text
 
 
 @pytest.mark.parametrize("page", NAMES)
