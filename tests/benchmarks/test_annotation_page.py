@@ -111,9 +111,13 @@ class Page:
 
     def draw(self) -> None:
         """A stroke across the upper left of the target."""
-        canvas = self.one("#editor canvas")
-        stroke = ActionChains(self.browser).move_to_element_with_offset(canvas, -150, -150)
-        stroke.click_and_hold().move_by_offset(30, 10).move_by_offset(30, 10).release().perform()
+
+        def drawn() -> bool:  # before the editor has its image, a stroke is lost
+            stroke = ActionChains(self.browser).move_to_element_with_offset(self.one("#editor canvas"), -150, -150)
+            stroke.click_and_hold().move_by_offset(30, 10).move_by_offset(30, 10).release().perform()
+            return self.one("#editor button[aria-label=Undo]").is_enabled()
+
+        wait(drawn)
 
     def write(self, field: str, text: str) -> None:
         box = self.one(f"#{field} :is(input, textarea)")
