@@ -9,6 +9,7 @@ import torch
 from mige_rt.bundle import DEFAULT_MODEL
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
+from mige_rt.graphs import GraphName
 from trainer.checkpoints.model_folder import COMPONENTS
 from trainer.checkpoints.open_checkpoint import CheckpointLocation, open_checkpoint
 from trainer.checkpoints.pretrained import PretrainedCheckpoint, PretrainedFiles
@@ -36,7 +37,7 @@ class StartWeights:
         Raises:
             InputError: A file is missing or damaged.
         """
-        untrained = [name for name in COMPONENTS if name not in trained]
+        untrained: list[GraphName] = [name for name in COMPONENTS if name not in trained]
         model = checkpoint.load(untrained, dtype=torch.float32)
         modules = [model.get_submodule(name) for name in untrained]
         return StartWeights(encoders_of(checkpoint, "cpu").fingerprint(), fingerprint(*modules))
