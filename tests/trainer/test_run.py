@@ -474,6 +474,15 @@ def test_sizes_that_do_not_fit_are_listed(alone: RunConfig, tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_saved_in_float16_has_the_encoders_that_it_was_saved_from() -> None:
+    encoders = load_encoders(CheckpointLocation(DEFAULT_MODEL), "cpu")
+    for module in (encoders.vae, encoders.image_encoder):
+        module.half()
+    assert encoders.fingerprint() == default_encoders()
+    next(encoders.vae.parameters()).data *= 1.01
+    assert encoders.fingerprint() != default_encoders()
+
+
 def test_features_of_another_models_encoders_are_refused(alone: RunConfig, tmp_path: Path) -> None:
     sources = (make_prepared(tmp_path / "other", "edit", TINY, encoders="others"),)
     with pytest.raises(

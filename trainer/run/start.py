@@ -4,8 +4,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from mige_rt.bundle import DEFAULT_MODEL
 from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
@@ -38,7 +36,7 @@ class StartWeights:
             InputError: A file is missing or damaged.
         """
         untrained: list[GraphName] = [name for name in COMPONENTS if name not in trained]
-        model = checkpoint.load(untrained, dtype=torch.float32)
+        model = checkpoint.load(untrained)  # as they are stored, mapped from the file: T5 may be among them
         modules = [model.get_submodule(name) for name in untrained]
         return StartWeights(encoders_of(checkpoint, "cpu").fingerprint(), fingerprint(*modules))
 
