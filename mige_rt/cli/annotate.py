@@ -94,6 +94,7 @@ def status(manifest: Path, decisions: tuple[Path, ...], root: Path | None) -> No
 
     categories = proposed_categories(open_pairs(manifest, root))
     standing = Standing(read_decisions(decisions))
+    standing.check_pairs(categories)
     for name in standing.annotators():
         echo(f"{name}:")
         for line in markdown_table(progress_rows(categories, standing.by_pair(name)), ("category",)).split("\n"):

@@ -413,6 +413,10 @@ def test_decisions_of_another_manifest_are_refused(
     assert result.exit_code == 2 and "none of the" in result.stderr and not out.exists()
     result = _run("annotate", "status", world / MANIFEST, tmp_path / "decisions.jsonl")
     assert result.exit_code == 0 and "Ann:" in result.stdout and "No two annotators" in result.stdout
+    others = [line for line in (world / MANIFEST).read_text().splitlines() if json.loads(line)["id"] != kept.pair.id]
+    (tmp_path / "others.jsonl").write_text("\n".join(others))
+    result = _run("annotate", "status", tmp_path / "others.jsonl", tmp_path / "decisions.jsonl", "--root", world)
+    assert result.exit_code == 2 and "pairs that the manifest has not" in " ".join(result.stderr.split())
 
 
 def test_the_published_json_is_annotated_and_what_is_broken_can_only_be_dropped(tmp_path: Path) -> None:

@@ -99,6 +99,12 @@ def test_arms_are_trained_measured_and_reported(config: Path, state: Path, tmp_p
         assert refused.exit_code == 2 and what in " ".join(refused.output.replace("│", "").split()), refused.output
 
 
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused = run(CONFIG, tmp_path, tmp_path / "file" / "out")
+    assert refused.exit_code == 2 and "cannot be made" in refused.output, refused.output
+
+
 def test_text_only_instructions_keep_what_is_put_in(concepts: list[Concept]) -> None:
     for number, kind in enumerate(KINDS):
         sample = make_sample(3, number, concepts, 64, {kind: 1})

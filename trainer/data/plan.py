@@ -25,7 +25,10 @@ def write_plan(out: Path, plan: Mapping[str, Any], allowed: Collection[str] | No
     """
     path = out / PLAN_FILE
     if path.is_file():
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read ({error}); give another folder, or remove this one") from error
         # An earlier version's plan lacks what it did not write down yet.
         changed = [name for name in plan if name in earlier and earlier[name] != plan[name]]
         if changed:

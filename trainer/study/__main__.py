@@ -47,7 +47,10 @@ def run_study(config: Path, assets: Path, state: Path, start: Path | None, out: 
     check_matplotlib()
     check_one_process("a study")
     study, concepts = load_study(config), load_concepts(assets)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out} cannot be made ({error}); give a folder of your own") from error
     workshop = Workshop.open(study, concepts, state, start, out)
     train_common(workshop)
     held_out: dict[bool, HeldOut] = {}
