@@ -86,8 +86,8 @@ class Page:
     def begin(self, annotator: str) -> str:
         """Open the page and give a name; returns the pair that is shown."""
         self.browser.get(self.address)
-        wait(lambda: self.one("#name :is(input, textarea)")).send_keys(annotator)
-        self.one("#begin").click()
+        self.write("name", annotator)
+        wait(lambda: self.one("#begin").click() is None)
         wait(lambda: self.one("#editor canvas"))
         return wait(self.pair)
 
@@ -120,9 +120,15 @@ class Page:
         wait(drawn)
 
     def write(self, field: str, text: str) -> None:
-        box = self.one(f"#{field} :is(input, textarea)")
-        box.clear()
-        box.send_keys(text)
+        """Fill in a field, once the page lets it be: it draws its fields anew while it loads."""
+
+        def written() -> bool:
+            box = self.one(f"#{field} :is(input, textarea)")
+            box.clear()
+            box.send_keys(text)
+            return box.get_property("value") == text
+
+        wait(written)
 
 
 def wait(condition: Callable[[], Any]) -> Any:
