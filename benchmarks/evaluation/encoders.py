@@ -167,6 +167,16 @@ class EncoderOptions:
     def __post_init__(self) -> None:
         torch_device(self.device)  # for its errors
 
+    def check_named(self) -> None:
+        """Find out whether the encoders that were named are here, before anything is made for them.
+
+        Raises:
+            InputError: One is not.
+        """
+        for name in (self.clip, self.dino, self.detector, self.segmenter):
+            if name is not None and name not in (CLIP, DINO, DETECTOR, SEGMENTER):
+                locate_model(name)
+
 
 @dataclass(frozen=True)
 class MissingEncoder:

@@ -1,7 +1,7 @@
 """Scores of systems from pairwise votes: Bradley and Terry's model (1952), fitted by scipy."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -62,13 +62,18 @@ class Preference:
 def read_votes(files: Sequence[Path]) -> list[Vote]:
     """Votes in their order; of a voter's votes on one pair of images the last one counts.
 
+    A system whose path was typed in several ways has the first of these names.
+
     Raises:
         InputError: Names the first line that is no vote. The last line of a file may be cut, as a killed server leaves
             it.
     """
     votes: dict[tuple[str, str, frozenset[str]], Vote] = {}
+    names: dict[Path, str] = {}
     for path in files:
-        for vote in read_appended(path, Vote, WHAT):
+        for typed in read_appended(path, Vote, WHAT):
+            left, right = (names.setdefault(Path(name).resolve(), name) for name in (typed.left, typed.right))
+            vote = replace(typed, left=left, right=right)
             votes[vote.voter, vote.pair, frozenset((vote.left, vote.right))] = vote
     return list(votes.values())
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,16 +68,17 @@ def open_results(folder: Path) -> Results:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is no JSON ({error}); generate again into another folder") from error
-    return Results(folder, validate(RunId, content, str(path)))
+    run = validate(RunId, content, str(path))
+    return Results(folder, replace(run, device=run.device.partition(":")[0]))  # earlier versions wrote its number
 
 
 def start_results(folder: Path, run: RunId) -> Results:
-    """Begin a results folder, or go on with one; one without an image is begun again.
+    """Begin a results folder, or go on with one.
 
     Raises:
         InputError: It holds other images, with what differs; or it cannot be written.
     """
-    if (folder / FILE).is_file() and any((folder / IMAGES).glob("*.png")):
+    if (folder / FILE).is_file():
         results = open_results(folder)
         before, now = dict(_leaves(asdict(results.id))), dict(_leaves(json.loads(json_text(asdict(run)))))
         for name in now | before:

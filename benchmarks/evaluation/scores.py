@@ -36,7 +36,7 @@ class Score:
         baseline: The same of the unchanged source, where an edit has a ground truth.
         subject: Whether the subject was found; None: none was looked for.
         notes: What could not be measured, and why.
-        masks: Digest of the files of its sample's masks; None: there are none, or an earlier version wrote this.
+        masks: Digest of the files of its sample's masks; None: there are none; empty: an earlier version wrote this.
     """
 
     image: str
@@ -45,7 +45,7 @@ class Score:
     baseline: dict[str, float] = field(default_factory=dict)
     subject: Extraction | None = None
     notes: tuple[str, ...] = ()
-    masks: str | None = None
+    masks: str | None = ""
 
 
 class Scorer:
@@ -200,11 +200,9 @@ class ScoresFile:
     def is_current(self, name: str, path: Path, sample: BenchmarkSample) -> bool:
         """Whether an image was measured, and it and its sample's masks are still the same."""
         score = self.scores.get(name)
-        return (
-            score is not None
-            and score.sha256 == sha256(path.read_bytes()).hexdigest()
-            and score.masks == _masks_digest(sample)
-        )
+        if score is None or score.sha256 != sha256(path.read_bytes()).hexdigest():
+            return False
+        return not score.notes if score.masks == "" else score.masks == _masks_digest(sample)
 
     def add(self, score: Score) -> None:
         """Write a score down at once."""

@@ -72,7 +72,10 @@ class Study:
         self.pairs = {pair.name: pair for pair in pairs}
         self.systems = systems
         self._votes = AppendedLines(votes, Vote, WHAT)
-        of_these = [vote for vote in self._votes.before if {vote.left, vote.right} == set(systems)]
+        wanted = {Path(system).resolve() for system in systems}  # however they are typed this time
+        of_these = [
+            vote for vote in self._votes.before if {Path(vote.left).resolve(), Path(vote.right).resolve()} == wanted
+        ]
         self._done = {(vote.voter, vote.pair) for vote in of_these}
 
     def next_pair(self, voter: str) -> Pair | None:

@@ -112,7 +112,8 @@ def run_both(benchmark: str, out: Path, **options: Any) -> None:
     \b
       mige-rt eval run --benchmark synthetic:world --out evaluation
     """
-    encoders = _encoder_options(benchmark, options)  # first, for its errors
+    encoders = _encoder_options(benchmark, options)
+    encoders.check_named()  # before hours of images
     complete = _generate(benchmark, out / "results", options)
     _judge(out / "results", benchmark, out / "report", options, encoders)
     if not complete:
@@ -139,13 +140,12 @@ def user_study(first: Path, second: Path, benchmark: str, votes: Path, host: str
         from benchmarks.evaluation.user_study import Study, create_app, open_pairs
         from mige_rt.serve.server import serve_page
 
-    systems = (str(first.resolve()), str(second.resolve()))  # however they are typed the next time
-    if systems[0] == systems[1]:
+    if first.resolve() == second.resolve():
         raise InputError(f"{first} is given twice; give the folders of two systems")
     if not votes.absolute().parent.is_dir():
         raise InputError(f"{votes} cannot be written: {votes.parent} is no folder; make it first")
     pairs = open_pairs(open_benchmark(benchmark), (open_results(first), open_results(second)))
-    study = Study(pairs, systems, votes)
+    study = Study(pairs, (str(first), str(second)), votes)
     serve_page(create_app(study), host, port, f"{len(pairs)} pairs; votes go to {votes}")
 
 

@@ -427,9 +427,11 @@ def test_what_is_missing_is_said_with_the_command_that_gets_it(
         _ = Encoders(replace(NONE, detector=DETECTOR, segmenter=str(folder))).subjects
 
 
-def test_a_device_that_is_not_there_is_said_before_images_are_made(world: Path, tmp_path: Path) -> None:
+def test_what_cannot_judge_is_said_before_images_are_made(world: Path, tmp_path: Path) -> None:
     result = _run("run", "--benchmark", f"synthetic:{world}", "--judge-device", "cuda:99", "--out", tmp_path / "out")
     assert result.exit_code == 2 and "there is no device 'cuda:99' here" in " ".join(result.stderr.split())
+    named = _run("run", "--benchmark", f"synthetic:{world}", "--clip", tmp_path / "none", "--out", tmp_path / "out")
+    assert named.exit_code == 2 and "none is no model folder" in " ".join(named.stderr.split())
     assert not (tmp_path / "out").exists()
 
 
@@ -483,7 +485,6 @@ def test_a_setting_that_makes_no_image_does_not_claim_the_folder(
     out, benchmark = tmp_path / "results", open_benchmark(f"synthetic:{world}")
     result = _run("generate", "--benchmark", f"synthetic:{world}", "--steps", "1", "--device", "cpu", "--out", out)
     assert result.exit_code == 2 and "the number of steps is 1" in result.stderr and not out.exists()
-    open_run(out, pipe, benchmark, SamplingParams(guidance_scale=3))
     assert open_run(out, pipe, benchmark, QUICK).id == open_results(out).id
 
 
@@ -495,7 +496,9 @@ def test_devices_of_a_kind_share_a_results_folder(
         monkeypatch.setattr(pipe.engine, "device", device)
         results = open_run(tmp_path / "results", pipe, benchmark, SamplingParams())
         assert results.id.device == "cuda"
-        results.image("of-an-earlier-part.png").touch()
+    file = tmp_path / "results" / "results.json"
+    file.write_text(file.read_text().replace('"cuda"', '"cuda:0"'))  # as an earlier version wrote it
+    assert open_run(tmp_path / "results", pipe, benchmark, SamplingParams()).id.device == "cuda"
 
 
 def _check_resumed_scores(out: Path, spec: str) -> None:
@@ -584,6 +587,11 @@ def test_a_mask_that_comes_later_is_measured_with(magicbrush: Path, tmp_path: Pa
     before, lines = counts()
     mask.write_bytes(content)
     assert counts() == (before + 1, lines + 1)  # that image alone is measured again
+    assert counts() == (before + 1, lines)
+    scores = tmp_path / "report/scores.jsonl"
+    earlier = re.sub(r', "masks": [^}]*', "", scores.read_text())  # as an earlier version wrote it
+    assert '"masks"' not in earlier
+    scores.write_text(earlier)
     assert counts() == (before + 1, lines)
 
 

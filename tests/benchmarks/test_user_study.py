@@ -111,7 +111,19 @@ def test_the_page_shows_the_request_and_refuses_what_it_does_not_know(
     assert not (tmp_path / "votes.jsonl").exists()
 
 
-def test_the_command_says_where_its_page_is_and_names_systems_by_their_full_paths(
+def test_a_system_is_one_however_its_path_is_typed(
+    benchmark: Benchmark, systems: list[Results], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs, votes = open_pairs(benchmark, systems), tmp_path / "votes.jsonl"
+    monkeypatch.chdir(tmp_path)
+    Study(pairs, ("ours", "theirs"), votes).vote("Ann", pairs[0].name, "left")
+    study = Study(pairs, (str(tmp_path / "ours"), "../" + tmp_path.name + "/theirs"), votes)
+    assert study.progress("Ann") == (1, len(pairs))
+    study.vote("Ann", pairs[1].name, "left")
+    assert {name for vote in read_votes([votes]) for name in (vote.left, vote.right)} == {"ours", "theirs"}
+
+
+def test_the_command_says_where_its_page_is(
     benchmark: Benchmark, world: Path, systems: list[Results], tmp_path: Path
 ) -> None:
     command = ["eval", "user-study", *SYSTEMS, "--benchmark", f"synthetic:{world}", "--votes", "votes.jsonl"]
@@ -133,7 +145,7 @@ def test_the_command_says_where_its_page_is_and_names_systems_by_their_full_path
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
     (vote,) = read_votes([tmp_path / "votes.jsonl"])
-    assert {vote.left, vote.right} == {str(results.folder) for results in systems}
+    assert {vote.left, vote.right} == set(SYSTEMS)
 
 
 def test_folders_without_a_common_image_are_refused(benchmark: Benchmark, systems: list[Results]) -> None:

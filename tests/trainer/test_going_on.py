@@ -57,8 +57,8 @@ def test_a_model_that_has_been_up_the_ladder_goes_on_from_samples_that_were_made
     again = partial(train_mige, config, concepts=concepts, state=tmp_path)
     with pytest.raises(InputError, match=r"features was begun with another ladder.varied;"):
         again(QUICK, replace(LADDER, varied=0.0), start=DEFAULT_MODEL)
-    with pytest.raises(InputError, match=r"mige was begun with another rate, ladder.uses;"):
-        again(replace(QUICK, rate=1.0), replace(LADDER, uses=2, noisy=0.0), start=DEFAULT_MODEL)
+    with pytest.raises(InputError, match=r"mige was begun with another seed, ladder.draws;"):
+        again(replace(QUICK, seed=9, rate=1.0), replace(LADDER, draws=2, uses=2, noisy=0.0), start=DEFAULT_MODEL)
     other = shutil.copytree(DEFAULT_MODEL, tmp_path / "moved")
     again(QUICK, LADDER, start=other)  # the same weights
     model, tokenizer = load_model(other), Tokenizer.from_file(str(other / TOKENIZER_FILE))

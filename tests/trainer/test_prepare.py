@@ -193,9 +193,10 @@ def test_a_folder_begun_otherwise_is_not_gone_on_with(
 
 def test_a_damaged_plan_is_refused(manifest: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "plan.json").write_text("{")
-    result = _prepare(manifest, tmp_path / "out")
-    assert result.exit_code == 2 and "plan.json cannot be read" in " ".join(result.stderr.split())
+    for content in ("{", "[1]"):
+        (tmp_path / "out" / "plan.json").write_text(content)
+        result = _prepare(manifest, tmp_path / "out")
+        assert result.exit_code == 2 and "plan.json cannot be read" in " ".join(result.stderr.split())
 
 
 def test_a_folder_begun_with_images_elsewhere_is_not_gone_on_with(manifest: Path, whole: Path, tmp_path: Path) -> None:

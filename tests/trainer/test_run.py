@@ -34,7 +34,7 @@ from mige_rt.scheduler import TRAIN_STEPS
 from trainer.checkpoints.model_folder import load_model, save_model
 from trainer.checkpoints.open_checkpoint import CheckpointLocation
 from trainer.data.encode import load_encoders
-from trainer.data.mixing import Source
+from trainer.data.mixing import MixedBatches, Source
 from trainer.data.prepared import INDEX_FILE
 from trainer.loop import LossGuard, make_optimiser
 from trainer.model.mige import Mige
@@ -52,7 +52,8 @@ from trainer.run.config import (
 from trainer.run.estimate import estimate, longest_batch
 from trainer.run.module import make_trained_module, share, trained_parameters
 from trainer.run.save import save_run
-from trainer.run.train import FREE, RunOptions, make_state, train_run
+from trainer.run.start import StartWeights, open_start
+from trainer.run.train import FREE, RunOptions, check_encoders, make_state, train_run
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pretrained_files import small_numbers, states, write_folders, write_pth
@@ -89,6 +90,7 @@ def make_prepared(folder: Path, task: str, sizes: ModelConfig, samples: int = 6,
         "schema": 1,
         "config": sizes.to_json(),
         "encoders": encoders or default_encoders(),
+        "encoders_float16": encoders,
         "samples": samples,
         "tasks": {task: samples},
         "shards": [{"name": "shard-000000.tar", "samples": samples}],
@@ -437,6 +439,14 @@ def test_a_run_of_another_config_is_not_gone_on_with(alone: RunConfig, tmp_path:
         assert "sources is [] in the checkpoint" in message and "base_rate" not in message
 
 
+def test_checkpoints_with_an_earlier_versions_names_are_read(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, Accelerator(), total_limit=None)
+    checkpoints.save(saved(tmp_path, 1), {"module.blocks.0._checkpoint_wrapped_module.a": torch.ones(3)})
+    read = {"module.blocks.0.a": torch.zeros(3)}
+    load_tensors(saved_runs(tmp_path)[0], read)
+    assert read["module.blocks.0.a"].tolist() == [1, 1, 1]
+
+
 def test_a_model_is_saved_of_its_own_config_and_whole_files_alone(alone: RunConfig, tmp_path: Path) -> None:
     folder, out = tmp_path / "run", tmp_path / "model"
     config = replace(alone, trained=("image_encoder", "conditioner"), steps=1)
@@ -447,12 +457,14 @@ def test_a_model_is_saved_of_its_own_config_and_whole_files_alone(alone: RunConf
     save_model(start, tokenizer, tmp_path / "start", torch.float16, "made up")
     refused = {
         r"trained\W.*'conditioner'\] in the checkpoint and \['image_encoder'\]": {"trained": ("image_encoder",)},
-        "ema is 0.9 in the checkpoint and None in the config; change it back": {"ema": None},
+        "ema is True in the checkpoint and False in the config; give the config that it was": {"ema": None},
         "start_weights.untrained is ": {"start": Start(model=str(tmp_path / "start"))},
     }
     for message, changed in refused.items():
         with pytest.raises(InputError, match=message):
             save_run(replace(config, **changed), folder, None, out)
+    elsewhere = replace(config, batch=2, seed=6, ema=0.5, precision="bf16", sources=(Source("moved"),))
+    assert load_model(save_run(elsewhere, folder, None, tmp_path / "saved")).config == start.config
     (folder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     with pytest.raises(InputError, match=r"run.tokenizer.json is not a readable tokenizer.json"):
         save_run(config, folder, None, out)
@@ -478,18 +490,30 @@ def test_a_model_saved_in_float16_has_the_encoders_that_it_was_saved_from() -> N
     encoders = load_encoders(CheckpointLocation(DEFAULT_MODEL), "cpu")
     for module in (encoders.vae, encoders.image_encoder):
         module.half()
-    assert encoders.fingerprint() == default_encoders()
-    next(encoders.vae.parameters()).data *= 1.01
-    assert encoders.fingerprint() != default_encoders()
+    whole = load_encoders(CheckpointLocation(DEFAULT_MODEL), "cpu")
+    next(whole.vae.parameters()).data *= 1 + 1e-5  # which float16 does not hold
+    assert whole.fingerprint() != default_encoders()
+    assert encoders.fingerprint(rounded=True) == whole.fingerprint(rounded=True)
+    next(whole.vae.parameters()).data *= 1.01
+    assert encoders.fingerprint(rounded=True) != whole.fingerprint(rounded=True)
 
 
-def test_features_of_another_models_encoders_are_refused(alone: RunConfig, tmp_path: Path) -> None:
+def test_features_of_another_models_encoders_are_refused(
+    alone: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sources = (make_prepared(tmp_path / "other", "edit", TINY, encoders="others"),)
     with pytest.raises(
         InputError, match=r"prepared with another VAE or ViT than the start's, .*tiny; prepare them with"
     ):
         train_run(replace(alone, sources=sources), RunOptions(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+    mixed, weights = MixedBatches(sources, 1, 0), StartWeights.of(open_start(alone.start, TINY, 0), alone.trained)
+    for of_start, of_sources in (("encoders", ("others", "another")), ("encoders_float16", ("another", "others"))):
+        mixed.encoders = of_sources  # one of the two is enough
+        check_encoders(alone, replace(weights, **{of_start: "others"}), mixed, Accelerator())
+    mixed.encoders = "others", None  # an earlier version's, which may be of another precision: that is said
+    check_encoders(alone, weights, mixed, Accelerator())
+    assert "unless only their precision differs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -122,14 +122,14 @@ def test_a_state_is_gone_on_from_by_the_same_training_alone(
 ) -> None:
     shutil.copytree(state / "vae", tmp_path / "vae")
     train = partial(train_vae, TINY, concepts=concepts, state=tmp_path)
-    with pytest.raises(InputError, match=r"vae was begun with another rate, seed; give the same as before, or another"):
+    with pytest.raises(InputError, match=r"vae was begun with another seed; give the same as before, or another"):
         train(replace(QUICK, rate=1e-2, seed=2))
     (tmp_path / "vae" / "plan.json").unlink()  # as an earlier version left it
     train(replace(QUICK, steps=1, decay=0))
     said = capsys.readouterr().err
     assert "vae was begun by an earlier version" in said and "has 2 steps, and the config's are 1: nothing is" in said
-    with pytest.raises(InputError, match="with another batch;"):
-        train(replace(QUICK, batch=4))
+    with pytest.raises(InputError, match="with another seed;"):
+        train(replace(QUICK, seed=2))
 
 
 def test_everything_is_trained_but_the_two_image_encoders(state: Path, concepts: list[Concept], tmp_path: Path) -> None:

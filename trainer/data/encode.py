@@ -38,10 +38,10 @@ class Encoders:
     image_encoder: ImageEncoder
     device: torch.device
 
-    def fingerprint(self) -> str:
-        """A digest of the weights that the features depend on."""
+    def fingerprint(self, *, rounded: bool = False) -> str:
+        """A digest of the weights that the features depend on; see `fingerprint`."""
         vision = self.image_encoder.vision
-        return fingerprint(self.vae, vision.embeddings, vision.encoder)
+        return fingerprint(self.vae, vision.embeddings, vision.encoder, rounded=rounded)
 
     @torch.no_grad()
     def latents(self, images: Sequence[Image]) -> NDArray[np.float16]:
@@ -58,14 +58,19 @@ class Encoders:
         return _half(self.image_encoder.vit(torch.from_numpy(pixels).to(self.device)), "ViT")
 
 
-def fingerprint(*modules: nn.Module) -> str:
-    """A digest of the weights of some modules, in float16: the same for a model and what was saved of it in that."""
+def fingerprint(*modules: nn.Module, rounded: bool = False) -> str:
+    """A digest of the weights of some modules.
+
+    Args:
+        modules: In this order.
+        rounded: As float16 holds them, which is the same for a model and for what was saved of it in that.
+    """
     digest = sha256()
     for module in modules:
         for name, value in sorted(module.state_dict().items()):
             digest.update(f"{name}{tuple(value.shape)}".encode())
-            rounded = value.half() if value.is_floating_point() else value
-            digest.update(rounded.cpu().contiguous().numpy().tobytes())
+            numbers = value.half() if rounded and value.is_floating_point() else value
+            digest.update(numbers.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -58,11 +58,11 @@ class MixedBatches:
 
     Attributes:
         config: The sizes of the model whose encoders made the sources.
-        encoders: A digest of these encoders' weights.
+        encoders: Digests of these encoders' weights, exact and as float16 holds them, see `Index`.
     """
 
     config: ModelConfig
-    encoders: str
+    encoders: tuple[str, str | None]
 
     def __init__(self, sources: Sequence[Source], batch: int, seed: int) -> None:
         """Open the sources.
@@ -90,7 +90,8 @@ class MixedBatches:
                     f"{prepared.folder} was prepared with other encoders than {first.folder}; prepare both with one "
                     "model"
                 )
-        self.config, self.encoders = first.config, first.index.encoders
+        self.config = first.config
+        self.encoders = first.index.encoders, first.index.encoders_float16
         self._bounds = np.cumsum(ratios) / sum(ratios) * batch  # of each source's part of a batch, [S]
         self._bounds[-1] = batch
         self._seed = seed

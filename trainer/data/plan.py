@@ -26,8 +26,8 @@ def write_plan(out: Path, plan: Mapping[str, Any], allowed: Collection[str] | No
     path = out / PLAN_FILE
     if path.is_file():
         try:
-            earlier = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            earlier = dict[str, Any](json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, TypeError, ValueError) as error:
             raise InputError(f"{path} cannot be read ({error}); give another folder, or remove this one") from error
         # An earlier version's plan lacks what it did not write down yet.
         changed = [name for name in plan if name in earlier and earlier[name] != plan[name]]

@@ -116,7 +116,7 @@ def prepare(
     shards = _shards(samples, out, options)
     is_here = options.ray is None and options.processes == 1
     encoders = load_encoders(model, device if is_here else "cpu")
-    config, fingerprint = encoders.config, encoders.fingerprint()
+    config, fingerprint, rounded = encoders.config, encoders.fingerprint(), encoders.fingerprint(rounded=True)
     # All that the shards' bytes depend on.
     plan = {
         "schema": SCHEMA,
@@ -153,7 +153,7 @@ def prepare(
                 on_progress("shards", done, len(shards))
     missing = sum(not shard.report_path.is_file() for shard in shards)
     if not missing:
-        _write_index(out, shards, config, fingerprint)
+        _write_index(out, shards, config, fingerprint, rounded)
     return PrepareReport(total, len(shards), missing)
 
 
@@ -195,7 +195,9 @@ def _check_corrupt(total: ShardReport, most: float, out: Path) -> None:
         )
 
 
-def _write_index(out: Path, shards: Sequence[Shard], config: ModelConfig, fingerprint: str) -> None:
+def _write_index(
+    out: Path, shards: Sequence[Shard], config: ModelConfig, fingerprint: str, rounded_fingerprint: str
+) -> None:
     """Make a prepared set of shards that are all there."""
     total = _total(shards)
     _check_corrupt(total, MAX_CORRUPT * total.images, out)
@@ -207,6 +209,7 @@ def _write_index(out: Path, shards: Sequence[Shard], config: ModelConfig, finger
         samples=total.samples,
         tasks=dict(sorted(total.tasks.items())),
         shards=tuple(ShardEntry(name, samples) for name, samples in sizes if samples),
+        encoders_float16=rounded_fingerprint,
     )
     with atomic_file(out / CORRUPT_FILE) as temporary:
         lines = [json.dumps(asdict(image)) + "\n" for image in total.corrupt]

@@ -36,6 +36,7 @@ class Index:
         schema: SCHEMA.
         config: The sizes of the model whose encoders were used.
         encoders: A digest of their weights.
+        encoders_float16: The same of these as float16 holds them; None: an earlier version wrote this.
         samples: How many there are.
         tasks: Samples of each task.
         shards: The files, in their order.
@@ -47,6 +48,7 @@ class Index:
     samples: int
     tasks: dict[str, int]
     shards: tuple[ShardEntry, ...]
+    encoders_float16: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

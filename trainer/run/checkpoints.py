@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from mige_rt.atomic import atomic_file, atomic_folder
 from mige_rt.errors import InputError
 from mige_rt.terminal import report
-from trainer.run.module import on_main
+from trainer.run.module import CHECKPOINT_PREFIX, on_main
 
 RUN_FILE = "run.json"
 METADATA_FILE = ".metadata"
@@ -125,7 +125,11 @@ def load_tensors(saved: SavedRun, tensors: dict[str, Tensor]) -> None:
         InputError: The checkpoint is damaged, or has other tensors.
     """
     try:
-        load(tensors, storage_reader=DataReader(saved.folder))
+        reader = DataReader(saved.folder)
+        written = reader.read_metadata().state_dict_metadata
+        # Earlier versions wrote the names of wrapped layers, see `trained_parameters`.
+        by_name = {name.replace(CHECKPOINT_PREFIX, ""): name for name in written}
+        load({by_name.get(name, name): tensor for name, tensor in tensors.items()}, storage_reader=reader)
     except (CheckpointException, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise InputError(
             f"{saved.folder} cannot be read ({_cause(error)}); give another checkpoint, such as the one before"

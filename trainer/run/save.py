@@ -1,6 +1,8 @@
 """The weights of a run's checkpoint as a model folder, which `mige-rt run --model` opens."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -12,7 +14,7 @@ from trainer.run.checkpoints import LATEST, SavedRun, load_tensors, saved_runs
 from trainer.run.config import RunConfig
 from trainer.run.module import make_trained_module, trained_parameters
 from trainer.run.start import StartWeights, open_start
-from trainer.run.train import TOKENIZER_FILE, check_resumable, fixed_values
+from trainer.run.train import TOKENIZER_FILE, differing, fixed_values
 
 
 def save_run(config: RunConfig, run: Path, checkpoint: str | None, out: Path) -> Path:
@@ -39,7 +41,7 @@ def save_run(config: RunConfig, run: Path, checkpoint: str | None, out: Path) ->
         saved = SavedRun.read(Path(checkpoint))
     start = open_start(config.start, config.sizes, config.seed)
     start_weights = StartWeights.of(start, config.trained)
-    check_resumable(saved, fixed_values(config, saved.config.get("processes", 1), start_weights))
+    _check_config(saved, fixed_values(config, 1, start_weights))
     tokenizer = Tokenizer.from_str(read_tokenizer_file(run / TOKENIZER_FILE))
     model = start.load(dtype=torch.float32)
     vision = model.image_encoder.vision
@@ -52,3 +54,19 @@ def save_run(config: RunConfig, run: Path, checkpoint: str | None, out: Path) ->
     vision.embeddings, vision.encoder = embeddings, encoder
     save_model(model, tokenizer, out, torch.float16, f"trained for {saved.step} steps from {start.source}")
     return out
+
+
+def _check_config(saved: SavedRun, config: Mapping[str, Any]) -> None:
+    """What the saved model depends on must be the checkpoint's: its sizes, what was trained, and what was not.
+
+    Raises:
+        InputError: It is not; with the fields that differ.
+    """
+    names = [name for name in ("model", "trained", "ema", "start_weights") if name in saved.config]
+    before, now = ({name: values[name] for name in names} for values in (saved.config, config))
+    for values in (before, now):  # how it is averaged is no matter here
+        values["ema"] = values.get("ema") is not None
+    if unlike := differing(before, now, "the checkpoint", "the config"):
+        raise InputError(
+            f"{saved.folder} is of another config: {'; '.join(unlike)}; give the config that it was trained with"
+        )

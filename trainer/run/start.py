@@ -22,10 +22,12 @@ class StartWeights:
 
     Attributes:
         encoders: A digest of the VAE and the ViT, as prepared sets have it.
-        untrained: A digest of the components that the run does not train.
+        encoders_float16: The same of these as float16 holds them.
+        untrained: The same of the components that the run does not train.
     """
 
     encoders: str
+    encoders_float16: str
     untrained: str
 
     @staticmethod
@@ -38,7 +40,10 @@ class StartWeights:
         untrained: list[GraphName] = [name for name in COMPONENTS if name not in trained]
         model = checkpoint.load(untrained)  # as they are stored, mapped from the file: T5 may be among them
         modules = [model.get_submodule(name) for name in untrained]
-        return StartWeights(encoders_of(checkpoint, "cpu").fingerprint(), fingerprint(*modules))
+        encoders = encoders_of(checkpoint, "cpu")
+        return StartWeights(
+            encoders.fingerprint(), encoders.fingerprint(rounded=True), fingerprint(*modules, rounded=True)
+        )
 
 
 def open_start(start: Start, sizes: ModelConfig, seed: int) -> Checkpoint:

@@ -287,23 +287,24 @@ def check_sizes(expected: ModelConfig, given: ModelConfig, what: str) -> None:
 def check_encoders(config: RunConfig, start: StartWeights, mixed: MixedBatches, accelerator: Accelerator) -> None:
     """The VAE and the ViT of the start, which are saved with the model, must be those that prepared the sources.
 
-    Where the start is the five pretrained files, from which no source can be prepared, a difference may be of rounding
-    alone, and is only reported.
+    A difference may be of rounding alone, and is only reported, where the start is the five pretrained files, from
+    which no source can be prepared, and where an earlier version prepared the sources.
 
     Raises:
         InputError: They are not.
     """
-    if start.encoders == mixed.encoders:
+    exact, rounded = mixed.encoders
+    if start.encoders == exact or start.encoders_float16 == rounded:
         return
     message = "sources were prepared with another VAE or ViT than the start's"
-    if config.start.model is not None:
+    if config.start.model is not None and rounded is not None:
         raise InputError(f"{message}, {config.start.model}; prepare them with that model, or start from theirs")
     if accelerator.is_main_process:
         report(f"{message}: unless only their precision differs, prepare them with a model that has these")
 
 
 def fixed_values(config: RunConfig, processes: int, start: StartWeights) -> dict[str, Any]:
-    """The values that a resumed run, and whoever saves its model, must have as well, as JSON gives them back."""
+    """The values that a resumed run must have as well, as JSON gives them back."""
     values = {name: value for name, value in config.to_json().items() if name not in FREE}
     return json.loads(json.dumps({**values, "processes": processes, "start_weights": asdict(start)}))
 

@@ -9,8 +9,11 @@ from trainer.data.encode import fingerprint
 from trainer.data.plan import write_plan
 from trainer.settings import LadderSettings, StageSettings
 
-# What may change on the way: how long training takes, and what counts how much in the loss.
-FREE = ("steps", "decay", "ladder.noisy", "ladder.asked", "ladder.looking")
+# What may change on the way: how training goes on, and what counts how much in the loss.
+FREE = (
+    *("steps", "decay", "warmup", "rate", "clip", "batch"),
+    *(f"ladder.{name}" for name in ("noisy", "asked", "looking", "uses", "shards")),
+)
 
 
 def begin_state(
