@@ -18,7 +18,7 @@ from export import worker
 from export.context import ExportJob
 from export.exporter import ExportLimits, ExportOptions, axis_ranges, export_bundle, locate_checkpoint
 from export.results import GraphResult
-from mige_rt.bundle import TOKENIZER_FILE, open_model, read_manifest
+from mige_rt.bundle import DEFAULT_MODEL, TOKENIZER_FILE, open_model, read_config, read_manifest
 from mige_rt.config import DiTConfig, ModelConfig, QFormerConfig, TextConfig, VAEConfig, VisionConfig
 from mige_rt.graphs import GRAPHS, GraphName
 from trainer.checkpoints import model_folder
@@ -99,7 +99,10 @@ def do(graph: GraphName, checkpoint: Path, config: ModelConfig, bundle: Path, **
     bundle.mkdir(exist_ok=True)
     (bundle / "onnx").mkdir(exist_ok=True)
     (bundle / TOKENIZER_FILE).parent.mkdir(exist_ok=True)
-    from_spiece(SPIECE).save(str(bundle / TOKENIZER_FILE))
+    if (checkpoint / TOKENIZER_FILE).is_file():
+        shutil.copy(checkpoint / TOKENIZER_FILE, bundle / TOKENIZER_FILE)
+    else:
+        from_spiece(SPIECE).save(str(bundle / TOKENIZER_FILE))
     ranges = axis_ranges(config, ExportLimits(1, 2))
     job = {"precision": "bf16", "validate": True, "small": False} | changes
     result = worker.work(ExportJob(graph, location, bundle, ranges=ranges, **job), lambda phase: None)
@@ -124,13 +127,8 @@ def test_a_worker_opens_each_file_of_a_model_folder_once(
     assert opened == {"checkpoint": 1} | dict.fromkeys(files, 1)
 
 
-def test_a_worker_opens_each_file_of_a_bundle_once(
-    published: Published, converted: Path, tmp_path: Path, opened: Opened
-) -> None:
-    limits, options = ExportLimits(1, 2), ExportOptions(validate=False)
-    export_bundle(str(converted), tmp_path / "first", "fp32", limits, options=options)
-    opened.clear()
-    do("denoiser", tmp_path / "first", published.config, tmp_path / "second")
+def test_a_worker_opens_each_file_of_a_bundle_once(tmp_path: Path, opened: Opened) -> None:
+    do("denoiser", DEFAULT_MODEL, read_config(DEFAULT_MODEL), tmp_path / "bundle")
     used = ("vae_encoder", "image_encoder", "text_encoder", "conditioner", "denoiser")
     assert opened == {"checkpoint": 1} | {f"{graph}.safetensors": 1 for graph in used}
 
