@@ -38,6 +38,16 @@ T = TypeVar("T")
 Location = tuple[int | str, ...]  # of a field: the names and indices that lead to it
 
 
+def differing_fields(first: Any, second: Any, field: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The fields in which plain data differs, as `params.edit.reuse`, each with both values; None: it is not there."""
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        one, other = cast("Mapping[str, Any]", first), cast("Mapping[str, Any]", second)
+        for name in dict.fromkeys((*one, *other)):
+            yield from differing_fields(one.get(name), other.get(name), f"{field}.{name}" if field else name)
+    elif first != second:
+        yield field, first, second
+
+
 def validate(model: type[T], data: object, where: str) -> T:
     """Check plain data, as read from JSON or TOML, against a dataclass: nothing coerced, unknown or left out.
 

@@ -1,16 +1,15 @@
 """A results folder: `results.json`, what made the images, and `images/SAMPLE-SEED.png`."""
 
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from benchmarks.evaluation.sample import Benchmark
 from export.formatting import json_text
 from mige_rt.atomic import atomic_file
 from mige_rt.errors import InputError, reason
-from mige_rt.validation import validate
+from mige_rt.validation import differing_fields, validate
 
 FILE, IMAGES = "results.json", "images"
 
@@ -80,13 +79,10 @@ def start_results(folder: Path, run: RunId) -> Results:
     """
     if (folder / FILE).is_file():
         results = open_results(folder)
-        before, now = dict(_leaves(asdict(results.id))), dict(_leaves(json.loads(json_text(asdict(run)))))
-        for name in now | before:
-            if before.get(name) != now.get(name):
-                raise InputError(
-                    f"{folder} holds images of another run: its {name} is {before.get(name)!r}, and not "
-                    f"{now.get(name)!r}; give another folder"
-                )
+        for name, now, before in differing_fields(json.loads(json_text(asdict(run))), asdict(results.id)):
+            raise InputError(
+                f"{folder} holds images of another run: its {name} is {before!r}, and not {now!r}; give another folder"
+            )
         return results
     try:
         (folder / IMAGES).mkdir(parents=True, exist_ok=True)
@@ -106,12 +102,3 @@ def check_benchmark(results: Results, benchmark: Benchmark) -> None:
             f"{results.folder} holds images of a {benchmark.title} with other prompts, captions or seeds; give the "
             "folder that it was generated from"
         )
-
-
-def _leaves(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """`{"params": {"edit": {"reuse": 0.1}}}` -> `params.edit.reuse`, 0.1."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(cast("dict[str, Any]", value), f"{above}{name}.")
-        else:
-            yield f"{above}{name}", value

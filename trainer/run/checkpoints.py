@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from mige_rt.atomic import atomic_file, atomic_folder
 from mige_rt.errors import InputError
 from mige_rt.terminal import report
-from trainer.run.module import CHECKPOINT_PREFIX, on_main
+from trainer.run.module import on_main, unwrapped_name
 
 RUN_FILE = "run.json"
 METADATA_FILE = ".metadata"
@@ -128,7 +128,7 @@ def load_tensors(saved: SavedRun, tensors: dict[str, Tensor]) -> None:
         reader = DataReader(saved.folder)
         written = reader.read_metadata().state_dict_metadata
         # Earlier versions wrote the names of wrapped layers, see `trained_parameters`.
-        by_name = {name.replace(CHECKPOINT_PREFIX, ""): name for name in written}
+        by_name = {unwrapped_name(name): name for name in written}
         load({by_name.get(name, name): tensor for name, tensor in tensors.items()}, storage_reader=reader)
     except (CheckpointException, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise InputError(

@@ -8,9 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    _CHECKPOINT_PREFIX as CHECKPOINT_PREFIX,
-)
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    _CHECKPOINT_PREFIX,
     apply_activation_checkpointing,
 )
 from torch.distributed.device_mesh import init_device_mesh
@@ -51,8 +49,12 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
     The names are the same whether layers are checkpointed or not, for which PyTorch wraps them.
     """
-    named = {name.replace(CHECKPOINT_PREFIX, ""): parameter for name, parameter in module.named_parameters()}
-    return {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+    return {unwrapped_name(name): parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def unwrapped_name(name: str) -> str:
+    """A tensor's name as it is where no layer is wrapped."""
+    return name.replace(_CHECKPOINT_PREFIX, "")
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:

@@ -18,6 +18,7 @@ from mige_rt.config import ModelConfig
 from mige_rt.errors import InputError
 from mige_rt.terminal import report
 from mige_rt.tokenizer import load_tokenizer
+from mige_rt.validation import differing_fields
 from trainer.checkpoints.model_folder import COMPONENTS
 from trainer.checkpoints.weights import Checkpoint
 from trainer.data.mixing import MixedBatches
@@ -330,17 +331,12 @@ def adjusted(saved: SavedRun, config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name in ADJUSTABLE if config[name] != saved.config.get(name, config[name])}
 
 
-def differing(first: Any, second: Any, first_name: str, second_name: str, field: str = "") -> list[str]:
+def differing(first: Any, second: Any, first_name: str, second_name: str) -> list[str]:
     """The fields in which plain data differs, each with both values."""
-    if isinstance(first, Mapping) and isinstance(second, Mapping):
-        return [
-            line
-            for name in dict.fromkeys((*first, *second))
-            for line in differing(
-                first.get(name), second.get(name), first_name, second_name, f"{field}.{name}" if field else name
-            )
-        ]
-    return [] if first == second else [f"{field} is {first!r} in {first_name} and {second!r} in {second_name}"]
+    return [
+        f"{field} is {of_first!r} in {first_name} and {of_second!r} in {second_name}"
+        for field, of_first, of_second in differing_fields(first, second)
+    ]
 
 
 def make_state(optimiser: torch.optim.Optimizer) -> None:
